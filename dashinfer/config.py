@@ -1,0 +1,189 @@
+"""The server's settings: one frozen dataclass, made once from flags or from `DASHINFER_*` environment variables.
+
+Knows every setting's name, default, choices and meaning; knows nothing of what they lead to. The command line
+(`serving/cli.py`) and the environment reader are both made from the fields below, so they cannot drift apart.
+"""
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin
+
+from dashinfer.errors import ConfigurationError
+from dashinfer.types import DataType
+
+Mode = Literal["auto", "llm", "vlm"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+LoadFormat = Literal["auto", "dummy"]
+Device = Literal["auto", "cuda", "cpu"]
+VisionEngine = Literal["tensorrt", "transformers"]
+QuantType = Literal["gptq", "a8w8", "a16w4", "a16w8", "fp8"]
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as `4GiB`, `800M` or `1048576`. Units are powers of 1024, with or without the `i`."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is not a size; write for example 4GiB or 512MiB")
+    return int(float(match[1]) * 1024 ** " kmgt".index(match[2].lower() or " "))
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError(f"{value} is not at least 1")
+    return value
+
+
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{text} is not a number of seconds")
+    return value
+
+
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= 65535:
+        raise ValueError(f"{value} is not a port number (0 to 65535)")
+    return value
+
+
+def _keys(text: str) -> tuple[str, ...]:
+    keys = tuple(key.strip() for key in text.split(",") if key.strip())
+    if not keys:
+        raise ValueError("no key given")
+    if any(not key.isascii() for key in keys):
+        raise ValueError("a key has a character that does not fit into an HTTP header")
+    return keys
+
+
+def _setting(
+    default: Any, help: str, *, group: str = "Common options", parse: Callable[[str], Any] | None = None, metavar: str | None = None
+) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, "group": group, "parse": parse, "metavar": metavar})
+
+
+_VLM = "VLM options (ignored in LLM mode)"
+_ENGINE = "Engine options"
+_SERVER = "Server options"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """All settings. Sizes are in bytes, lengths in tokens, times in seconds."""
+
+    model: str = _setting(
+        dataclasses.MISSING, "Hugging Face model ID, local directory, .gguf file, or `demo` for a small model to try", parse=str
+    )
+    mode: Mode = _setting("auto", "what to serve the model as; auto detects it")
+    host: str = _setting("0.0.0.0", "address to bind", parse=str)
+    port: int = _setting(8000, "port to bind; 0 picks a free one", parse=_port)
+    tensor_parallel: int = _setting(1, "number of GPUs to split the model over", parse=_positive, metavar="N")
+    max_batch: int = _setting(32, "most sequences that run at once", parse=_positive, metavar="N")
+    max_length: int | None = _setting(
+        None, "longest sequence, prompt and output, in tokens (default: 8192, or the model's own limit where that is less)",
+        parse=_positive, metavar="N",
+    )
+    data_type: DataType = _setting("bfloat16", "type of weights and activations")
+    api_keys: tuple[str, ...] = _setting((), "comma-separated keys; requests under /v1 must carry one", parse=_keys, metavar="KEYS")
+    log_level: LogLevel = _setting("info", "how much to log")
+
+    vision_engine: VisionEngine = _setting("tensorrt", "what runs the vision tower", group=_VLM)
+    min_pixels: int = _setting(3136, "least image size in pixels", group=_VLM, parse=_positive, metavar="N")
+    max_pixels: int = _setting(12845056, "greatest image size in pixels", group=_VLM, parse=_positive, metavar="N")
+    quant_type: QuantType | None = _setting(None, "quantisation of the weights and activations", group=_VLM)
+
+    served_model_name: str | None = _setting(
+        None, "name in the API (default: last part of --model)", group=_SERVER, parse=str, metavar="NAME"
+    )
+    max_queue: int = _setting(256, "most requests that wait for a place; one more gets a 429", group=_SERVER, parse=_positive, metavar="N")
+    drain_timeout: float = _setting(
+        30.0, "seconds that running requests may take to finish after SIGINT or SIGTERM", group=_SERVER, parse=_not_negative,
+        metavar="SECONDS",
+    )
+    step_timeout: float = _setting(
+        300.0, "seconds after which a step that gives no result counts as a hang", group=_SERVER, parse=_not_negative, metavar="SECONDS"
+    )
+
+    device: Device = _setting("auto", "where the model runs; auto takes CUDA if there is a GPU", group=_ENGINE)
+    load_format: LoadFormat = _setting("auto", "dummy builds random weights of the model's shape", group=_ENGINE)
+    kv_cache_memory: int | None = _setting(
+        None, "memory of the KV cache per rank, such as 4GiB (default: what is free, up to what --max-batch sequences can use)",
+        group=_ENGINE, parse=parse_size, metavar="SIZE",
+    )
+    block_size: int | None = _setting(
+        None, "tokens in a KV cache block, a power of two (default: chosen for the device)", group=_ENGINE, parse=_positive, metavar="N"
+    )
+    max_step_tokens: int | None = _setting(
+        None, "most tokens computed in one step (default: chosen for the device)", group=_ENGINE, parse=_positive, metavar="N"
+    )
+    disable_prefix_cache: bool = _setting(False, "compute every prompt from its first token", group=_ENGINE)
+
+    def __post_init__(self) -> None:
+        if self.min_pixels > self.max_pixels:
+            raise ConfigurationError(f"--min-pixels {self.min_pixels} is more than --max-pixels {self.max_pixels}")
+        if self.block_size is not None and self.block_size & (self.block_size - 1):
+            raise ConfigurationError(f"--block-size {self.block_size} is not a power of two; use 16, 32, 64 or 128")
+        if self.max_step_tokens is not None and self.max_step_tokens < self.max_batch:
+            raise ConfigurationError(
+                f"--max-step-tokens {self.max_step_tokens} is less than --max-batch {self.max_batch}: every running sequence needs one"
+            )
+        if not self.model.strip():
+            raise ConfigurationError("--model is empty; try --model demo")
+
+    @property
+    def model_name(self) -> str:
+        """The model's name in the API."""
+        if self.served_model_name:
+            return self.served_model_name
+        name = self.model.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
+        return name.removesuffix(".gguf")
+
+
+def choices(field: dataclasses.Field) -> tuple[str, ...] | None:
+    """The allowed strings of a field whose type is a Literal (or Literal or None); None for any other field."""
+    candidates = [field.type, *get_args(field.type)]
+    return next((get_args(kind) for kind in candidates if get_origin(kind) is Literal), None)
+
+
+def parse_setting(field: dataclasses.Field, text: str) -> Any:
+    """One setting from text. Raises ValueError with a message for people."""
+    if (allowed := choices(field)) is not None:
+        if text not in allowed:
+            raise ValueError(f"{text!r} is not one of {', '.join(allowed)}")
+        return text
+    if field.type is bool:
+        known = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": False}
+        if text.lower() not in known:
+            raise ValueError(f"{text!r} is neither true nor false")
+        return known[text.lower()]
+    return field.metadata["parse"](text)
+
+
+def from_environment(environment: Mapping[str, str] = os.environ) -> ServerConfig:
+    """Settings from `DASHINFER_MODEL`, `DASHINFER_MAX_BATCH` and so on; a `DASHINFER_` name that is no setting raises.
+
+    Raises:
+        ConfigurationError: an unknown name, a bad value, or no model.
+    """
+    prefix = "DASHINFER_"
+    fields = {prefix + field.name.upper(): field for field in dataclasses.fields(ServerConfig)}
+    reserved = {"DASHINFER_CACHE"}  # where downloads are kept; read by sources
+    values: dict[str, Any] = {}
+    for name, text in environment.items():
+        if not name.startswith(prefix) or name in reserved:
+            continue
+        if name not in fields:
+            raise ConfigurationError(f"{name} is not a setting; known are {', '.join(sorted(fields))}")
+        try:
+            values[fields[name].name] = parse_setting(fields[name], text)
+        except ValueError as error:
+            raise ConfigurationError(f"{name}: {error}") from None
+    if "model" not in values:
+        raise ConfigurationError("DASHINFER_MODEL is not set; try DASHINFER_MODEL=demo")
+    return ServerConfig(**values)

@@ -1,0 +1,73 @@
+"""What the HTTP layer sees of the engine, and nothing else.
+
+`Generation` is a request's handle. It is used in a `with` block, and leaving the block for any reason ends the request: the
+engine drops its sequences and frees their blocks in the next step.
+"""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from dashinfer.types import FinishReason, Ready, SamplingParams, TokenLogprobs
+
+EngineState = Literal["loading", "ready", "draining", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """One token of one choice. `finish` is set on the last one; a token that ended the choice (end of sequence, a stop token)
+    is reported too, with finish "stop", and is not part of the text."""
+
+    index: int  # which choice
+    token: int
+    logprobs: TokenLogprobs | None
+    finish: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    running: int  # sequences
+    waiting: int  # sequences, preempted ones included
+    total_blocks: int
+    used_blocks: int  # held by running sequences
+    cached_blocks: int  # held by nobody, kept for prefix hits
+    preemptions: int
+    prompt_tokens: int  # since start
+    generated_tokens: int
+
+
+class Generation(Protocol):
+    """A submitted request with `n` choices."""
+
+    cached_tokens: int  # of the prompt, found in the prefix cache; final once the first output is there
+
+    async def receive(self) -> list[TokenOutput]:
+        """All outputs that are ready, at least one. An empty list once every choice has finished or was stopped.
+
+        Raises:
+            InternalError: the engine lost the request.
+            EngineUnavailable: the server shut down before the request was done.
+        """
+        ...
+
+    def stop(self, index: int) -> None:
+        """End one choice now (a stop string was seen). Nothing more of it is received."""
+        ...
+
+
+class EngineAPI(Protocol):
+    state: EngineState
+    info: Ready | None  # the model, once it is loaded
+
+    def submit(self, prompt: list[int], params: list[SamplingParams]) -> AbstractContextManager[Generation]:
+        """Queue one request with a choice for each of `params` (they may differ in their seeds).
+
+        Raises, at once and not on entering:
+            EngineUnavailable: not ready, draining or failed.
+            QueueFull: `max_queue` requests wait already.
+            ContextLengthExceeded: the prompt leaves no room for one token.
+            InvalidRequest: an empty prompt, or a token id outside of the vocabulary.
+        """
+        ...
+
+    def stats(self) -> EngineStats: ...

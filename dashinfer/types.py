@@ -1,0 +1,155 @@
+"""What crosses the boundary between the parent process and its workers: msgspec Structs, and nothing that needs torch.
+
+A rank executes plans strictly in the order it receives them, so the parent may hand a block or a slot to another sequence in
+the plan after the one that used it last. A *slot* is a row of a rank's preallocated per-sequence state, below `max_batch`; a
+*block* is a page of the KV cache holding `block_size` tokens of every layer.
+"""
+
+from typing import Any, Literal
+
+from msgspec import Struct
+
+DataType = Literal["float16", "bfloat16", "float32"]
+FinishReason = Literal["stop", "length"]
+
+
+class SamplingParams(Struct, frozen=True, omit_defaults=True):
+    """How one sequence samples and when it ends.
+
+    Logits become, in this order: biased, without stop tokens before `min_tokens`, penalised (repetition over prompt and output;
+    presence and frequency over the output, as OpenAI defines them), divided by `temperature`, then cut by `top_k`, `top_p` and
+    `min_p`. The draw depends on `seed` and the position of the token alone, never on the rest of the batch.
+    """
+
+    max_tokens: int
+    seed: int  # always set: the parent draws one where the request has none
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0 is off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()  # includes the model's end-of-sequence ids unless the request ignores them
+    logprobs: int | None = None  # None: off; k: the chosen token's and the k likeliest ones'
+
+
+class ModelFiles(Struct, frozen=True):
+    """Where a worker finds a model. `config` is a Hugging Face style config.json, made from the metadata for a GGUF file."""
+
+    name: str
+    format: Literal["safetensors", "gguf"]
+    weights: tuple[str, ...]  # absolute paths; empty only with load_format "dummy"
+    config: dict[str, Any]
+
+
+class WorkerConfig(Struct, frozen=True):
+    """Everything a rank is told before it loads. `None` means: find out."""
+
+    rank: int
+    world_size: int
+    files: ModelFiles
+    device: Literal["auto", "cuda", "cpu"]
+    data_type: DataType
+    load_format: Literal["auto", "dummy"]
+    max_batch: int
+    max_length: int | None  # tokens; None: 8192, or the model's own limit where that is shorter
+    max_step_tokens: int | None  # token budget of one step
+    block_size: int | None  # tokens a block
+    kv_cache_memory: int | None  # bytes a rank
+    log_level: str = "info"
+
+
+class Start(Struct, tag="start", frozen=True):
+    """Parent to rank, first frame."""
+
+    config: WorkerConfig
+
+
+class Progress(Struct, tag="progress", frozen=True):
+    """Rank to parent while loading."""
+
+    stage: str  # "weights", "warmup"
+    done: int
+    total: int
+    unit: str = ""  # "B" for bytes
+
+
+class Ready(Struct, tag="ready", frozen=True):
+    """Rank to parent when it can take plans."""
+
+    architecture: str
+    mode: Literal["llm", "vlm"]
+    device: str  # "cpu", "NVIDIA H200"
+    data_type: DataType
+    vocab_size: int
+    max_length: int  # tokens, resolved
+    max_step_tokens: int
+    block_size: int
+    num_blocks: int
+    weight_bytes: int
+    kv_cache_bytes: int
+
+
+class Failed(Struct, tag="failed", frozen=True):
+    """Rank to parent: it cannot go on. `kind` names a class of `dashinfer.errors`; anything else becomes a WorkerError."""
+
+    kind: str
+    message: str
+    traceback: str = ""
+
+
+class Alive(Struct, tag="alive", frozen=True):
+    """Rank to parent, once a second from a thread of its own."""
+
+
+class Enter(Struct, frozen=True, array_like=True):
+    """A sequence takes a slot, for the first time or again after a preemption."""
+
+    slot: int
+    tokens: bytes  # int32 little endian: the prompt, then what was produced so far
+    prompt_length: int
+    sampling: SamplingParams
+
+
+class Chunk(Struct, frozen=True, array_like=True):
+    """One sequence's share of a step: positions [start, start + length) of its slot are computed.
+
+    Their token ids are in the slot already: from `Enter`, or written there by the rank itself when it sampled them.
+    """
+
+    slot: int
+    start: int
+    length: int
+    sample: bool  # sample the token at position start + length
+    new_blocks: tuple[int, ...]  # appended to the slot's block table before the step; Enter empties the table
+
+
+class StepPlan(Struct, tag="plan", frozen=True):
+    """One forward pass. `chunks` with length 1 and `sample` come first."""
+
+    step: int
+    enter: list[Enter]
+    chunks: list[Chunk]
+
+
+class TokenLogprobs(Struct, frozen=True, array_like=True):
+    """Natural logarithms of probabilities before temperature and cuts."""
+
+    chosen: float
+    top_tokens: tuple[int, ...]
+    top_logprobs: tuple[float, ...]
+
+
+class StepResult(Struct, tag="result", frozen=True):
+    """What a step produced: one token for each chunk that sampled, in the plan's order."""
+
+    step: int
+    tokens: list[int]
+    logprobs: dict[int, TokenLogprobs] = {}  # by index into `tokens`, for those that asked
+
+
+FromParent = Start | StepPlan
+FromWorker = Progress | Ready | Failed | Alive | StepResult
