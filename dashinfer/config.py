@@ -156,7 +156,8 @@ class ServerConfig:
             raise ConfigurationError(f"--block-size {self.block_size} is not a power of two; use 16, 32, 64 or 128")
         if self.max_step_tokens is not None and self.max_step_tokens < self.max_batch:
             raise ConfigurationError(
-                f"--max-step-tokens {self.max_step_tokens} is less than --max-batch {self.max_batch}: every running sequence needs one"
+                f"--max-step-tokens {self.max_step_tokens} is less than --max-batch {self.max_batch}: "
+                "every running sequence needs one"
             )
         if not self.model.strip():
             raise ConfigurationError("--model is empty; try --model demo")

@@ -1,13 +1,14 @@
 """The engine: requests go in, tokens come out, and the workers never wait for Python.
 
 Owns the worker group, the scheduler and the open requests, and the one loop that moves work between them. Two plans are with
-the workers whenever there is work for two, so that the next step is already theirs when one ends. Knows nothing of HTTP or text.
+the workers whenever there is work for two, so that the next step is theirs already when one ends. Knows no HTTP and no text.
 """
 
 import logging
 import math
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as Many
 
 import trio
 
@@ -27,7 +28,7 @@ from dashinfer.errors import (
     WorkerError,
 )
 from dashinfer.types import ModelFiles, Progress, Ready, SamplingParams, StepResult, WorkerConfig
-from dashinfer.worker.supervisor import WorkerGroup, one_error
+from dashinfer.worker.supervisor import COMMAND, WorkerGroup, one_error
 
 logger = logging.getLogger("dashinfer.engine")
 
@@ -40,14 +41,20 @@ class Engine:
     """Implements `dashinfer.engine.api.EngineAPI`. `run` is its life."""
 
     def __init__(
-        self, config: ServerConfig, files: ModelFiles, *, on_progress: Callable[[Progress], None] = lambda progress: None
+        self,
+        config: ServerConfig,
+        files: ModelFiles,
+        *,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
+        worker_command: Many[str] = COMMAND,
     ) -> None:
         self.state: EngineState = "loading"
         self.info: Ready | None = None
         self._config = config
         self._on_progress = on_progress
         self._workers = WorkerGroup(
-            [worker_config(config, files, rank, config.tensor_parallel) for rank in range(config.tensor_parallel)]
+            [worker_config(config, files, rank, config.tensor_parallel) for rank in range(config.tensor_parallel)],
+            command=worker_command,
         )
         self._scheduler: Scheduler | None = None
         self._groups: dict[Sequence, SequenceGroup] = {}  # of every sequence that has not ended
@@ -165,7 +172,7 @@ class Engine:
                 with trio.move_on_at(deadlines[0] if deadlines else math.inf) as waiting:
                     await self._wake.wait()
                 if waiting.cancelled_caught and not self._results:
-                    raise WorkerError(f"the workers hang: no result of a step for {self._config.step_timeout:.0f} s")
+                    raise WorkerError(f"the workers hang: no result of a step for {self._config.step_timeout:g} s")
 
     def _step_deadline(self) -> float:
         return trio.current_time() + self._config.step_timeout

@@ -1,7 +1,7 @@
 """Executes plans: turns a plan into the step's tensors, runs the model over the paged KV cache, and samples.
 
-Owns a rank's model, KV cache and slots. Plans are executed strictly in order, which is all the synchronisation that the parent's
-bookkeeping needs.
+Owns a rank's model, KV cache and slots. Plans are executed strictly in order, which is all the synchronisation that the
+parent's bookkeeping needs.
 """
 
 import logging
@@ -139,7 +139,8 @@ def count_blocks(
         source = "available" if requested is None else "given by --kv-cache-memory"
         fitting = max(num_blocks, 0) * max_length // blocks_per_sequence
         raise InsufficientMemory(
-            f"the KV cache of one sequence of {max_length} tokens needs {need:.0f} MiB, but {max(budget, 0) / 2**20:.0f} MiB are {source}; "
+            f"the KV cache of one sequence of {max_length} tokens needs {need:.0f} MiB, "
+            f"but {max(budget, 0) / 2**20:.0f} MiB are {source}; "
             f"lower --max-length (to {fitting} or less)" + ("" if requested is None else " or raise --kv-cache-memory")
         )
     return num_blocks if requested is not None else min(num_blocks, max_batch * blocks_per_sequence)

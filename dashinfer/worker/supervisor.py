@@ -86,8 +86,8 @@ class Rank:
         assert self._stream is not None
         try:
             await self._stream.send_all(frame)
-        except trio.BrokenResourceError:
-            await trio.sleep(EXIT_TIMEOUT)  # the watcher of the exit has more to say
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            await trio.sleep(EXIT_TIMEOUT)  # what ended the rank is about to be raised by those who watch it
             raise errors.WorkerError(f"{self._name} closed its connection") from None
 
     async def _read(self, on_message: Callable[[Progress | StepResult], None], task_status: trio.TaskStatus[Ready]) -> None:

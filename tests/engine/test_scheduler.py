@@ -31,9 +31,7 @@ class Harness:
             max_step_tokens=max_step_tokens,
             prefix_cache=prefix_cache,
         )
-        self.rank = FakeRank(
-            num_blocks=num_blocks, block_size=block_size, max_batch=max_batch, max_step_tokens=max_step_tokens
-        )
+        self.rank = FakeRank(num_blocks=num_blocks, block_size=block_size, max_batch=max_batch, max_step_tokens=max_step_tokens)
         self.results: deque = deque()
         self.plans: list = []
         self.endings: dict[Sequence, str] = {}
@@ -132,7 +130,7 @@ def test_a_head_of_the_queue_that_does_not_fit_is_not_overtaken():
 
     assert harness.scheduler.running == [running]
     harness.run()
-    assert list(harness.endings)[0] is running
+    assert next(iter(harness.endings)) is running
     harness.assert_empty()
 
 
