@@ -144,8 +144,8 @@ class ModelConfig:
         if not self._divides(world_size):
             works = [str(size) for size in range(1, self.num_heads + 1) if self._divides(size)]
             raise UnsupportedModel(
-                f"--tensor-parallel {world_size} does not divide this model ({self.num_heads} attention heads, {self.num_kv_heads} "
-                f"key-value heads, intermediate size {self.intermediate_size}); these do: {', '.join(works)}"
+                f"--tensor-parallel {world_size} does not divide this model ({self.num_heads} attention heads, "
+                f"{self.num_kv_heads} key-value heads, intermediate size {self.intermediate_size}); these do: {', '.join(works)}"
             )
 
     def _divides(self, world_size: int) -> bool:

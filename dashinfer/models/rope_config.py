@@ -17,7 +17,7 @@ RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """How positions turn into rotations. `original_positions` is the length, in tokens, that the model was first trained for."""
+    """How positions turn into rotations. `original_positions` is the length in tokens that it was first trained for."""
 
     kind: RopeKind = "default"
     theta: float = 10000.0
@@ -40,7 +40,8 @@ class RopeConfig:
         kind = table.get("rope_type") or table.get("type") or "default"
         if kind not in get_args(RopeKind):
             raise UnsupportedModel(
-                f"config.json: rotary embeddings of the type {kind!r} are not supported; supported are {', '.join(get_args(RopeKind))}"
+                f"config.json: rotary embeddings of the type {kind!r} are not supported; "
+                f"supported are {', '.join(get_args(RopeKind))}"
             )
         if "mrope_section" in table:
             raise UnsupportedModel("config.json: multimodal rotary embeddings (mrope_section) are not supported yet")
