@@ -1,0 +1,179 @@
+"""`parse_chat_request`: bytes from the network to a `ChatCompletionRequest`, or one clear 400.
+
+Owns the words of every validation error. Knows nothing of the model that is served.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from pydantic import ValidationError
+
+from dashinfer.errors import InvalidRequest
+from dashinfer.protocol.chat import ChatCompletionRequest
+from dashinfer.protocol.messages import CONTENT_TAGS, ROLES
+
+# Fields of OpenAI's API that change an answer and that this server does not know: never ignored.
+UNSUPPORTED = frozenset(
+    {"functions", "function_call", "audio", "prediction", "web_search_options", "reasoning_effort", "verbosity"}
+)
+
+_LONE_SURROGATE = re.compile(rb"\\u[dD](?:[89aAbB]..(?!\\u[dD][c-fC-F])|[c-fC-F])")
+_JSON_NAMES = {str: "a string", bool: "a boolean", int: "a number", float: "a number", list: "an array", dict: "an object"}
+_WANTED = {
+    "string_type": "a string",
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "list_type": "an array",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+    "finite_number": "a finite number",
+}
+# Fields that take more than one type, by the last step of their path.
+_WANTED_BY = {"stop": "a string or an array of strings", "content": "a string or an array of parts"}
+_LONGEST_PARAM = 100  # characters; names of unknown fields come from the client
+_decoder = msgspec.json.Decoder()
+
+
+def parse_chat_request(body: bytes) -> ChatCompletionRequest:
+    """The request in a body.
+
+    Raises:
+        InvalidRequest: with `param` such as `temperature` or `messages.0.content`, and one line for people.
+    """
+    fields = _object(body)
+    # A null is a field that was left out: clients write out their defaults so.
+    fields = {name: value for name, value in fields.items() if value is not None}
+    _refuse_unsupported(fields)
+    try:
+        return ChatCompletionRequest.model_validate(fields)
+    except ValidationError as error:
+        raise _invalid(error) from None
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    try:
+        value = _decoder.decode(body)
+    except UnicodeDecodeError as error:
+        raise InvalidRequest("the body is not UTF-8") from error
+    except RecursionError as error:
+        raise InvalidRequest("the body is nested too deeply") from error
+    except msgspec.DecodeError as error:
+        if not body.strip():
+            raise InvalidRequest("the body is empty; send a JSON object") from error
+        if _LONE_SURROGATE.search(body):
+            raise InvalidRequest("the body has a string with half of a surrogate pair, which is no character") from error
+        raise InvalidRequest(f"the body is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"the body must be a JSON object, not {_named(value)}")
+    return value
+
+
+def _unsupported(message: str, param: str) -> InvalidRequest:
+    return InvalidRequest(message, param=param, code="unsupported_parameter")
+
+
+def _refuse_unsupported(fields: Mapping[str, Any]) -> None:
+    if fields.get("tools"):
+        raise _unsupported("`tools` are not supported yet", "tools")
+    if fields.get("tool_choice") not in (None, "none", "auto"):
+        raise InvalidRequest("`tool_choice` needs `tools`, which are not supported yet", param="tool_choice")
+    response_format = fields.get("response_format")
+    if isinstance(response_format, dict) and response_format != {"type": "text"}:
+        kind = response_format.get("type")
+        raise _unsupported(
+            f'`response_format` with the type {_shown(kind)} is not supported yet, only "text"', "response_format"
+        )
+    modalities = fields.get("modalities")
+    if isinstance(modalities, list) and modalities != ["text"]:
+        raise _unsupported('`modalities` other than ["text"] are not supported', "modalities")
+    harmless = {"functions": ([],), "function_call": ("none", "auto")}
+    for name in sorted(UNSUPPORTED & fields.keys()):
+        if fields[name] not in harmless.get(name, ()):
+            raise _unsupported(f"`{name}` is not supported", name)
+
+
+def _invalid(error: ValidationError) -> InvalidRequest:
+    """The first of pydantic's errors in our words."""
+    detail = error.errors(include_url=False, include_context=True)[0]
+    kind: str = detail["type"]
+    if kind.startswith("at:"):
+        param = kind.removeprefix("at:")
+        return InvalidRequest(f"`{param}` {detail['msg']}", param=param)
+    location = detail["loc"]
+    if kind == "unknown_field":
+        location = (*location, detail["ctx"]["field"])
+    elif kind in ("union_tag_invalid", "union_tag_not_found"):
+        location = (*location, "role")
+    param = _param(location)
+    if kind == "unsupported":
+        message = detail["msg"] if detail["msg"].startswith("content") else f"`{param}` {detail['msg']}"
+        return _unsupported(message, param)
+    return InvalidRequest(_sentence(kind, param, detail), param=param)
+
+
+def _param(location: tuple[str | int, ...]) -> str:
+    """`messages.0.content` from pydantic's path, which also names the branches of unions."""
+    shown: list[str] = []
+    for i, step in enumerate(location):
+        before = location[i - 1] if i else None
+        is_role = step in ROLES and isinstance(before, int) and i == 2
+        is_content_kind = step in CONTENT_TAGS and before == "content"
+        if not (is_role or is_content_kind or step == "[key]"):
+            shown.append(str(step))
+    param = ".".join(shown)
+    param = param if len(param) <= _LONGEST_PARAM else param[:_LONGEST_PARAM] + "..."
+    return param if param.isprintable() else repr(param)
+
+
+def _sentence(kind: str, param: str, detail: Mapping[str, Any]) -> str:
+    context: Mapping[str, Any] = detail.get("ctx") or {}
+    value = detail["input"]
+    if kind == "missing":
+        return f"`{param}` is required"
+    if kind in _WANTED:
+        wanted = _WANTED_BY.get(param.rpartition(".")[2], _WANTED[kind])
+        return f"`{param}` must be {wanted}, not {_shown(value)}"
+    bounds = {
+        "greater_than": ("more than", "gt"),
+        "greater_than_equal": ("at least", "ge"),
+        "less_than": ("less than", "lt"),
+        "less_than_equal": ("at most", "le"),
+    }
+    if kind in bounds:
+        words, key = bounds[kind]
+        return f"`{param}` is {_shown(value)}; it must be {words} {_plain(context[key])}"
+    if kind in ("too_short", "string_too_short"):
+        return f"`{param}` must not be empty"
+    if kind == "too_long":
+        return f"`{param}` has more than {context['max_length']} items"
+    if kind == "string_too_long":
+        return f"`{param}` is longer than {context['max_length']} characters"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        return f"`{param}` must be one of {', '.join(ROLES)}"
+    if kind == "literal_error":
+        return f"`{param}` must be {context['expected']}, not {_shown(value)}"
+    return f"`{param}` {detail['msg'][:1].lower()}{detail['msg'][1:]}"
+
+
+def _plain(number: float) -> str:
+    return f"{number:g}" if isinstance(number, float) else str(number)
+
+
+def _named(value: Any) -> str:
+    return "null" if value is None else _JSON_NAMES[type(value)]
+
+
+def _shown(value: Any) -> str:
+    """A short value itself, and the kind of a long one: an error is one line."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float) and len(text := str(value)) <= 24:
+        return text
+    if isinstance(value, str) and len(value) <= 24 and value.isprintable():
+        return f'the string "{value}"'
+    return _named(value)
