@@ -83,7 +83,7 @@ def serve(connection: Connection) -> None:
 
     from dashinfer.models.config import ModelConfig
 
-    model_config = ModelConfig.parse(start.config.files.config)  # refuses an unknown architecture before torch is imported
+    model_config = ModelConfig.from_hf(start.config.files.config)  # refuses an unknown architecture before torch is imported
 
     from dashinfer.worker.runner import Runner
 

@@ -4,7 +4,6 @@ Owns a rank's model, KV cache and slots. Plans are executed strictly in order, w
 parent's bookkeeping needs.
 """
 
-import logging
 
 import torch
 from dashinfer_kernels import PagedBatch
@@ -12,16 +11,14 @@ from dashinfer_kernels import PagedBatch
 from dashinfer.errors import ConfigurationError, InsufficientMemory
 from dashinfer.models.config import ModelConfig
 from dashinfer.models.kv_cache import allocate_kv_cache, kv_bytes_per_block
-from dashinfer.models.loader import ReportProgress, load_model
+from dashinfer.models.loader import load_model
 from dashinfer.models.memory import available_memory
 from dashinfer.models.parallel import Group
+from dashinfer.models.weights import ReportProgress
 from dashinfer.types import Ready, StepPlan, StepResult, WorkerConfig
 from dashinfer.worker.sampler import Sampler
 from dashinfer.worker.slots import Slots
 
-logger = logging.getLogger("dashinfer.runner")
-
-DEFAULT_MAX_LENGTH = 8192  # tokens
 BLOCK_SIZE = {"cpu": 32, "cuda": 16}
 STEP_TOKENS = {"cpu": 512, "cuda": 8192}
 MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.9}  # of what is available once the weights are there
@@ -37,7 +34,7 @@ class Runner:
 
     def __init__(self, config: WorkerConfig, model_config: ModelConfig, report: ReportProgress) -> None:
         device = select_device(config.device)
-        max_length = resolve_max_length(config.max_length, model_config.max_position_embeddings)
+        max_length = model_config.resolve_max_length(config.max_length)
         self._device = device
         self._model = load_model(
             config, model_config, device=device, group=Group(config.rank, config.world_size), report=report
@@ -52,7 +49,7 @@ class Runner:
             max_batch=config.max_batch,
             max_length=max_length,
             requested=config.kv_cache_memory,
-            available=int(available_memory(device) * MEMORY_SHARE[device.type])
+            available=int(free_memory(device) * MEMORY_SHARE[device.type])
             - step_tokens * model_config.hidden_size * ACTIVATION_BYTES_PER_TOKEN,
         )
         self._kv_caches = allocate_kv_cache(model_config, num_blocks, self._block_size, dtype, device, config.world_size)
@@ -115,13 +112,9 @@ def select_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and has_cuda else "cpu")
 
 
-def resolve_max_length(requested: int | None, model_limit: int) -> int:
-    """The longest sequence in tokens."""
-    if requested is None:
-        return min(DEFAULT_MAX_LENGTH, model_limit)
-    if requested > model_limit:
-        raise ConfigurationError(f"--max-length {requested} is more than the model's context of {model_limit} tokens; lower it")
-    return requested
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken on the device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
 
 
 def count_blocks(

@@ -34,7 +34,9 @@ async def engine(demo: ModelSource, **settings):
             nursery.cancel_scope.cancel()
 
 
-async def generate(engine: Engine, prompt: list[int], stop: tuple[int, ...], max_tokens: int = MAX_TOKENS) -> tuple[list[int], int]:
+async def generate(
+    engine: Engine, prompt: list[int], stop: tuple[int, ...], max_tokens: int = MAX_TOKENS
+) -> tuple[list[int], int]:
     """A greedy answer, and how many prompt tokens came from the prefix cache."""
     tokens = []
     params = SamplingParams(max_tokens=max_tokens, seed=0, temperature=0.0, stop_token_ids=stop)
