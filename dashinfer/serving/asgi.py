@@ -1,8 +1,8 @@
 """The ASGI target: `hypercorn --worker-class trio dashinfer.serving.asgi:app`, with settings from `DASHINFER_*` variables.
 
-The engine lives in the application's lifespan. Start-up returns at once, because servers limit it to a minute and a model may take
-longer; until it is loaded, `/health` answers 503 `loading`. A server ignores a lifespan that crashes and would go on answering,
-so a failed engine ends the process by SIGTERM, for a supervisor to start it again.
+The engine lives in the application's lifespan. Start-up returns at once, because servers limit it to a minute and a model may
+take longer; until it is loaded, `/health` answers 503 `loading`. A server ignores a lifespan that crashes and would go on
+answering, so a failed engine ends the process by SIGTERM, for a supervisor to start it again.
 """
 
 import logging
@@ -20,12 +20,10 @@ from dashinfer.serving.backend import Backend, ModelBackend, RunnableEngine
 from dashinfer.serving.cli import version
 from dashinfer.serving.edge import ASGIApp, Receive, Scope, Send
 from dashinfer.serving.progress import LogDisplay, report_progress
-from dashinfer.serving.run import FAREWELL, describe, leaves
+from dashinfer.serving.run import FAREWELL
 from dashinfer.serving.service import Service, TextModel
 
 logger = logging.getLogger(__name__)
-
-SHUTDOWN_PATIENCE = 10.0  # seconds for the engine to end, once the server has let its requests finish
 
 
 class Application:
@@ -51,7 +49,7 @@ class Application:
         except ConfigurationError as error:
             await send({"type": "lifespan.startup.failed", "message": str(error)})
             return
-        log.configure(settings.log_level)
+        log.configure(settings.log_level, libraries=False)
         service = Service(settings, version=version())
         self._app = create_app(service)
         async with trio.open_nursery() as nursery:
@@ -60,16 +58,14 @@ class Application:
             message = await receive()
             assert message["type"] == "lifespan.shutdown", "the second event of a lifespan"
             service.begin_drain()
-            # The server has waited for its requests by now, as long as its own settings say.
-            nursery.cancel_scope.deadline = trio.current_time() + SHUTDOWN_PATIENCE
-            nursery.cancel_scope.cancel()
+            nursery.cancel_scope.cancel()  # the server has waited for its requests by now, as long as its own settings say
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _keep_engine(self, service: Service) -> None:
         try:
             await self._run_engine(service)
         except Exception as error:
-            reason = describe(leaves(error)[0])
+            reason = log.describe(error)
             service.fail(reason)
             logger.error("%s; ending the process", reason, exc_info=error if service.config.log_level == "debug" else None)
             with trio.move_on_after(FAREWELL):
@@ -90,7 +86,7 @@ class Application:
         loaded = trio.Event()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(serve_when_ready)
-            await nursery.start(partial(engine.run))
+            await nursery.start(engine.run)
             loaded.set()
         raise WorkerError("the engine ended by itself")
 

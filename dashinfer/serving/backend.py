@@ -1,4 +1,4 @@
-"""What the server runs on: finding the model, its text side and its engine. One seam, so that the server can be tested without them.
+"""What the server runs on: finding the model, its text side and its engine. One seam, so that it can be tested without them.
 
 Nothing is imported before it is needed: what starts the worker comes first, the rest while the worker loads.
 """

@@ -3,9 +3,9 @@
 Knows nothing of routes, headers and connections. A request's life in the engine is the `with` block it was entered into: the
 caller's exit stack, which is closed when the HTTP request ends for any reason.
 
-Counting: `completion_tokens` are the tokens the model produced, the one that ended the choice included (as OpenAI counts), up to
-and including the token that completed a stop string. Log-probabilities are given for tokens of the text, so not for an end token
-and not for the token that completed a stop string.
+Counting: `completion_tokens` are the tokens the model produced, the one that ended the choice included (as OpenAI counts), up
+to and including the token that completed a stop string. Log-probabilities are given for tokens of the text, so not for an end
+token and not for the token that completed a stop string.
 """
 
 import secrets
@@ -56,7 +56,8 @@ def prepare(service: Service, engine: EngineAPI, text: TextModel, body: bytes) -
     request = parse_chat_request(body)
     if request.model not in (service.config.model_name, service.config.model):
         raise ModelNotServed(
-            f"the model {request.model[:200]!r} is not served here; this server has {service.config.model_name!r}", param="model"
+            f"the model {request.model[:200]!r} is not served here; this server has {service.config.model_name!r}",
+            param="model",
         )
     assert engine.info is not None, "an engine that is ready knows its model"
     rendered = text.template.render(
@@ -67,7 +68,8 @@ def prepare(service: Service, engine: EngineAPI, text: TextModel, body: bytes) -
     )
     if len(rendered) > engine.info.max_length * _MAX_CHARACTERS_PER_TOKEN:
         raise ContextLengthExceeded(
-            f"the prompt of {len(rendered)} characters is longer than {engine.info.max_length} tokens can hold", param="messages"
+            f"the prompt of {len(rendered)} characters is longer than {engine.info.max_length} tokens can hold",
+            param="messages",
         )
     prompt = text.tokenizer.encode(rendered, add_special_tokens=False)
     params = sampling_params(
@@ -200,8 +202,10 @@ class ChatCompletion:
         return stream.completion_body(choices=choices, usage=self._usage(), **self._identity)
 
     async def events(self) -> AsyncIterator[bytes]:
-        """The answer as server-sent events, everything that is ready in one piece. An engine's failure becomes an error event, and
-        the stream then ends without `[DONE]`."""
+        """The answer as server-sent events, everything that is ready in one piece.
+
+        An engine's failure becomes an error event, and the stream then ends without `[DONE]`.
+        """
         encoder = stream.ChunkEncoder(include_usage=self.request.include_usage, **self._identity)
         yield b"".join(encoder.role(choice.index) for choice in self._choices)
         try:

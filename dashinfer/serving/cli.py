@@ -1,13 +1,15 @@
 """`dashinfer_serve`: flags to a `ServerConfig`, errors to one line and an exit status.
 
-The flags are made from the fields of `ServerConfig`, so there is one place where a setting is defined. Nothing heavy is imported
-before the flags are known to be good: `--help` and a mistyped flag answer at once.
+The flags are made from the fields of `ServerConfig`, so there is one place where a setting is defined. Nothing heavy is
+imported before the flags are known to be good: `--help` and a mistyped flag answer at once.
 """
 
 import argparse
 import dataclasses
 import difflib
+import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -17,7 +19,9 @@ from typing import Any, NoReturn
 from dashinfer.config import ServerConfig, choices, parse_setting
 from dashinfer.errors import ConfigurationError, StartupError
 
-_HOW_TO_START = "which model? Try `dashinfer_serve --model demo`, or give a Hugging Face ID, a directory or a .gguf file (--help: all flags)"
+_HOW_TO_START = (
+    "no model given; start with `dashinfer_serve --model demo`, or give a Hugging Face ID, a local directory or a .gguf file"
+)
 
 
 def version() -> str:
@@ -127,15 +131,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dashinfer_serve: error: {error}", file=sys.stderr)
         return error.exit_code
     try:
-        try:
-            from dashinfer.serving import run
-        except ModuleNotFoundError as error:
-            raise StartupError(f'the package {error.name} is not installed; run: pip install "dashinfer[serving]"') from error
-        return run.run(config)
+        status = _serve(config)
     except KeyboardInterrupt:
-        return 130
+        status = 130
     except StartupError as error:
         if config.log_level == "debug":
             traceback.print_exc()
         print(f"dashinfer_serve: error: {error}", file=sys.stderr)
-        return error.exit_code
+        status = error.exit_code
+    if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
+        # A download that was abandoned has threads of its own, and the interpreter would wait for all they still have to fetch.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _serve(config: ServerConfig) -> int:
+    try:
+        from dashinfer.serving.run import run
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.startswith("dashinfer"):
+            raise
+        raise StartupError(f'the package {error.name} is not installed; run: pip install "dashinfer[serving]"') from error
+    return run(config)

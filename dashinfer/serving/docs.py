@@ -1,7 +1,7 @@
 """The documentation page: Swagger UI, shipped with the package, so that it works with no internet.
 
-Owns the list of static files (nothing else under `static/` can be asked for) and the headers of the page. Addresses are relative,
-so the page works below a prefix too.
+Owns the list of static files (nothing else under `static/` can be asked for) and the headers of the page. Addresses are
+relative, so the page works below a prefix too.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from pathlib import Path
 
 _STATIC = Path(__file__).parent / "static"
 
-PAGE = """\
+PAGE = b"""\
 <!DOCTYPE html>
 <html lang="en">
 <head>
@@ -25,7 +25,7 @@ PAGE = """\
 <script src="docs/start.js"></script>
 </body>
 </html>
-""".encode()
+"""
 
 # Swagger UI sets style attributes while it runs and draws its icons from data: addresses; everything else comes from us.
 PAGE_HEADERS = {

@@ -1,7 +1,7 @@
 """The ASGI layer around the application: what every request passes, whatever route it takes or fails to take.
 
-It gives each request an id, checks its key, counts it, logs it when it ends, and ends the request's generation then at the latest.
-Looks at `scope["path"]` only, never at an address rebuilt from headers. Knows nothing of routes and bodies.
+It gives each request an id, checks its key, counts it, logs it when it ends, and ends the request's generation then at the
+latest. Looks at `scope["path"]` only, never at an address rebuilt from headers. Knows nothing of routes and bodies.
 """
 
 import logging
@@ -79,7 +79,7 @@ class _Exchange:
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
-            # Answering while the client still sends would close the connection under it, and it would see a reset, not the answer.
+            # Answering while the client still sends would close the connection under it: a reset, and no answer is read.
             with trio.move_on_after(UPLOAD_PATIENCE):
                 await self._uploaded.wait()
             self.status = message["status"]

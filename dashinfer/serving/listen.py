@@ -50,7 +50,9 @@ def bind(host: str, port: int) -> Iterator[list[socket.socket]]:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (socket.gaierror, UnicodeError) as error:
-        raise ConfigurationError(f"--host {host}: no such address; use 0.0.0.0 for all, 127.0.0.1 for this machine only") from error
+        raise ConfigurationError(
+            f"--host {host}: no such address; use 0.0.0.0 for all, 127.0.0.1 for this machine only"
+        ) from error
     with ExitStack() as stack:
         sockets: list[socket.socket] = []
         for family, _, _, _, address in dict.fromkeys(found):

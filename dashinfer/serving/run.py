@@ -167,7 +167,9 @@ class Server:
         assert self._engine is not None, "only what serves is drained"
         config, service = self._config, self._service
         logger.info(
-            "shutting down: %d requests may finish within %g s; a second signal ends at once", service.in_flight, config.drain_timeout
+            "shutting down: %d requests may finish within %g s; a second signal ends at once",
+            service.in_flight,
+            config.drain_timeout,
         )
         service.begin_drain()
         self._engine.begin_drain()
@@ -194,7 +196,11 @@ class Server:
 
     def _end_hard(self) -> None:
         reason = f" after: {self._service.failure}" if self._service.failure else ""
-        print(f"dashinfer_serve: error: could not stop within {WATCHDOG:g} s{reason}; ending the process", file=sys.stderr, flush=True)
+        print(
+            f"dashinfer_serve: error: could not stop within {WATCHDOG:g} s{reason}; ending the process",
+            file=sys.stderr,
+            flush=True,
+        )
         os._exit(1 if self.exit_code is None else self.exit_code)
 
 

@@ -97,7 +97,8 @@ class Service:
         """
         if (state := self.state) != "ready":
             raise EngineUnavailable(_WHY_NOT[state])
-        assert self._engine is not None and self._text is not None, "ready without a model"
+        assert self._engine is not None, "ready without an engine"
+        assert self._text is not None, "ready without a tokenizer"
         return self._engine, self._text
 
     @contextmanager
