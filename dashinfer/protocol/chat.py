@@ -1,31 +1,250 @@
-"""Requests and responses of `/v1/chat/completions`, `/v1/models` and `/health` as pydantic models."""
+"""Requests and responses of `/v1/chat/completions`, `/v1/models` and `/health` as pydantic models.
 
-from typing import Any, Literal
+Owns every field's type and bounds, and is the source of the OpenAPI document. Knows nothing of how bodies are parsed (`parse`),
+what the model's defaults are (`sampling`), or how responses become bytes (`stream`, which tests hold to these models).
+"""
 
-from pydantic import BaseModel
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
+
+from dashinfer.protocol.messages import Message, RequestModel, template_message
+from dashinfer.types import FinishReason
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 1000  # characters
+MAX_CHOICES = 16
+MAX_TOP_LOGPROBS = 20
+MAX_BIASES = 1024
+
+_TOKEN_ID = re.compile(r"\d{1,10}")
 
 
-class ChatCompletionRequest(BaseModel):
-    model: str
-    stream: bool
-    n: int
-    stop: list[str]  # normalised: always a list
-    logprobs: bool
-    top_logprobs: int
-    skip_special_tokens: bool
-    chat_template_kwargs: dict[str, Any]
-    continue_final_message: bool
-    add_generation_prompt: bool
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _biases(value: Any) -> Any:
+    """Keys arrive as text, since JSON knows no others."""
+    if not isinstance(value, dict):
+        return value
+    for key in value:
+        if not isinstance(key, str) or _TOKEN_ID.fullmatch(key) is None:
+            raise PydanticCustomError("bias_key", "has the key {key}, which is no token id", {"key": repr(key)[:40]})
+    return {int(key): bias for key, bias in value.items()}
+
+
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+StopStrings = Annotated[
+    list[StopString],
+    Field(max_length=MAX_STOP_STRINGS),
+    BeforeValidator(_listed),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "minLength": 1},
+                {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": MAX_STOP_STRINGS},
+            ]
+        }
+    ),
+]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Biases = Annotated[
+    dict[int, Bias],
+    Field(max_length=MAX_BIASES),
+    BeforeValidator(_biases),
+    WithJsonSchema({"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}}),
+]
+TokenId = Annotated[int, Field(ge=0)]
+
+
+class StreamOptions(RequestModel):
+    include_usage: bool = Field(default=False, description="send a last chunk with the usage")
+    include_obfuscation: bool = Field(default=False, description="ignored: nothing is added to chunks")
+
+
+class ChatCompletionRequest(RequestModel):
+    """A chat. A null stands for a field that is left out; an unknown field is refused. `model` may be left to the server."""
+
+    messages: list[Message] = Field(min_length=1, max_length=4096)
+    model: str = Field(min_length=1)
+
+    temperature: float | None = Field(default=None, ge=0, le=2, description="0 is greedy; the default is the model's, or else 1")
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    max_tokens: int | None = Field(
+        default=None, ge=1, description="most tokens of an answer; clamped to the room that the context leaves, which is the default"
+    )
+    max_completion_tokens: int | None = Field(default=None, ge=1, description="the newer name of max_tokens, and goes before it")
+    stop: StopStrings = Field(default_factory=list, description="up to 16 strings that end an answer; they are not part of it")
+    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    logit_bias: Biases = Field(default_factory=dict, description="token id to a bias of its logit")
+    logprobs: bool = False
+    top_logprobs: int = Field(default=0, ge=0, le=MAX_TOP_LOGPROBS, description="needs logprobs")
+    stream: bool = False
+    stream_options: StreamOptions | None = Field(default=None, description="needs stream")
+
+    # Beyond OpenAI
+    top_k: int | None = Field(default=None, ge=-1, description="0 and -1 are off")
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+    min_tokens: int = Field(default=0, ge=0, description="no stop token before that many tokens")
+    stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=256)
+    ignore_eos: bool = Field(default=False, description="go on after the model's end of turn")
+    skip_special_tokens: bool = Field(default=True, description="leave special tokens out of the text")
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, max_length=64, description="names for the chat template")
+    continue_final_message: bool = Field(default=False, description="go on with the last message")
+    add_generation_prompt: bool = Field(
+        default=True, description="open an answer after the last message; the default is false with continue_final_message"
+    )
+
+    # OpenAI's, without a meaning here
+    user: str | None = Field(default=None, description="ignored")
+    store: bool | None = Field(default=None, description="ignored: nothing is stored")
+    metadata: dict[str, str] | None = Field(default=None, description="ignored")
+    service_tier: str | None = Field(default=None, description="ignored")
+    safety_identifier: str | None = Field(default=None, description="ignored")
+    prompt_cache_key: str | None = Field(default=None, description="ignored: the prefix cache needs no key")
+    prompt_cache_retention: str | None = Field(default=None, description="ignored")
+    parallel_tool_calls: bool | None = Field(default=None, description="ignored: tools are not supported yet")
+    response_format: dict[str, Any] | None = Field(default=None, description='{"type": "text"} only, so far')
+    modalities: list[Literal["text"]] | None = Field(default=None, description='["text"] only')
+    tools: list[Any] | None = Field(default=None, max_length=0, description="not supported yet: must be empty")
+    tool_choice: Literal["none", "auto"] | None = None
+
+    @model_validator(mode="after")
+    def _fields_fit_together(self) -> "ChatCompletionRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError("at:top_logprobs", "needs `logprobs` to be true")
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError("at:stream_options", "needs `stream` to be true")
+        if self.token_limit is not None and self.min_tokens > self.token_limit:
+            raise PydanticCustomError(
+                "at:min_tokens", "is {least}, more than the {most} tokens allowed at most",
+                {"least": self.min_tokens, "most": self.token_limit},
+            )
+        if self.continue_final_message:
+            if "add_generation_prompt" not in self.model_fields_set:
+                self.add_generation_prompt = False
+            elif self.add_generation_prompt:
+                raise PydanticCustomError("at:continue_final_message", "excludes `add_generation_prompt`")
+        return self
+
+    @property
+    def token_limit(self) -> int | None:
+        """What the request itself allows; None leaves it to the context."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
     def include_usage(self) -> bool:
-        raise NotImplementedError
+        return self.stream_options is not None and self.stream_options.include_usage
 
     def template_messages(self) -> list[dict[str, Any]]:
         """Plain dictionaries for `ChatTemplate.render`."""
-        raise NotImplementedError
+        return [template_message(message) for message in self.messages]
+
+
+class TopLogprob(BaseModel):
+    token: str
+    logprob: float = Field(description="natural logarithm; -9999.0 for a probability of zero")
+    bytes: list[int] | None
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChoiceLogprobs(BaseModel):
+    content: list[TokenLogprob] | None
+    refusal: None = None
+
+
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int = Field(description="tokens of the prompt that were found in the prefix cache")
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class ResponseMessage(BaseModel):
+    role: Literal["assistant"]
+    content: str
+    refusal: None = None
+
+
+class Choice(BaseModel):
+    index: int
+    message: ResponseMessage
+    logprobs: ChoiceLogprobs | None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"]
+    created: int = Field(description="Unix time in seconds")
+    model: str
+    system_fingerprint: str
+    choices: list[Choice]
+    usage: Usage
+
+
+class Delta(BaseModel):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChunkChoice(BaseModel):
+    index: int
+    delta: Delta
+    logprobs: ChoiceLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class ChatCompletionChunk(BaseModel):
+    """One event of a stream."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChunkChoice] = Field(description="empty in the chunk that carries the usage")
+    usage: Usage | None = Field(default=None, description="only with stream_options.include_usage; null but in the last chunk")
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int = Field(description="longest sequence, prompt and answer, in tokens")
+
+
+class ModelList(BaseModel):
+    object: Literal["list"]
+    data: list[Model]
 
 
 class Health(BaseModel):
     status: Literal["ok", "loading", "draining", "failed"]
-    mode: Literal["llm", "vlm"] | None
+    mode: Literal["llm", "vlm"] | None = Field(description="null until the model is loaded")
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    error: ErrorDetail

@@ -1,8 +1,167 @@
-"""`parse_chat_request`: bytes from the network to a `ChatCompletionRequest`, or one clear 400."""
+"""`parse_chat_request`: bytes from the network to a `ChatCompletionRequest`, or one clear 400.
 
+Owns the words of every validation error. Knows nothing of the model that is served.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from pydantic import ValidationError
+
+from dashinfer.errors import InvalidRequest
 from dashinfer.protocol.chat import ChatCompletionRequest
+from dashinfer.protocol.messages import CONTENT_TAGS, ROLES
+
+# Fields of OpenAI's API that change an answer and that this server does not know: never ignored.
+UNSUPPORTED = frozenset({"functions", "function_call", "audio", "prediction", "web_search_options", "reasoning_effort", "verbosity"})
+
+_LONE_SURROGATE = re.compile(rb"\\u[dD](?:[89aAbB]..(?!\\u[dD][c-fC-F])|[c-fC-F])")
+_JSON_NAMES = {str: "a string", bool: "a boolean", int: "a number", float: "a number", list: "an array", dict: "an object"}
+_WANTED = {
+    "string_type": "a string",
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "list_type": "an array",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+    "finite_number": "a finite number",
+}
+_decoder = msgspec.json.Decoder()
 
 
 def parse_chat_request(body: bytes) -> ChatCompletionRequest:
-    """Raises: InvalidRequest: with `param` such as `temperature` or `messages.0.content`."""
-    raise NotImplementedError
+    """The request in a body.
+
+    Raises:
+        InvalidRequest: with `param` such as `temperature` or `messages.0.content`, and one line for people.
+    """
+    fields = _object(body)
+    # A null is a field that was left out: clients write out their defaults so.
+    fields = {name: value for name, value in fields.items() if value is not None}
+    _refuse_unsupported(fields)
+    try:
+        return ChatCompletionRequest.model_validate(fields)
+    except ValidationError as error:
+        raise _invalid(error) from None
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    try:
+        value = _decoder.decode(body)
+    except UnicodeDecodeError as error:
+        raise InvalidRequest("the body is not UTF-8") from error
+    except RecursionError as error:
+        raise InvalidRequest("the body is nested too deeply") from error
+    except msgspec.DecodeError as error:
+        if not body.strip():
+            raise InvalidRequest("the body is empty; send a JSON object") from error
+        if _LONE_SURROGATE.search(body):
+            raise InvalidRequest("the body has a string with half of a surrogate pair, which is no character") from error
+        raise InvalidRequest(f"the body is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"the body must be a JSON object, not {_named(value)}")
+    return value
+
+
+def _refuse_unsupported(fields: Mapping[str, Any]) -> None:
+    if fields.get("tools"):
+        raise InvalidRequest("`tools` are not supported yet", param="tools", code="unsupported_parameter")
+    if fields.get("tool_choice") not in (None, "none", "auto"):
+        raise InvalidRequest("`tool_choice` needs `tools`, which are not supported yet", param="tool_choice")
+    response_format = fields.get("response_format")
+    if isinstance(response_format, dict) and response_format != {"type": "text"}:
+        kind = response_format.get("type")
+        raise InvalidRequest(
+            f"`response_format` of type {kind!r} is not supported yet, only \"text\"" if isinstance(kind, str) else
+            "`response_format` needs a `type`; only \"text\" is supported so far",
+            param="response_format",
+            code="unsupported_parameter",
+        )
+    modalities = fields.get("modalities")
+    if isinstance(modalities, list) and modalities != ["text"]:
+        raise InvalidRequest('`modalities` other than ["text"] are not supported', param="modalities", code="unsupported_parameter")
+    harmless = {"functions": ([],), "function_call": ("none", "auto")}
+    for name in sorted(UNSUPPORTED & fields.keys()):
+        if fields[name] not in harmless.get(name, ()):
+            raise InvalidRequest(f"`{name}` is not supported", param=name, code="unsupported_parameter")
+
+
+def _invalid(error: ValidationError) -> InvalidRequest:
+    """The first of pydantic's errors in our words."""
+    detail = error.errors(include_url=False, include_context=True)[0]
+    kind: str = detail["type"]
+    if kind.startswith("at:"):
+        param = kind.removeprefix("at:")
+        return InvalidRequest(f"`{param}` {detail['msg']}", param=param)
+    param = _param(detail["loc"])
+    if kind == "unsupported":
+        message = detail["msg"] if detail["msg"].startswith("content") else f"`{param}` {detail['msg']}"
+        return InvalidRequest(message, param=param, code="unsupported_parameter")
+    return InvalidRequest(_sentence(kind, param, detail), param=param)
+
+
+def _param(location: tuple[str | int, ...]) -> str:
+    """`messages.0.content` from pydantic's path, which also names the branches of unions."""
+    shown: list[str] = []
+    for i, step in enumerate(location):
+        before = location[i - 1] if i else None
+        is_role = step in ROLES and isinstance(before, int) and i == 2
+        is_content_kind = step in CONTENT_TAGS and before == "content"
+        if not (is_role or is_content_kind or step == "[key]"):
+            shown.append(str(step))
+    return ".".join(shown)
+
+
+def _sentence(kind: str, param: str, detail: Mapping[str, Any]) -> str:
+    context: Mapping[str, Any] = detail.get("ctx") or {}
+    value = detail["input"]
+    if kind == "missing":
+        return f"`{param}` is required"
+    if kind == "extra_forbidden":
+        return f"`{param}` is not a field this server knows"
+    if kind in _WANTED:
+        return f"`{param}` must be {_WANTED[kind]}, not {_shown(value)}"
+    bounds = {
+        "greater_than": ("more than", "gt"),
+        "greater_than_equal": ("at least", "ge"),
+        "less_than": ("less than", "lt"),
+        "less_than_equal": ("at most", "le"),
+    }
+    if kind in bounds:
+        words, key = bounds[kind]
+        return f"`{param}` is {_shown(value)}; it must be {words} {_plain(context[key])}"
+    if kind in ("too_short", "string_too_short"):
+        return f"`{param}` must not be empty"
+    if kind == "too_long":
+        return f"`{param}` has more than {context['max_length']} items"
+    if kind == "string_too_long":
+        return f"`{param}` is longer than {context['max_length']} characters"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        return f"`{param}.role` must be one of {', '.join(ROLES)}"
+    if kind == "literal_error":
+        return f"`{param}` must be {context['expected']}, not {_shown(value)}"
+    return f"`{param}` {detail['msg'][:1].lower()}{detail['msg'][1:]}"
+
+
+def _plain(number: float) -> str:
+    return f"{number:g}" if isinstance(number, float) else str(number)
+
+
+def _named(value: Any) -> str:
+    return "null" if value is None else _JSON_NAMES[type(value)]
+
+
+def _shown(value: Any) -> str:
+    """A short value itself, and the kind of a long one: an error is one line."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float) and len(text := str(value)) <= 24:
+        return text
+    if isinstance(value, str) and len(value) <= 24 and value.isprintable():
+        return f'the string "{value}"'
+    return _named(value)

@@ -21,7 +21,14 @@ from dashinfer.sources import TokenizerFiles
 
 ContentFormat = Literal["string", "parts"]
 
-RESERVED_NAMES = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
+# What `chat_template_kwargs` cannot set: each of these is said in another way, or by the model.
+RESERVED_NAMES = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
+    | {f"{kind}_token" for kind in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")}
+)
+
+# What a template, which is a program from somebody else, can end in besides jinja's own errors.
+_TEMPLATE_FAILURES = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
 
 # Marks where a final message ends. The space at its end tells whether the template keeps trailing space or trims it.
 _OPEN_END = "\ue000open end\ue001 "
@@ -102,17 +109,15 @@ def content_format(tree: nodes.Template) -> ContentFormat:
     return "string"
 
 
+def _tests_content_for(tree: nodes.Template, *tests: str) -> bool:
+    """Whether the template asks anywhere `is TEST`, as in `message.content is string`."""
+    return any(test.name in tests for test in tree.find_all(nodes.Test))
+
+
 def _reads_content(node: nodes.Node | None) -> bool:
     if isinstance(node, nodes.Getattr):
         return node.attr == "content"
     return isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const) and node.arg.value == "content"
-
-
-def _joined(content: Any) -> Any:
-    """Text parts as one string, for templates that know strings only."""
-    if not isinstance(content, list):
-        return content
-    return "\n".join(part["text"] for part in content)
 
 
 class ChatTemplate:
@@ -123,14 +128,19 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         self._template: jinja2.Template | None = None
         self.content_format: ContentFormat = "string"
+        self._wraps_strings = False  # the template knows lists of parts only
+        self._knows_null = False  # the template looks for contents that are null
         if source is None:
             return
         environment = _environment()
         try:
-            self.content_format = content_format(environment.parse(source))
+            tree = environment.parse(source)
             self._template = environment.from_string(source)
         except (jinja2.TemplateError, RecursionError) as error:
             raise UnsupportedModel(f"the model's chat template is not valid: {error}") from error
+        self.content_format = content_format(tree)
+        self._wraps_strings = self.content_format == "parts" and not _tests_content_for(tree, "string", "iterable", "mapping")
+        self._knows_null = _tests_content_for(tree, "none")
 
     @classmethod
     def from_files(cls, files: TokenizerFiles, special_tokens: Mapping[str, str]) -> "ChatTemplate":
@@ -156,7 +166,7 @@ class ChatTemplate:
         if self._template is None:
             raise InvalidRequest("this model has no chat template, so it cannot take chat messages", param="messages")
         kwargs = kwargs or {}
-        if reserved := sorted((RESERVED_NAMES | self._special_tokens.keys()) & kwargs.keys()):
+        if reserved := sorted(RESERVED_NAMES & kwargs.keys()):
             raise InvalidRequest(f"chat_template_kwargs cannot set {', '.join(reserved)}", param="chat_template_kwargs")
         if continue_final_message and add_generation_prompt:
             raise InvalidRequest(
@@ -178,9 +188,7 @@ class ChatTemplate:
             )
         except _Refusal as error:
             raise InvalidRequest(f"the model's chat template refuses these messages: {error}", param="messages") from error
-        except MemoryError:
-            raise
-        except Exception as error:  # a template is a program: anything may come out of it
+        except _TEMPLATE_FAILURES as error:
             raise InvalidRequest(
                 f"the model's chat template fails on these messages: {type(error).__name__}: {error}", param="messages"
             ) from error
@@ -188,8 +196,12 @@ class ChatTemplate:
 
     def _prepared(self, message: Mapping[str, Any]) -> dict[str, Any]:
         content = message.get("content")
-        if self.content_format == "string":
-            content = _joined(content)
+        if content is None and not self._knows_null:
+            content = ""
+        if isinstance(content, list) and self.content_format == "string":
+            content = "\n".join(part["text"] for part in content)
+        elif isinstance(content, str) and self._wraps_strings:
+            content = [{"type": "text", "text": content}]
         return {**message, "content": content}
 
 
