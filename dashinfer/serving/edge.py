@@ -84,10 +84,10 @@ class _Exchange:
                 await self._uploaded.wait()
             self.status = message["status"]
             message["headers"] = [*message["headers"], (b"x-request-id", self._id)]
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self.complete = True  # before it is sent: Hypercorn may end the request from inside of that call
         with trio.fail_after(WRITE_PATIENCE):
             await self._send(message)
-        if message["type"] == "http.response.body" and not message.get("more_body", False):
-            self.complete = True
 
     async def refuse(self, error: RequestError) -> None:
         """Answer without the application."""
