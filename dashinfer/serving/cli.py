@@ -115,8 +115,8 @@ def parse_arguments(arguments: Sequence[str]) -> ServerConfig:
         if not word.startswith("-"):
             raise ConfigurationError(f"unexpected argument {word!r}; a model is given as --model {word}")
         flags = [flag for action in parser._actions for flag in action.option_strings]
-        near = difflib.get_close_matches(word.replace("_", "-"), flags, n=1)
-        raise ConfigurationError(f"unknown flag {word}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+        near = difflib.get_close_matches(word.replace("_", "-"), flags, n=2, cutoff=0.7)
+        raise ConfigurationError(f"unknown flag {word}; " + (f"did you mean {' or '.join(near)}?" if near else "see --help"))
     values = vars(known)
     if "model" not in values:
         raise ConfigurationError(_HOW_TO_START)

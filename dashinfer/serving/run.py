@@ -25,7 +25,6 @@ from dashinfer.serving.backend import Backend, ModelBackend, RunnableEngine
 from dashinfer.serving.cli import version
 from dashinfer.serving.progress import Display, make_display, report_progress
 from dashinfer.serving.service import Service, TextModel
-from dashinfer.sources import ModelSource
 from dashinfer.types import Ready
 
 if TYPE_CHECKING:
@@ -120,7 +119,7 @@ class Server:
         assert text is not None, "the nursery ended without it"
         display.__exit__(None, None, None)
         self._service.ready(engine, text)
-        _announce(self._config, url, source, info)
+        _announce(self._config, url, info)
 
     async def _run_engine(self, engine: RunnableEngine, *, task_status: trio.TaskStatus[Ready]) -> None:
         try:
@@ -204,11 +203,11 @@ class Server:
         os._exit(1 if self.exit_code is None else self.exit_code)
 
 
-def _announce(config: ServerConfig, url: str, source: ModelSource, info: Ready) -> None:
+def _announce(config: ServerConfig, url: str, info: Ready) -> None:
     """Tells that the server is ready, and with what."""
     rows = {
         "address": url if config.host in url else f"{url} (bound to {config.host})",
-        "model": f"{config.model_name} ({source.files.name}, {info.architecture}, mode {info.mode})",
+        "model": f"{config.model_name} ({info.architecture}, mode {info.mode})",
         "device": f"{info.device}, {info.data_type}, {info.weight_bytes / 2**20:,.0f} MiB of weights",
         "KV cache": f"{info.num_blocks * info.block_size:,} tokens, {info.kv_cache_bytes / 2**20:,.0f} MiB; "
         f"a sequence up to {info.max_length:,} tokens",

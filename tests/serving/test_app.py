@@ -178,7 +178,10 @@ async def test_queue_full(run_server: RunServer, stream: bool) -> None:
     assert answer.status_code == 429
     assert answer.headers["retry-after"] == "1"
     assert error_of(answer) == {
-        "message": "256 requests wait already", "type": "rate_limit_error", "param": None, "code": "queue_full",
+        "message": "256 requests wait already",
+        "type": "rate_limit_error",
+        "param": None,
+        "code": "queue_full",
     }
 
 
@@ -220,7 +223,9 @@ async def test_docs_need_nothing_from_elsewhere(run_server: RunServer) -> None:
     async with run_server(api_keys=("sk-1",)) as server:
         home = await server.client.get("/")
         page = await server.client.get("/docs")
-        files = {name: await server.client.get(f"/docs/{name}") for name in ("swagger-ui-bundle.js", "swagger-ui.css", "start.js")}
+        files = {
+            name: await server.client.get(f"/docs/{name}") for name in ("swagger-ui-bundle.js", "swagger-ui.css", "start.js")
+        }
         document = await server.client.get("/openapi.json")
         outside = await server.client.get("/docs/../app.py")
 
@@ -276,9 +281,7 @@ async def test_access_log_has_no_contents(run_server: RunServer, caplog: pytest.
     assert "sk-private" not in caplog.text
 
 
-async def test_a_client_that_does_not_read_loses_its_connection(
-    run_server: RunServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_client_that_does_not_read_loses_its_connection(run_server: RunServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dashinfer.serving.listen.STALLED_CLIENT", 0.2)
     monkeypatch.setattr(edge, "WRITE_PATIENCE", 0.2)
     async with run_server() as server:

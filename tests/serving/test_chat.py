@@ -109,9 +109,10 @@ async def test_logprobs(run_server: RunServer, at_once: int) -> None:
 
 async def test_quiet_stream_is_kept_alive(run_server: RunServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat, "KEEP_ALIVE", 0.01)
-    async with run_server() as server, server.client.stream(
-        "POST", "/v1/chat/completions", json=server.body("wait ab", stream=True)
-    ) as answer:
+    async with (
+        run_server() as server,
+        server.client.stream("POST", "/v1/chat/completions", json=server.body("wait ab", stream=True)) as answer,
+    ):
         seen = ""
         with trio.fail_after(10):
             async for piece in answer.aiter_text():

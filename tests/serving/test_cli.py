@@ -1,6 +1,7 @@
 """The command line: flags, messages, exit statuses."""
 
 import dataclasses
+import shlex
 import subprocess
 import sys
 
@@ -29,10 +30,13 @@ def test_defaults_are_the_documented_ones() -> None:
 
 def test_every_flag() -> None:
     config = cli.parse_arguments(
-        "--model m --mode vlm --host ::1 --port 0 --tensor-parallel 4 --max-batch 64 --max-length 16384 --data-type float16 "
-        "--api-keys sk-key1,sk-key2 --log-level debug --vision-engine transformers --min-pixels 1 --max-pixels 2 --quant-type fp8 "
-        "--served-model-name name --max-queue 3 --drain-timeout 1.5 --step-timeout 9 --device cpu --load-format dummy "
-        "--kv-cache-memory 4GiB --block-size 32 --max-step-tokens 100 --disable-prefix-cache".split()
+        shlex.split(
+            "--model m --mode vlm --host ::1 --port 0 --tensor-parallel 4 --max-batch 64 --max-length 16384 "
+            "--data-type float16 --api-keys sk-key1,sk-key2 --log-level debug --vision-engine transformers --min-pixels 1 "
+            "--max-pixels 2 --quant-type fp8 --served-model-name name --max-queue 3 --drain-timeout 1.5 --step-timeout 9 "
+            "--device cpu --load-format dummy --kv-cache-memory 4GiB --block-size 32 --max-step-tokens 100 "
+            "--disable-prefix-cache"
+        )
     )
 
     assert config == ServerConfig(
@@ -57,7 +61,7 @@ def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None
     ("arguments", "message"),
     [
         ([], "dashinfer_serve --model demo"),
-        (["--modle", "demo"], "unknown flag --modle; did you mean --model?"),
+        (["--modle", "demo"], "unknown flag --modle; did you mean --mode or --model?"),
         (["--model", "demo", "--max_batch=3"], "unknown flag --max_batch; did you mean --max-batch?"),
         (["demo"], "--model demo"),
         (["--model"], "--model: expected one argument"),

@@ -28,7 +28,8 @@ async def test_client(run_server: RunServer) -> None:
 
     assert whole.choices[0].message.content == "The capital of France is Paris."
     assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == "The capital of France is Paris."
+    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(pieces) == "The capital of France is Paris."
     assert chunks[-1].usage == whole.usage
     assert [model.id for model in models] == ["demo"]
 
