@@ -39,10 +39,10 @@ def _positive(text: str) -> int:
     return value
 
 
-def _not_negative(text: str) -> float:
+def _seconds(text: str) -> float:
     value = float(text)
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"{text} is not a number of seconds")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{text} is not a number of seconds above 0")
     return value
 
 
@@ -63,7 +63,12 @@ def _keys(text: str) -> tuple[str, ...]:
 
 
 def _setting(
-    default: Any, help: str, *, group: str = "Common options", parse: Callable[[str], Any] | None = None, metavar: str | None = None
+    default: Any,
+    help: str,
+    *,
+    group: str = "Common options",
+    parse: Callable[[str], Any] | None = None,
+    metavar: str | None = None,
 ) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, "group": group, "parse": parse, "metavar": metavar})
 
@@ -86,11 +91,15 @@ class ServerConfig:
     tensor_parallel: int = _setting(1, "number of GPUs to split the model over", parse=_positive, metavar="N")
     max_batch: int = _setting(32, "most sequences that run at once", parse=_positive, metavar="N")
     max_length: int | None = _setting(
-        None, "longest sequence, prompt and output, in tokens (default: 8192, or the model's own limit where that is less)",
-        parse=_positive, metavar="N",
+        None,
+        "longest sequence, prompt and output, in tokens (default: 8192, or the model's own limit where that is less)",
+        parse=_positive,
+        metavar="N",
     )
     data_type: DataType = _setting("bfloat16", "type of weights and activations")
-    api_keys: tuple[str, ...] = _setting((), "comma-separated keys; requests under /v1 must carry one", parse=_keys, metavar="KEYS")
+    api_keys: tuple[str, ...] = _setting(
+        (), "comma-separated keys; requests under /v1 must carry one", parse=_keys, metavar="KEYS"
+    )
     log_level: LogLevel = _setting("info", "how much to log")
 
     vision_engine: VisionEngine = _setting("tensorrt", "what runs the vision tower", group=_VLM)
@@ -101,23 +110,39 @@ class ServerConfig:
     served_model_name: str | None = _setting(
         None, "name in the API (default: last part of --model)", group=_SERVER, parse=str, metavar="NAME"
     )
-    max_queue: int = _setting(256, "most requests that wait for a place; one more gets a 429", group=_SERVER, parse=_positive, metavar="N")
+    max_queue: int = _setting(
+        256, "most requests that wait for a place; one more gets a 429", group=_SERVER, parse=_positive, metavar="N"
+    )
     drain_timeout: float = _setting(
-        30.0, "seconds that running requests may take to finish after SIGINT or SIGTERM", group=_SERVER, parse=_not_negative,
+        30.0,
+        "seconds that running requests may take to finish after SIGINT or SIGTERM",
+        group=_SERVER,
+        parse=_seconds,
         metavar="SECONDS",
     )
     step_timeout: float = _setting(
-        300.0, "seconds after which a step that gives no result counts as a hang", group=_SERVER, parse=_not_negative, metavar="SECONDS"
+        300.0,
+        "seconds after which a step that gives no result counts as a hang",
+        group=_SERVER,
+        parse=_seconds,
+        metavar="SECONDS",
     )
 
     device: Device = _setting("auto", "where the model runs; auto takes CUDA if there is a GPU", group=_ENGINE)
     load_format: LoadFormat = _setting("auto", "dummy builds random weights of the model's shape", group=_ENGINE)
     kv_cache_memory: int | None = _setting(
-        None, "memory of the KV cache per rank, such as 4GiB (default: what is free, up to what --max-batch sequences can use)",
-        group=_ENGINE, parse=parse_size, metavar="SIZE",
+        None,
+        "memory of the KV cache per rank, such as 4GiB (default: what is free, up to what --max-batch sequences can use)",
+        group=_ENGINE,
+        parse=parse_size,
+        metavar="SIZE",
     )
     block_size: int | None = _setting(
-        None, "tokens in a KV cache block, a power of two (default: chosen for the device)", group=_ENGINE, parse=_positive, metavar="N"
+        None,
+        "tokens in a KV cache block, a power of two (default: chosen for the device)",
+        group=_ENGINE,
+        parse=_positive,
+        metavar="N",
     )
     max_step_tokens: int | None = _setting(
         None, "most tokens computed in one step (default: chosen for the device)", group=_ENGINE, parse=_positive, metavar="N"
@@ -131,7 +156,8 @@ class ServerConfig:
             raise ConfigurationError(f"--block-size {self.block_size} is not a power of two; use 16, 32, 64 or 128")
         if self.max_step_tokens is not None and self.max_step_tokens < self.max_batch:
             raise ConfigurationError(
-                f"--max-step-tokens {self.max_step_tokens} is less than --max-batch {self.max_batch}: every running sequence needs one"
+                f"--max-step-tokens {self.max_step_tokens} is less than --max-batch {self.max_batch}: "
+                "every running sequence needs one"
             )
         if not self.model.strip():
             raise ConfigurationError("--model is empty; try --model demo")

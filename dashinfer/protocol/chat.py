@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 from dashinfer.protocol.messages import Message, RequestModel, template_message
 from dashinfer.types import FinishReason
 
+MAX_MESSAGES = 4096
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1000  # characters
 MAX_CHOICES = 16
@@ -30,6 +31,8 @@ def _biases(value: Any) -> Any:
     """Keys arrive as text, since JSON knows no others."""
     if not isinstance(value, dict):
         return value
+    if len(value) > MAX_BIASES:
+        raise PydanticCustomError("too_long", "has too many items", {"max_length": MAX_BIASES})
     for key in value:
         if not isinstance(key, str) or _TOKEN_ID.fullmatch(key) is None:
             raise PydanticCustomError("bias_key", "has the key {key}, which is no token id", {"key": repr(key)[:40]})
@@ -40,6 +43,7 @@ StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 StopStrings = Annotated[
     list[StopString],
     Field(max_length=MAX_STOP_STRINGS),
+    Field(fail_fast=True),
     BeforeValidator(_listed),
     WithJsonSchema(
         {
@@ -53,7 +57,6 @@ StopStrings = Annotated[
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Biases = Annotated[
     dict[int, Bias],
-    Field(max_length=MAX_BIASES),
     BeforeValidator(_biases),
     WithJsonSchema({"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}}),
 ]
@@ -66,19 +69,19 @@ class StreamOptions(RequestModel):
 
 
 class ChatCompletionRequest(RequestModel):
-    """A chat. A null stands for a field that is left out; an unknown field is refused. `model` may be left to the server."""
+    """A chat. A null stands for a field that is left out; an unknown field is refused."""
 
-    messages: list[Message] = Field(min_length=1, max_length=4096)
+    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1, max_length=MAX_MESSAGES)
     model: str = Field(min_length=1)
 
-    temperature: float | None = Field(default=None, ge=0, le=2, description="0 is greedy; the default is the model's, or else 1")
+    temperature: float | None = Field(default=None, ge=0, le=2, description="0 is greedy; default: the model's, or else 1")
     top_p: float | None = Field(default=None, gt=0, le=1)
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     max_tokens: int | None = Field(
-        default=None, ge=1, description="most tokens of an answer; clamped to the room that the context leaves, which is the default"
+        default=None, ge=1, description="most tokens of an answer; the default, and the limit, is what the context leaves"
     )
-    max_completion_tokens: int | None = Field(default=None, ge=1, description="the newer name of max_tokens, and goes before it")
-    stop: StopStrings = Field(default_factory=list, description="up to 16 strings that end an answer; they are not part of it")
+    max_completion_tokens: int | None = Field(default=None, ge=1, description="newer name of max_tokens, goes before it")
+    stop: StopStrings = Field(default_factory=list, description="strings that end an answer and are no part of it")
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
@@ -93,7 +96,7 @@ class ChatCompletionRequest(RequestModel):
     min_p: float | None = Field(default=None, ge=0, le=1)
     repetition_penalty: float | None = Field(default=None, gt=0, le=10)
     min_tokens: int = Field(default=0, ge=0, description="no stop token before that many tokens")
-    stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=256)
+    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] = Field(default_factory=list, max_length=256)
     ignore_eos: bool = Field(default=False, description="go on after the model's end of turn")
     skip_special_tokens: bool = Field(default=True, description="leave special tokens out of the text")
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, max_length=64, description="names for the chat template")
@@ -105,7 +108,7 @@ class ChatCompletionRequest(RequestModel):
     # OpenAI's, without a meaning here
     user: str | None = Field(default=None, description="ignored")
     store: bool | None = Field(default=None, description="ignored: nothing is stored")
-    metadata: dict[str, str] | None = Field(default=None, description="ignored")
+    metadata: Any = Field(default=None, description="ignored")
     service_tier: str | None = Field(default=None, description="ignored")
     safety_identifier: str | None = Field(default=None, description="ignored")
     prompt_cache_key: str | None = Field(default=None, description="ignored: the prefix cache needs no key")
@@ -124,7 +127,8 @@ class ChatCompletionRequest(RequestModel):
             raise PydanticCustomError("at:stream_options", "needs `stream` to be true")
         if self.token_limit is not None and self.min_tokens > self.token_limit:
             raise PydanticCustomError(
-                "at:min_tokens", "is {least}, more than the {most} tokens allowed at most",
+                "at:min_tokens",
+                "is {least}, more than the {most} tokens allowed at most",
                 {"least": self.min_tokens, "most": self.token_limit},
             )
         if self.continue_final_message:

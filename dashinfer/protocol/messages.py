@@ -6,7 +6,7 @@ Knows nothing of sampling or of HTTP.
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 
@@ -15,16 +15,26 @@ class RequestModel(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields_only(cls, value: Any) -> Any:
+        """One error for the first unknown field: pydantic would make one for each of a million."""
+        if isinstance(value, dict):
+            for name in value:
+                if name not in cls.model_fields:
+                    raise PydanticCustomError("unknown_field", "is not a field this server knows", {"field": name})
+        return value
+
 
 def _supported_part(value: Any) -> Any:
     """Refuse what is no text before pydantic looks for the fields of a text part."""
     if not isinstance(value, dict):
-        raise PydanticCustomError("part_type", "must be an object such as {{\"type\": \"text\", \"text\": \"...\"}}")
+        raise PydanticCustomError("part_type", 'must be an object such as {"type": "text", "text": "..."}')
     kind = value.get("type")
     if kind != "text":
         if not isinstance(kind, str):
             raise PydanticCustomError("part_kind", "needs a `type`; this model takes parts of type `text`")
-        raise PydanticCustomError("unsupported", "content parts of type `{kind}` are not supported, only `text`", {"kind": kind})
+        raise PydanticCustomError("unsupported", "content parts of type `{kind}` are not supported", {"kind": kind[:40]})
     return value
 
 
@@ -42,7 +52,9 @@ CONTENT_TAGS = frozenset({"text", "parts"})
 
 Content = Annotated[
     Annotated[str, Tag("text")]
-    | Annotated[list[Annotated[TextPart, BeforeValidator(_supported_part)]], Field(min_length=1, max_length=4096), Tag("parts")],
+    | Annotated[
+        list[Annotated[TextPart, BeforeValidator(_supported_part)]], Field(min_length=1), Field(fail_fast=True), Tag("parts")
+    ],
     Discriminator(_content_kind),
 ]
 
@@ -92,7 +104,7 @@ class AssistantMessage(RequestModel):
     name: str | None = None
     refusal: str | None = None
     reasoning_content: str | None = Field(default=None, description="what the model thought, for templates that show it")
-    tool_calls: list[ToolCall] | None = Field(default=None, max_length=128)
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     annotations: Any = Field(default=None, description="ignored")
     audio: Unsupported = None
     function_call: Unsupported = None

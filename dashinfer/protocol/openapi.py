@@ -72,7 +72,7 @@ def openapi_document(*, title: str, version: str, api_keys: bool, model: str | N
         },
         "responses": {
             "200": {
-                "description": "The completion, or with `stream` one `ChatCompletionChunk` in each event, and `[DONE]` in the last.",
+                "description": "The completion; with `stream` an event for each `ChatCompletionChunk`, then `[DONE]`.",
                 "content": {**_json("ChatCompletion"), "text/event-stream": {"schema": _reference("ChatCompletionChunk")}},
             },
             **_errors(400, *unauthorised, 404, 413, 429, 500, 503),

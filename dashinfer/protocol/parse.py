@@ -15,7 +15,9 @@ from dashinfer.protocol.chat import ChatCompletionRequest
 from dashinfer.protocol.messages import CONTENT_TAGS, ROLES
 
 # Fields of OpenAI's API that change an answer and that this server does not know: never ignored.
-UNSUPPORTED = frozenset({"functions", "function_call", "audio", "prediction", "web_search_options", "reasoning_effort", "verbosity"})
+UNSUPPORTED = frozenset(
+    {"functions", "function_call", "audio", "prediction", "web_search_options", "reasoning_effort", "verbosity"}
+)
 
 _LONE_SURROGATE = re.compile(rb"\\u[dD](?:[89aAbB]..(?!\\u[dD][c-fC-F])|[c-fC-F])")
 _JSON_NAMES = {str: "a string", bool: "a boolean", int: "a number", float: "a number", list: "an array", dict: "an object"}
@@ -31,6 +33,9 @@ _WANTED = {
     "model_attributes_type": "an object",
     "finite_number": "a finite number",
 }
+# Fields that take more than one type, by the last step of their path.
+_WANTED_BY = {"stop": "a string or an array of strings", "content": "a string or an array of parts"}
+_LONGEST_PARAM = 100  # characters; names of unknown fields come from the client
 _decoder = msgspec.json.Decoder()
 
 
@@ -68,27 +73,28 @@ def _object(body: bytes) -> dict[str, Any]:
     return value
 
 
+def _unsupported(message: str, param: str) -> InvalidRequest:
+    return InvalidRequest(message, param=param, code="unsupported_parameter")
+
+
 def _refuse_unsupported(fields: Mapping[str, Any]) -> None:
     if fields.get("tools"):
-        raise InvalidRequest("`tools` are not supported yet", param="tools", code="unsupported_parameter")
+        raise _unsupported("`tools` are not supported yet", "tools")
     if fields.get("tool_choice") not in (None, "none", "auto"):
         raise InvalidRequest("`tool_choice` needs `tools`, which are not supported yet", param="tool_choice")
     response_format = fields.get("response_format")
     if isinstance(response_format, dict) and response_format != {"type": "text"}:
         kind = response_format.get("type")
-        raise InvalidRequest(
-            f"`response_format` of type {kind!r} is not supported yet, only \"text\"" if isinstance(kind, str) else
-            "`response_format` needs a `type`; only \"text\" is supported so far",
-            param="response_format",
-            code="unsupported_parameter",
+        raise _unsupported(
+            f'`response_format` with the type {_shown(kind)} is not supported yet, only "text"', "response_format"
         )
     modalities = fields.get("modalities")
     if isinstance(modalities, list) and modalities != ["text"]:
-        raise InvalidRequest('`modalities` other than ["text"] are not supported', param="modalities", code="unsupported_parameter")
+        raise _unsupported('`modalities` other than ["text"] are not supported', "modalities")
     harmless = {"functions": ([],), "function_call": ("none", "auto")}
     for name in sorted(UNSUPPORTED & fields.keys()):
         if fields[name] not in harmless.get(name, ()):
-            raise InvalidRequest(f"`{name}` is not supported", param=name, code="unsupported_parameter")
+            raise _unsupported(f"`{name}` is not supported", name)
 
 
 def _invalid(error: ValidationError) -> InvalidRequest:
@@ -98,10 +104,15 @@ def _invalid(error: ValidationError) -> InvalidRequest:
     if kind.startswith("at:"):
         param = kind.removeprefix("at:")
         return InvalidRequest(f"`{param}` {detail['msg']}", param=param)
-    param = _param(detail["loc"])
+    location = detail["loc"]
+    if kind == "unknown_field":
+        location = (*location, detail["ctx"]["field"])
+    elif kind in ("union_tag_invalid", "union_tag_not_found"):
+        location = (*location, "role")
+    param = _param(location)
     if kind == "unsupported":
         message = detail["msg"] if detail["msg"].startswith("content") else f"`{param}` {detail['msg']}"
-        return InvalidRequest(message, param=param, code="unsupported_parameter")
+        return _unsupported(message, param)
     return InvalidRequest(_sentence(kind, param, detail), param=param)
 
 
@@ -114,7 +125,9 @@ def _param(location: tuple[str | int, ...]) -> str:
         is_content_kind = step in CONTENT_TAGS and before == "content"
         if not (is_role or is_content_kind or step == "[key]"):
             shown.append(str(step))
-    return ".".join(shown)
+    param = ".".join(shown)
+    param = param if len(param) <= _LONGEST_PARAM else param[:_LONGEST_PARAM] + "..."
+    return param if param.isprintable() else repr(param)
 
 
 def _sentence(kind: str, param: str, detail: Mapping[str, Any]) -> str:
@@ -122,10 +135,9 @@ def _sentence(kind: str, param: str, detail: Mapping[str, Any]) -> str:
     value = detail["input"]
     if kind == "missing":
         return f"`{param}` is required"
-    if kind == "extra_forbidden":
-        return f"`{param}` is not a field this server knows"
     if kind in _WANTED:
-        return f"`{param}` must be {_WANTED[kind]}, not {_shown(value)}"
+        wanted = _WANTED_BY.get(param.rpartition(".")[2], _WANTED[kind])
+        return f"`{param}` must be {wanted}, not {_shown(value)}"
     bounds = {
         "greater_than": ("more than", "gt"),
         "greater_than_equal": ("at least", "ge"),
@@ -142,7 +154,7 @@ def _sentence(kind: str, param: str, detail: Mapping[str, Any]) -> str:
     if kind == "string_too_long":
         return f"`{param}` is longer than {context['max_length']} characters"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        return f"`{param}.role` must be one of {', '.join(ROLES)}"
+        return f"`{param}` must be one of {', '.join(ROLES)}"
     if kind == "literal_error":
         return f"`{param}` must be {context['expected']}, not {_shown(value)}"
     return f"`{param}` {detail['msg'][:1].lower()}{detail['msg'][1:]}"

@@ -20,7 +20,7 @@ _SEEDS = 2**63
 
 # The ranges that requests are held to, for generation_config.json, which comes from anywhere.
 _RANGES: dict[str, Callable[[float], bool]] = {
-    "temperature": lambda value: 0 <= value,
+    "temperature": lambda value: value >= 0,
     "top_p": lambda value: 0 < value <= 1,
     "top_k": lambda value: value >= -1,
     "min_p": lambda value: 0 <= value <= 1,
@@ -59,7 +59,7 @@ def sampling_params(
     for field, ids in (("logit_bias", request.logit_bias), ("stop_token_ids", request.stop_token_ids)):
         for token in ids:
             if token >= vocab_size:
-                raise InvalidRequest(f"`{field}` has the token {token}, but the vocabulary ends at {vocab_size - 1}", param=field)
+                raise InvalidRequest(f"`{field}` has the token {token}; the last one is {vocab_size - 1}", param=field)
 
     max_tokens = min(room, request.token_limit or room)
     stop_ids = {*request.stop_token_ids} | (set() if request.ignore_eos else {*eos_token_ids})
@@ -69,12 +69,13 @@ def sampling_params(
         value = getattr(request, name)
         return _default(generation_config, name, default) if value is None else value
 
+    top_k = max(0, int(chosen("top_k", 0)))
     return [
         SamplingParams(
             max_tokens=max_tokens,
             seed=(seed + i) % _SEEDS,
             temperature=float(chosen("temperature", 1.0)),
-            top_k=max(0, int(chosen("top_k", 0))),
+            top_k=top_k if top_k < vocab_size else 0,
             top_p=float(chosen("top_p", 1.0)),
             min_p=float(chosen("min_p", 0.0)),
             presence_penalty=request.presence_penalty,

@@ -96,9 +96,7 @@ class ChunkEncoder:
         """The chunk with empty `choices`, which comes last; only sent with `include_usage`."""
         return self._head + b',"choices":[],"usage":' + _encode(usage) + b"}\n\n"
 
-    def _chunk(
-        self, index: int, delta: bytes, logprobs: Sequence[dict[str, Any]] | None, reason: FinishReason | None
-    ) -> bytes:
+    def _chunk(self, index: int, delta: bytes, logprobs: Sequence[dict[str, Any]] | None, reason: FinishReason | None) -> bytes:
         return b'%b,"choices":[{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":%b}]%b' % (
             self._head,
             index,
@@ -150,6 +148,11 @@ def model_list_body(*, model: str, created: int, max_length: int) -> bytes:
     """JSON of a ModelList with the one model there is. `max_length` in tokens."""
     entry = {"id": model, "object": "model", "created": created, "owned_by": "dashinfer", "max_model_len": max_length}
     return _encode({"object": "list", "data": [entry]})
+
+
+def health_body(status: str, mode: str | None) -> bytes:
+    """JSON of a Health."""
+    return _encode({"status": status, "mode": mode})
 
 
 def _error(error: RequestError) -> dict[str, Any]:

@@ -68,7 +68,9 @@ def _now(format: str) -> str:
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
+    )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _now
@@ -129,6 +131,7 @@ class ChatTemplate:
         self._template: jinja2.Template | None = None
         self.content_format: ContentFormat = "string"
         self._wraps_strings = False  # the template knows lists of parts only
+        self._knows_developer = False  # the template has that role beside "system"
         self._knows_null = False  # the template looks for contents that are null
         if source is None:
             return
@@ -140,6 +143,7 @@ class ChatTemplate:
             raise UnsupportedModel(f"the model's chat template is not valid: {error}") from error
         self.content_format = content_format(tree)
         self._wraps_strings = self.content_format == "parts" and not _tests_content_for(tree, "string", "iterable", "mapping")
+        self._knows_developer = "developer" in source
         self._knows_null = _tests_content_for(tree, "none")
 
     @classmethod
@@ -202,7 +206,10 @@ class ChatTemplate:
             content = "\n".join(part["text"] for part in content)
         elif isinstance(content, str) and self._wraps_strings:
             content = [{"type": "text", "text": content}]
-        return {**message, "content": content}
+        prepared = {**message, "content": content}
+        if message["role"] == "developer" and not self._knows_developer:
+            prepared["role"] = "system"  # OpenAI's newer name for it
+        return prepared
 
 
 def _opened(message: dict[str, Any]) -> dict[str, Any]:

@@ -87,7 +87,7 @@ class Tokenizer:
         spelling = _spelling(None if decoder is None else json.loads(decoder.__getstate__()))
         if spelling is None:
             raise UnsupportedModel(
-                f"{files.tokenizer_json} decodes in a way this build does not know; byte-level and SentencePiece BPE are supported"
+                f"{files.tokenizer_json} is neither a byte-level nor a SentencePiece vocabulary; others cannot be decoded"
             )
         self._spelling, self.drops_first_space = spelling
 

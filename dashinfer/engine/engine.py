@@ -1,0 +1,233 @@
+"""The engine: requests go in, tokens come out, and the workers never wait for Python.
+
+Owns the worker group, the scheduler and the open requests, and the one loop that moves work between them. Two plans are with
+the workers whenever there is work for two, so that the next step is theirs already when one ends. Knows no HTTP and no text.
+"""
+
+import logging
+import math
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Sequence as Many
+
+import trio
+
+from dashinfer.config import ServerConfig
+from dashinfer.engine.api import EngineState, EngineStats
+from dashinfer.engine.generation import SequenceGroup
+from dashinfer.engine.scheduler import Scheduler
+from dashinfer.engine.sequence import Sequence
+from dashinfer.errors import (
+    ContextLengthExceeded,
+    EngineUnavailable,
+    InternalError,
+    InvalidRequest,
+    QueueFull,
+    RequestError,
+    StartupError,
+    WorkerError,
+)
+from dashinfer.types import ModelFiles, Progress, Ready, SamplingParams, StepResult, WorkerConfig
+from dashinfer.worker.supervisor import COMMAND, WorkerGroup, one_error
+
+logger = logging.getLogger("dashinfer.engine")
+
+PLANS_AHEAD = 2  # one that runs, one that follows
+LOAD_TIMEOUT = 3600.0  # seconds until every rank is ready
+FAREWELL = 2.0  # seconds that requests have to report a failure to their clients
+
+
+class Engine:
+    """Implements `dashinfer.engine.api.EngineAPI`. `run` is its life."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        files: ModelFiles,
+        *,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
+        worker_command: Many[str] = COMMAND,
+    ) -> None:
+        self.state: EngineState = "loading"
+        self.info: Ready | None = None
+        self._config = config
+        self._on_progress = on_progress
+        self._workers = WorkerGroup(
+            [worker_config(config, files, rank, config.tensor_parallel) for rank in range(config.tensor_parallel)],
+            command=worker_command,
+        )
+        self._scheduler: Scheduler | None = None
+        self._groups: dict[Sequence, SequenceGroup] = {}  # of every sequence that has not ended
+        self._results: deque[StepResult] = deque()
+        self._wake = trio.Event()  # work or results have come
+        self._idle = trio.Event()  # set whenever no request is open
+        self._idle.set()
+        self._open = 0
+        self._prompt_tokens = 0
+        self._generated_tokens = 0
+
+    async def run(self, *, task_status: trio.TaskStatus[Ready] = trio.TASK_STATUS_IGNORED) -> None:
+        """Load the model, then serve until cancelled; started with what was loaded.
+
+        Raises:
+            StartupError: the model cannot be served.
+            WorkerError: a rank died or hung. Every open request has been told.
+        """
+        try:
+            with one_error():
+                async with trio.open_nursery() as nursery:
+                    with trio.move_on_after(LOAD_TIMEOUT) as loading:
+                        self.info = await nursery.start(self._run_workers)
+                    if loading.cancelled_caught:
+                        raise StartupError(f"the model did not load within {LOAD_TIMEOUT:.0f} s")
+                    self._scheduler = Scheduler(
+                        num_blocks=self.info.num_blocks,
+                        block_size=self.info.block_size,
+                        max_batch=self._config.max_batch,
+                        max_step_tokens=self.info.max_step_tokens,
+                        prefix_cache=not self._config.disable_prefix_cache,
+                    )
+                    if self.state == "loading":
+                        self.state = "ready"
+                    task_status.started(self.info)
+                    await self._drive(self._scheduler)
+        except (WorkerError, StartupError) as error:
+            self.state = "failed"
+            logger.error("%s", error)
+            self._fail_open_requests(InternalError("the model's worker process failed; the request is lost"))
+            with trio.move_on_after(FAREWELL):
+                await self.drained()
+            raise
+        finally:
+            self.state = "failed" if self.state == "failed" else "draining"
+            self._fail_open_requests(EngineUnavailable("the server is shutting down"))
+
+    def begin_drain(self) -> None:
+        """Take no more requests; the open ones go on."""
+        if self.state != "failed":
+            self.state = "draining"
+
+    async def drained(self) -> None:
+        """Return once no request is open."""
+        await self._idle.wait()
+
+    def submit(self, prompt: list[int], params: list[SamplingParams]) -> SequenceGroup:
+        """See `dashinfer.engine.api.EngineAPI.submit`."""
+        if self.state != "ready":
+            raise EngineUnavailable(f"the server is {self.state}")
+        assert self._scheduler is not None and self.info is not None
+        if not prompt:
+            raise InvalidRequest("the prompt has no tokens", param="messages")
+        if len(prompt) >= self.info.max_length:
+            raise ContextLengthExceeded(
+                f"the prompt has {len(prompt)} tokens; a context of {self.info.max_length} tokens leaves no room for an answer",
+                param="messages",
+            )
+        if max(prompt) >= self.info.vocab_size or min(prompt) < 0:
+            raise InvalidRequest(f"a token id is outside of the vocabulary of {self.info.vocab_size}", param="messages")
+        waiting = len(self._scheduler.waiting)
+        if waiting and waiting + len(params) - self._scheduler.num_free_slots > self._config.max_queue:
+            raise QueueFull(f"{waiting} requests are waiting already; try again later")
+        assert all(len(prompt) + each.max_tokens <= self.info.max_length for each in params)
+        return SequenceGroup(prompt, params, on_enter=self._enter, on_exit=self._exit, on_stop=self._end)
+
+    def stats(self) -> EngineStats:
+        scheduler = self._scheduler
+        if scheduler is None:
+            return EngineStats(0, 0, 0, 0, 0, 0, 0, 0)
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            total_blocks=scheduler.pool.num_blocks,
+            used_blocks=scheduler.pool.num_used,
+            cached_blocks=scheduler.pool.num_cached,
+            preemptions=scheduler.preemptions,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+        )
+
+    # -- the loop
+
+    async def _run_workers(self, *, task_status: trio.TaskStatus[Ready]) -> None:
+        await self._workers.run(on_progress=self._on_progress, on_result=self._on_result, task_status=task_status)
+
+    def _on_result(self, result: StepResult) -> None:
+        self._results.append(result)
+        self._wake.set()
+
+    async def _drive(self, scheduler: Scheduler) -> None:
+        """Keep the workers supplied and the requests informed."""
+        deadlines: deque[float] = deque()  # of the steps that the workers have
+        while True:
+            self._wake = trio.Event()
+            while self._results:
+                self._apply(scheduler, self._results.popleft())
+                deadlines.popleft()
+                if deadlines:  # the next step has only begun
+                    deadlines[0] = self._step_deadline()
+            while scheduler.num_planned < PLANS_AHEAD and (plan := scheduler.schedule()) is not None:
+                await self._workers.send(plan)
+                deadlines.append(self._step_deadline())
+            if not self._results:
+                with trio.move_on_at(deadlines[0] if deadlines else math.inf) as waiting:
+                    await self._wake.wait()
+                if waiting.cancelled_caught and not self._results:
+                    raise WorkerError(f"the workers hang: no result of a step for {self._config.step_timeout:g} s")
+
+    def _step_deadline(self) -> float:
+        return trio.current_time() + self._config.step_timeout
+
+    def _apply(self, scheduler: Scheduler, result: StepResult) -> None:
+        for update in scheduler.apply(result):
+            self._generated_tokens += 1
+            group = self._groups[update.sequence]
+            if update.finish:
+                del self._groups[update.sequence]
+            group.deliver(update)
+
+    # -- what requests do
+
+    def _enter(self, group: SequenceGroup) -> None:
+        assert self._scheduler is not None
+        self._open += 1
+        self._idle = trio.Event()
+        self._prompt_tokens += group.sequences[0].prompt_length
+        for sequence in group.sequences:
+            self._groups[sequence] = group
+            self._scheduler.add(sequence)
+        self._wake.set()
+
+    def _exit(self, group: SequenceGroup) -> None:
+        for sequence in group.sequences:
+            self._end(sequence)
+        self._open -= 1
+        if self._open == 0:
+            self._idle.set()
+
+    def _end(self, sequence: Sequence) -> None:
+        assert self._scheduler is not None
+        self._scheduler.abort(sequence)
+        self._groups.pop(sequence, None)
+        self._wake.set()  # what it held may let another one in
+
+    def _fail_open_requests(self, error: RequestError) -> None:
+        for group in set(self._groups.values()):
+            group.fail(error)
+
+
+def worker_config(config: ServerConfig, files: ModelFiles, rank: int, world_size: int) -> WorkerConfig:
+    """What rank `rank` is told."""
+    return WorkerConfig(
+        rank=rank,
+        world_size=world_size,
+        files=files,
+        device=config.device,
+        data_type=config.data_type,
+        load_format=config.load_format,
+        max_batch=config.max_batch,
+        max_length=config.max_length,
+        max_step_tokens=config.max_step_tokens,
+        block_size=config.block_size,
+        kv_cache_memory=config.kv_cache_memory,
+        log_level=config.log_level,
+    )

@@ -1,0 +1,134 @@
+"""The decoder of Llama, SmolLM2, Mistral, Qwen2, Qwen2.5 and Qwen3: one body, since they differ by flags only.
+
+Tokens of all sequences lie one after the other, [tokens, hidden]; which token belongs where is the `PagedBatch`'s business.
+Knows nothing of sampling, scheduling or files. Every layer ends in the residual sum that the next one's norm begins with, so
+the two are one op.
+"""
+
+import torch
+from dashinfer_kernels import PagedBatch, add_rms_norm, gelu_mul, paged_attention, rms_norm, rope_kv_write, silu_mul
+from torch import Tensor
+
+from dashinfer.models.config import ModelConfig
+from dashinfer.models.gguf import ROPE_FACTORS
+from dashinfer.models.parallel import (
+    GateUpLinear,
+    Group,
+    QKVLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    VocabParallelHead,
+    load_vocab_share,
+    local_kv_heads,
+)
+from dashinfer.models.rope import rope_table
+from dashinfer.models.shapes import EMBEDDING, FINAL_NORM, HEAD
+from dashinfer.models.weights import Part, WeightReader
+
+
+class DecoderLayer:
+    """Attention and a gated MLP, each after a norm and with a residual connection around it."""
+
+    def __init__(self, config: ModelConfig, index: int, reader: WeightReader, group: Group, max_length: int) -> None:
+        prefix = f"model.layers.{index}."
+        hidden, head_dim = config.hidden_size, config.head_dim
+
+        def norm(name: str, size: int) -> Tensor:
+            return reader.read(Part(f"{prefix}{name}.weight", (size,)))
+
+        self.input_norm = norm("input_layernorm", hidden)
+        self.qkv = QKVLinear.load(
+            reader, f"{prefix}self_attn.", hidden, config.num_heads, config.num_kv_heads, head_dim, bias=config.qkv_bias, group=group
+        )  # fmt: skip
+        self.output = RowParallelLinear.load(
+            reader, f"{prefix}self_attn.o_proj.", config.num_heads * head_dim, hidden, bias=config.output_bias, group=group
+        )
+        self.mlp_norm = norm("post_attention_layernorm", hidden)
+        self.gate_up = GateUpLinear.load(
+            reader, f"{prefix}mlp.", hidden, config.intermediate_size, bias=config.mlp_bias, group=group
+        )
+        self.down = RowParallelLinear.load(
+            reader, f"{prefix}mlp.down_proj.", config.intermediate_size, hidden, bias=config.mlp_bias, group=group
+        )
+        self.heads = {
+            "num_heads": config.num_heads // group.world_size,
+            "num_kv_heads": local_kv_heads(config.num_kv_heads, group.world_size),
+            "head_dim": head_dim,
+        }
+        if config.qk_norm:
+            self.heads |= {"q_norm": norm("self_attn.q_norm", head_dim), "k_norm": norm("self_attn.k_norm", head_dim)}
+        self.heads["eps"] = self.eps = config.norm_eps
+        self.scale = head_dim**-0.5
+        window = config.windows[index]
+        self.window = window if window is not None and window < max_length else None
+        self.activate = silu_mul if config.activation == "silu" else gelu_mul
+
+    def __call__(
+        self, normed: Tensor, residual: Tensor, batch: PagedBatch, cos_sin: Tensor, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """[tokens, hidden] each, the input after `input_norm` and before it; returns the MLP's output and the sum before it."""
+        q = rope_kv_write(
+            self.qkv(normed), batch.positions, cos_sin, keys, values, batch.slot_mapping, **self.heads
+        )  # fmt: skip
+        attended = paged_attention(q, keys, values, batch, scale=self.scale, window=self.window)
+        normed, residual = add_rms_norm(self.output(attended), residual, self.mlp_norm, self.eps)
+        return self.down(self.activate(self.gate_up(normed))), residual
+
+    @property
+    def nbytes(self) -> int:
+        tensors = [self.input_norm, self.mlp_norm, *(self.heads[name] for name in ("q_norm", "k_norm") if name in self.heads)]
+        return sum(part.nbytes for part in (self.qkv, self.output, self.gate_up, self.down, *tensors))
+
+
+class DecoderLM:
+    """A causal language model, loaded: one rank's share of it.
+
+    Attributes:
+        config: of the whole model.
+        weight_bytes: that this rank holds.
+    """
+
+    def __init__(self, config: ModelConfig, reader: WeightReader, group: Group, max_length: int) -> None:
+        """Reads the weights. `max_length` in tokens bounds the positions that `forward` takes."""
+        self.config = config
+        embedding = load_vocab_share(reader, EMBEDDING, config.vocab_size, config.hidden_size, group)
+        self.embedding = VocabParallelEmbedding(embedding, group)
+        self.layers = [DecoderLayer(config, index, reader, group, max_length) for index in range(config.num_layers)]
+        self.final_norm = reader.read(Part(FINAL_NORM, (config.hidden_size,)))
+        if not config.tie_word_embeddings:
+            embedding = load_vocab_share(reader, HEAD, config.vocab_size, config.hidden_size, group)
+        # of a tied embedding: shared where linear layers use weights as they are, a packed copy where they do not, as on CPU
+        self.head = VocabParallelHead(embedding, config.vocab_size, group)
+        factors = None
+        if ROPE_FACTORS in reader:
+            factors = reader.read(Part(ROPE_FACTORS, (config.rope.rotary_dim // 2,)), dtype=torch.float32).cpu()
+        self.cos_sin = rope_table(config.rope, max_length, factors).to(reader.device)
+        # the norm after each layer: the next one's, or the final one
+        self._norms_after = [*(layer.input_norm for layer in self.layers[1:]), self.final_norm]
+        reader.finish(config.num_layers)
+        parts = (self.embedding, *self.layers, self.final_norm, self.cos_sin)
+        self.weight_bytes = sum(part.nbytes for part in (*parts, self.head))
+
+    @torch.inference_mode()
+    def forward(self, input_ids: Tensor, batch: PagedBatch, kv_caches: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Runs the layers, and writes the new keys and values to the cache.
+
+        Args:
+            input_ids: [tokens] int64.
+            kv_caches: keys and values of each layer, as `allocate_kv_cache` makes them.
+
+        Returns:
+            [tokens, hidden], after the final norm.
+        """
+        residual = self.embedding(input_ids)
+        eps = self.config.norm_eps
+        normed = rms_norm(residual, self.layers[0].input_norm, eps)
+        for layer, (keys, values), norm_after in zip(self.layers, kv_caches, self._norms_after, strict=True):
+            output, residual = layer(normed, residual, batch, self.cos_sin, keys, values)
+            normed, residual = add_rms_norm(output, residual, norm_after, eps)
+        return normed
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[rows, hidden] of `forward` -> [rows, vocab] float32, the same on every rank."""
+        return self.head(hidden)

@@ -1,0 +1,245 @@
+"""GGUF files as a source of weights under Hugging Face's names, one tensor at a time, unpacked by several threads.
+
+Reads the container itself: `gguf.GGUFReader` makes an object of each of the vocabulary's entries, which takes seconds, while
+all that is wanted here is where the tensors lie. The metadata is turned into a config elsewhere; only the architecture matters
+here, since files of `llama` store the rows of queries and keys in another order.
+"""
+
+import mmap
+import os
+import re
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from torch import Tensor
+
+from dashinfer.errors import ModelNotFound, UnsupportedModel
+from dashinfer.models.dequantize import dequantize
+from dashinfer.models.weights import Part
+
+# divides the rotary frequencies where a file has it (Llama 3.1 and later); it keeps its GGUF name
+ROPE_FACTORS = "rope_freqs.weight"
+
+_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_CHUNK = 1 << 18  # weights unpacked at a time: few enough to stay in a core's cache between the steps of unpacking
+_MAX_THREADS = 8  # more would wait for Python's lock
+
+_STRING, _ARRAY = 8, 9
+_SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+
+
+@dataclass(frozen=True)
+class _Entry:
+    file: BinaryIO
+    kind: GGMLQuantizationType
+    shape: tuple[int, ...]
+    offset: int  # bytes from the file's start
+
+    @property
+    def row_bytes(self) -> int:
+        weights, size = GGML_QUANT_SIZES[self.kind]
+        return self.shape[-1] // weights * size
+
+    @property
+    def nbytes(self) -> int:
+        return self.row_bytes * (self.shape[0] if len(self.shape) == 2 else 1)
+
+
+class GGUFSource:
+    """One or more .gguf files that hold a model together.
+
+    Args:
+        head_dim: of the model; rows of queries and keys are reordered by heads.
+
+    Raises:
+        ModelNotFound: a file is missing, cut short or none of GGUF.
+        UnsupportedModel: a version of GGUF, or a type of tensor, that is not known.
+    """
+
+    def __init__(self, paths: tuple[str, ...], *, head_dim: int) -> None:
+        self._head_dim = head_dim
+        self._entries: dict[str, _Entry] = {}
+        self._files: list[BinaryIO] = []
+        self._architecture = ""
+        # Threads with a chunk each, rather than torch's threads within each of a chunk's small operations: the latter wait for
+        # one another after every operation, for milliseconds where another process has one of the cores.
+        self._threads = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(min(self._threads, _MAX_THREADS), "gguf", initializer=torch.set_num_threads, initargs=(1,))
+        try:
+            for path in paths:
+                self._open(path)
+        except BaseException:
+            self.close()
+            raise
+        self.sizes = {name: entry.nbytes for name, entry in self._entries.items()}
+
+    def _open(self, path: str) -> None:
+        try:
+            file = Path(path).open("rb", buffering=0)  # noqa: SIM115  closed by close()
+        except OSError as error:
+            raise ModelNotFound(f"{path}: {error.strerror}") from None
+        self._files.append(file)
+        if (size := Path(path).stat().st_size) == 0:
+            raise ModelNotFound(f"{path} is empty")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            try:
+                entries, architecture = _parse(data, file, path)
+            except (struct.error, IndexError, OverflowError, UnicodeDecodeError):
+                raise ModelNotFound(f"{path} is damaged or incomplete; download it again") from None
+        for name, entry in entries.items():
+            if entry.offset + entry.nbytes > size:
+                raise ModelNotFound(f"{path} is incomplete: it ends before the tensor {name}; download it again")
+            self._entries[_hf_name(name)] = entry
+        self._architecture = architecture or self._architecture
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entries[name].shape
+
+    def read_into(self, out: Tensor, part: Part) -> None:
+        entry = self._entries[part.name]
+        if len(entry.shape) == 1:
+            row = self._rows(entry, 0, 1)[0]
+            out.copy_(self._reorder(part.name, row[slice(*part.rows)] if part.rows else row))
+            return
+        start, stop = part.rows or (0, entry.shape[0])
+        columns = slice(*part.columns) if part.columns else slice(None)
+        # whole heads at a time, so that reordering stays within a chunk
+        step = max(1, _CHUNK // (entry.shape[1] * self._head_dim)) * self._head_dim
+
+        def chunk(first: int) -> None:
+            last = min(first + step, stop)
+            rows = self._rows(entry, first, last)[:, columns]
+            out[first - start : last - start].copy_(self._reorder(part.name, rows))
+
+        for _ in self._pool.map(chunk, range(start, stop, step)):
+            pass  # an exception of a chunk is raised here
+
+    def _rows(self, entry: _Entry, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of the tensor as they are stored: [rows, columns]."""
+        data = torch.empty((stop - start) * entry.row_bytes, dtype=torch.uint8)
+        view, offset = memoryview(data.numpy()), entry.offset + start * entry.row_bytes
+        while view:
+            count = os.preadv(entry.file.fileno(), [view], offset)
+            if not count:
+                raise ModelNotFound(f"{entry.file.name} ended while it was read")
+            view, offset = view[count:], offset + count
+        return dequantize(data.view(stop - start, -1), entry.kind)
+
+    def _reorder(self, name: str, rows: Tensor) -> Tensor:
+        """`llama` files pair neighbouring rows of a head for the rotation, Hugging Face's pair its halves."""
+        if self._architecture != "llama" or not re.search(r"\.self_attn\.[qk]_proj\.", name):
+            return rows
+        rest = rows.shape[1:]
+        return rows.reshape(-1, self._head_dim // 2, 2, *rest).transpose(1, 2).reshape(-1, *rest)
+
+    def close(self) -> None:
+        self._pool.shutdown()
+        torch.set_num_threads(self._threads)  # the pool's threads changed what threads to come start with
+        for file in self._files:
+            file.close()
+
+
+def _hf_name(name: str) -> str:
+    """Hugging Face's name of a tensor; one that has none keeps its own."""
+    stem, _, kind = name.rpartition(".")
+    if stem in _NAMES:
+        return f"{_NAMES[stem]}.{kind}"
+    layer = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
+    if layer and layer[2] in _LAYER_NAMES:
+        return f"model.layers.{layer[1]}.{_LAYER_NAMES[layer[2]]}.{kind}"
+    return name
+
+
+def _parse(data: mmap.mmap, file: BinaryIO, path: str) -> tuple[dict[str, _Entry], str]:
+    """The tensors by their GGUF names, and the architecture ("" where the file has none).
+
+    Layout: the GGUF specification in ggml's docs. Raises struct.error, IndexError, OverflowError or UnicodeDecodeError for a damaged file.
+    """
+    if data[:4] != b"GGUF":
+        raise ModelNotFound(f"{path} is not a GGUF file")
+    (version,) = _U32.unpack_from(data, 4)
+    if version not in (2, 3):
+        reason = "is big-endian" if version & 0xFFFF == 0 else f"has GGUF version {version}"
+        raise UnsupportedModel(f"{path} {reason}; little-endian versions 2 and 3 are supported")
+    tensors, pairs = struct.unpack_from("<QQ", data, 8)
+    offset, alignment, architecture = 24, 32, ""
+    for _ in range(pairs):
+        key, offset = _string(data, offset)
+        (kind,) = _U32.unpack_from(data, offset)
+        offset += 4
+        if key == "general.architecture" and kind == _STRING:
+            architecture = _string(data, offset)[0]
+        elif key == "general.alignment" and _SCALAR_BYTES.get(kind) == 4:
+            (alignment,) = _U32.unpack_from(data, offset)
+        offset = _skip(data, offset, kind)
+    found: list[tuple[str, int, tuple[int, ...], int]] = []
+    for _ in range(tensors):
+        name, offset = _string(data, offset)
+        (dimensions,) = _U32.unpack_from(data, offset)
+        if dimensions > 4:
+            raise IndexError(dimensions)
+        *lengths, kind, start = struct.unpack_from(f"<{dimensions}QIQ", data, offset + 4)
+        offset += 4 + dimensions * 8 + 12
+        found.append((name, kind, tuple(reversed(lengths)), start))
+    base = -(-offset // alignment) * alignment if alignment else offset
+    return {name: _entry(file, name, kind, shape, base + start) for name, kind, shape, start in found}, architecture
+
+
+def _entry(file: BinaryIO, name: str, kind: int, shape: tuple[int, ...], offset: int) -> _Entry:
+    try:
+        known = GGMLQuantizationType(kind)
+    except ValueError:
+        raise UnsupportedModel(f"the GGUF tensor {name} has the unknown type {kind}; a newer `gguf` may know it") from None
+    if len(shape) not in (1, 2) or shape[-1] % GGML_QUANT_SIZES[known][0]:
+        raise UnsupportedModel(f"the GGUF tensor {name} has the shape {list(shape)}, which is not supported for {known.name}")
+    return _Entry(file, known, shape, offset)
+
+
+def _string(data: mmap.mmap, offset: int) -> tuple[str, int]:
+    """The string at `offset`, and where it ends."""
+    (length,) = _U64.unpack_from(data, offset)
+    end = offset + 8 + length
+    if end > len(data):
+        raise IndexError(end)
+    return data[offset + 8 : end].decode(), end
+
+
+def _skip(data: mmap.mmap, offset: int, kind: int) -> int:
+    """Where the metadata value of this kind that starts at `offset` ends."""
+    if kind in _SCALAR_BYTES:
+        return offset + _SCALAR_BYTES[kind]
+    if kind == _STRING:
+        return offset + 8 + _U64.unpack_from(data, offset)[0]
+    if kind != _ARRAY:
+        raise IndexError(kind)
+    inner, count = struct.unpack_from("<IQ", data, offset)
+    offset += 12
+    if inner in _SCALAR_BYTES:
+        return offset + count * _SCALAR_BYTES[inner]
+    if inner == _STRING:  # the vocabulary: this loop is most of the time that parsing takes
+        unpack_from = _U64.unpack_from
+        for _ in range(count):
+            offset += 8 + unpack_from(data, offset)[0]
+        return offset
+    for _ in range(count):
+        offset = _skip(data, offset, inner)
+    return offset

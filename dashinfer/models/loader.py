@@ -1,0 +1,57 @@
+"""From a WorkerConfig to a model in memory: checks first, then reads."""
+
+import torch
+
+from dashinfer.errors import ModelNotFound
+from dashinfer.models.config import ModelConfig
+from dashinfer.models.decoder import DecoderLM
+from dashinfer.models.gguf import GGUFSource
+from dashinfer.models.memory import available_memory, check_memory, weight_bytes
+from dashinfer.models.parallel import Group
+from dashinfer.models.shapes import tensor_shapes
+from dashinfer.models.weights import DummySource, ReportProgress, SafetensorsSource, Source, WeightReader
+from dashinfer.types import WorkerConfig
+
+CausalLM = DecoderLM
+
+ARCHITECTURES: dict[str, type[CausalLM]] = {
+    "LlamaForCausalLM": DecoderLM,
+    "MistralForCausalLM": DecoderLM,
+    "Qwen2ForCausalLM": DecoderLM,
+    "Qwen3ForCausalLM": DecoderLM,
+}
+
+
+def load_model(
+    config: WorkerConfig, model_config: ModelConfig, *, device: torch.device, group: Group, report: ReportProgress
+) -> CausalLM:
+    """One rank's share of the model, on `device`.
+
+    Args:
+        report: called with ("weights", bytes read, bytes in all, "B"), about a hundred times.
+
+    Raises:
+        ConfigurationError: `max_length` is more than the model has positions for.
+        UnsupportedModel: the world size, the weights' format, type or shape, or a tensor is missing.
+        ModelNotFound: a file is missing or damaged.
+        InsufficientMemory: the weights do not fit.
+    """
+    model_config.check_world_size(group.world_size)
+    max_length = model_config.resolve_max_length(config.max_length)
+    on_cpu = device.type == "cpu"
+    needed = weight_bytes(model_config, config.data_type, group.world_size, tied_copies=2 if on_cpu else 1)
+    free = available_memory() if on_cpu else torch.cuda.mem_get_info(device)[0]
+    check_memory(config.files.name, needed, free, config.data_type, "memory" if on_cpu else "GPU memory")
+    dtype = getattr(torch, config.data_type)
+    with WeightReader(_source(config, model_config), dtype=dtype, device=device, report=report) as reader:
+        return ARCHITECTURES[model_config.architecture](model_config, reader, group, max_length)
+
+
+def _source(config: WorkerConfig, model_config: ModelConfig) -> Source:
+    if config.load_format == "dummy":
+        return DummySource(tensor_shapes(model_config))
+    if not config.files.weights:
+        raise ModelNotFound(f"{config.files.name} has no weight files; a model needs .safetensors files, or is a .gguf file")
+    if config.files.format == "gguf":
+        return GGUFSource(config.files.weights, head_dim=model_config.head_dim)
+    return SafetensorsSource(config.files.weights)

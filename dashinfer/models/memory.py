@@ -1,0 +1,97 @@
+"""How much memory a model's weights need, and how much the machine has left for them. Knows no torch."""
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from dashinfer.errors import InsufficientMemory
+from dashinfer.models.config import ModelConfig
+from dashinfer.models.shapes import EMBEDDING, tensor_shapes
+from dashinfer.types import DataType
+
+_BYTES: dict[DataType, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def weight_bytes(config: ModelConfig, data_type: DataType, world_size: int, *, tied_copies: int = 1) -> int:
+    """Bytes of one rank's share of the weights, within a few percent for more than one rank. `tied_copies` counts what a model
+    keeps of an embedding that is its head too: 2 where linear layers keep weights in a layout of their own."""
+    shapes = tensor_shapes(config)
+    weights = sum(math.prod(shape) for shape in shapes.values())
+    if config.tie_word_embeddings:
+        weights += (tied_copies - 1) * math.prod(shapes[EMBEDDING])
+    return _BYTES[data_type] * -(-weights // world_size)
+
+
+def check_memory(name: str, needed: int, available: int, data_type: DataType, where: str) -> None:
+    """Raises InsufficientMemory, saying what to change, if `needed` bytes are more than the `available` ones."""
+    if needed <= available:
+        return
+    smaller = "use --data-type bfloat16, " if data_type == "float32" else "use "
+    raise InsufficientMemory(
+        f"{name}: the weights need {_size(needed)} in {data_type}, but only {_size(available)} of {where} is free; "
+        f"{smaller}a smaller model, or free some memory"
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of host memory that this process can still take, within the limits of the container it may run in."""
+    free = _physical(proc)
+    for limit, used in _limits(proc, cgroups):
+        free = min(free, max(0, limit - used))
+    return free
+
+
+def _physical(proc: Path) -> int:
+    try:
+        lines = (proc / "meminfo").read_text().splitlines()
+    except OSError:  # not Linux: the whole of it is the best there is to know
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith("kB")}
+    return sizes.get("MemAvailable", sizes.get("MemFree", 0))
+
+
+def _limits(proc: Path, cgroups: Path) -> Iterator[tuple[int, int]]:
+    """(limit, in use) in bytes of every control group around this process that has a limit; caches that can be dropped at any
+    time do not count as in use."""
+    try:
+        lines = (proc / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, names = cgroups, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            root, names = cgroups / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        group = root / path.lstrip("/")
+        # seen from inside of a container the path may name a folder outside of it: the container's own is then the root
+        for folder in (group, *group.parents):
+            limit, used = _read_int(folder / names[0]), _read_int(folder / names[1])
+            if limit is not None and used is not None:
+                yield limit, used - _droppable(folder / "memory.stat", names[2])
+            if folder == root:
+                break
+
+
+def _read_int(path: Path) -> int | None:
+    """The number in a file; None where there is no such file, or it says `max`."""
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _droppable(path: Path, key: str) -> int:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith(f"{key} ")), 0)

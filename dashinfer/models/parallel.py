@@ -1,0 +1,178 @@
+"""Layers that are split over the ranks of a tensor-parallel group, after Megatron (arXiv 1909.08053).
+
+Column-parallel layers give each rank some output features, row-parallel ones some input features and a sum over the ranks; a
+block of the two needs that one sum only. Each layer's `load` reads this rank's share of its weights and nothing else. With one
+rank nothing is communicated. Knows nothing of the models that are built from it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from dashinfer_kernels import pack_linear
+from torch import Tensor
+
+from dashinfer.models.weights import Part, WeightReader
+
+
+@dataclass(frozen=True)
+class Group:
+    """This rank's place among those that hold one model together. Uses torch.distributed's default group, which whoever starts
+    the ranks has set up."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    def share(self, size: int) -> tuple[int, int]:
+        """This rank's [start, stop) of `size` things, which must be a multiple of the world size."""
+        assert size % self.world_size == 0, f"{size} over {self.world_size} ranks"
+        step = size // self.world_size
+        return self.rank * step, (self.rank + 1) * step
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum of all ranks' `x`, in place."""
+        torch.distributed.all_reduce(x)
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """All ranks' x [rows, columns] side by side: [rows, world size * columns]."""
+        parts = [torch.empty_like(x) for _ in range(self.world_size)]
+        torch.distributed.all_gather(parts, x)
+        return torch.cat(parts, dim=-1)
+
+
+def local_kv_heads(num_kv_heads: int, world_size: int) -> int:
+    """Key-value heads that each rank holds."""
+    return max(1, num_kv_heads // world_size)
+
+
+def _bias_parts(parts: list[Part]) -> list[Part]:
+    return [Part(part.name.removesuffix("weight") + "bias", part.shape[:1], part.rows) for part in parts]
+
+
+class ColumnParallelLinear:
+    """x [tokens, in] -> [tokens, this rank's outputs]. Several matrices with the same input are computed as one."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.linear = pack_linear(weight, bias)
+
+    @classmethod
+    def load_parts(cls, reader: WeightReader, parts: list[Part], *, bias: bool) -> "ColumnParallelLinear":
+        return cls(reader.read(*parts), reader.read(*_bias_parts(parts)) if bias else None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+    @property
+    def nbytes(self) -> int:
+        return self.linear.nbytes
+
+
+class QKVLinear(ColumnParallelLinear):
+    """Queries, keys and values: x [tokens, hidden] -> [tokens, (heads + 2 * kv heads of the rank) * head_dim].
+
+    With fewer key-value heads than ranks, neighbouring ranks hold a copy of the same one.
+    """
+
+    @classmethod
+    def load(
+        cls, reader: WeightReader, prefix: str, hidden: int, heads: int, kv_heads: int, head_dim: int, *, bias: bool, group: Group
+    ) -> "QKVLinear":
+        """From `{prefix}q_proj`, `k_proj` and `v_proj`."""
+        first, last = group.share(heads)
+        local = local_kv_heads(kv_heads, group.world_size)
+        kv_first = group.rank * kv_heads // group.world_size
+        kv_rows = (kv_first * head_dim, (kv_first + local) * head_dim)
+        parts = [Part(f"{prefix}q_proj.weight", (heads * head_dim, hidden), (first * head_dim, last * head_dim))]
+        parts += [Part(f"{prefix}{name}_proj.weight", (kv_heads * head_dim, hidden), kv_rows) for name in "kv"]
+        return cls.load_parts(reader, parts, bias=bias)
+
+
+class GateUpLinear(ColumnParallelLinear):
+    """The two inputs of a gated MLP: x [tokens, hidden] -> [tokens, 2 * intermediate of the rank], the gate first."""
+
+    @classmethod
+    def load(
+        cls, reader: WeightReader, prefix: str, hidden: int, intermediate: int, *, bias: bool, group: Group
+    ) -> "GateUpLinear":
+        """From `{prefix}gate_proj` and `up_proj`."""
+        names = (f"{prefix}gate_proj.weight", f"{prefix}up_proj.weight")
+        parts = [Part(name, (intermediate, hidden), group.share(intermediate)) for name in names]
+        return cls.load_parts(reader, parts, bias=bias)
+
+
+class RowParallelLinear:
+    """x [tokens, this rank's inputs] -> [tokens, out], summed over the ranks."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, group: Group) -> None:
+        # the bias is part of the sum, so one rank adds it
+        self.linear = pack_linear(weight, bias if group.rank == 0 else None)
+        self.group = group
+        self.reduce = group.world_size > 1
+
+    @classmethod
+    def load(
+        cls, reader: WeightReader, prefix: str, in_features: int, out_features: int, *, bias: bool, group: Group
+    ) -> "RowParallelLinear":
+        """From `{prefix}weight` and, with `bias`, `{prefix}bias`."""
+        columns = group.share(in_features) if group.world_size > 1 else None
+        weight = reader.read(Part(f"{prefix}weight", (out_features, in_features), columns=columns))
+        return cls(weight, reader.read(Part(f"{prefix}bias", (out_features,))) if bias else None, group)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        return self.group.all_reduce(y) if self.reduce else y
+
+    @property
+    def nbytes(self) -> int:
+        return self.linear.nbytes
+
+
+def load_vocab_share(reader: WeightReader, name: str, vocab: int, hidden: int, group: Group) -> Tensor:
+    """This rank's rows of an embedding or a head: [ceil(vocab / world size), hidden], zeros beyond the vocabulary."""
+    rows = -(-vocab // group.world_size)
+    start, stop = min(group.rank * rows, vocab), min((group.rank + 1) * rows, vocab)
+    weight = reader.read(Part(name, (vocab, hidden), (start, stop)))
+    return F.pad(weight, (0, 0, 0, rows - (stop - start))) if stop - start < rows else weight
+
+
+class VocabParallelEmbedding:
+    """Token ids [tokens] int64 -> [tokens, hidden]. `weight` is this rank's share of the rows."""
+
+    def __init__(self, weight: Tensor, group: Group) -> None:
+        self.weight = weight
+        self.group = group
+        self.start = group.rank * weight.shape[0]
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        if self.group.world_size == 1:
+            return F.embedding(ids, self.weight)
+        local = ids - self.start
+        elsewhere = (local < 0) | (local >= self.weight.shape[0])
+        y = F.embedding(local.masked_fill_(elsewhere, 0), self.weight)
+        return self.group.all_reduce(y.masked_fill_(elsewhere[:, None], 0))
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes
+
+
+class VocabParallelHead:
+    """Hidden states [rows, hidden] -> logits [rows, vocab] float32, the same on every rank."""
+
+    def __init__(self, weight: Tensor, vocab: int, group: Group) -> None:
+        self.linear = pack_linear(weight)
+        self.vocab = vocab
+        self.group = group
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        logits = self.linear(hidden)
+        if self.group.world_size > 1:
+            logits = self.group.all_gather(logits)[:, : self.vocab]
+        return logits.float()
+
+    @property
+    def nbytes(self) -> int:
+        """Of the weights as the linear layer keeps them, shared or not."""
+        return self.linear.nbytes

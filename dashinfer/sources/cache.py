@@ -1,0 +1,51 @@
+"""The user's cache directory, and writing to it so that no process ever sees half of an entry.
+
+Entries are made under a temporary name beside their final one and renamed: two processes that make the same entry at once both
+succeed, and the later one wins or is thrown away. Knows nothing of what is kept.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dashinfer.errors import ConfigurationError
+
+
+def cache_directory() -> Path:
+    """`$DASHINFER_CACHE`, or `dashinfer` under `$XDG_CACHE_HOME` or `~/.cache`. It need not exist."""
+    if own := os.environ.get("DASHINFER_CACHE"):
+        return Path(own).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.path.expanduser(base)).absolute() / "dashinfer"
+
+
+@contextmanager
+def new_entry(target: Path) -> Iterator[Path]:
+    """An empty temporary directory that becomes `target` at the end of the block, or vanishes if the block fails.
+
+    An entry that another process finished in the meantime stays, and ours is thrown away.
+
+    Raises:
+        ConfigurationError: the cache cannot be written to, or the disk is full.
+    """
+    temporary = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        yield temporary
+        try:
+            temporary.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot write to the cache directory {target.parent}: {error.strerror or error}; "
+            "DASHINFER_CACHE can name another directory"
+        ) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)

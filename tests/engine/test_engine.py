@@ -1,0 +1,206 @@
+"""The engine with a real worker process whose model is fake: every token is known beforehand."""
+
+import sys
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from dashinfer.config import ServerConfig
+from dashinfer.engine.engine import Engine
+from dashinfer.errors import (
+    ContextLengthExceeded,
+    EngineUnavailable,
+    InternalError,
+    InvalidRequest,
+    QueueFull,
+    UnsupportedModel,
+    WorkerError,
+)
+from dashinfer.types import ModelFiles, SamplingParams
+from dashinfer.worker.supervisor import one_error
+
+from .fake_rank import continuation
+
+FAKE_WORKER = Path(__file__).parents[1] / "worker" / "fake_worker.py"
+FILES = ModelFiles("fake", "safetensors", (), {})
+
+
+def params(max_tokens: int = 8, stop: tuple[int, ...] = ()) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, seed=0, stop_token_ids=stop)
+
+
+def new_engine(mode: str = "good", **settings) -> Engine:
+    config = ServerConfig(model="fake", **{"max_batch": 4, **settings})
+    return Engine(config, FILES, worker_command=[sys.executable, str(FAKE_WORKER), mode])
+
+
+@asynccontextmanager
+async def running(mode: str = "good", **settings):
+    with trio.fail_after(30), one_error():
+        async with trio.open_nursery() as nursery:
+            engine = new_engine(mode, **settings)
+            await nursery.start(engine.run)
+            yield engine
+            nursery.cancel_scope.cancel()
+
+
+async def generate(engine: Engine, prompt: list[int], each: SamplingParams) -> list[int]:
+    tokens = []
+    with engine.submit(prompt, [each]) as generation:
+        while outputs := await generation.receive():
+            tokens += [output.token for output in outputs]
+    return tokens
+
+
+async def test_tokens_come_in_order_and_the_last_one_says_why():
+    async with running() as engine:
+        outputs = []
+        with engine.submit([1, 2, 3], [params(5)]) as generation:
+            while more := await generation.receive():
+                outputs += more
+        stats = engine.stats()
+
+    assert [output.token for output in outputs] == continuation([1, 2, 3], params(5))
+    assert [output.finish for output in outputs] == [None, None, None, None, "length"]
+    assert (stats.running, stats.waiting, stats.used_blocks) == (0, 0, 0)
+    assert (stats.prompt_tokens, stats.generated_tokens) == (3, 5)
+
+
+async def test_many_requests_at_once_do_not_disturb_each_other():
+    results = {}
+
+    async def request(number: int) -> None:
+        results[number] = await generate(engine, [number, number + 1], params(12))
+
+    async with running(max_batch=3) as engine, trio.open_nursery() as requests:
+        for number in range(20):
+            requests.start_soon(request, number)
+
+    assert results == {number: continuation([number, number + 1], params(12)) for number in range(20)}
+
+
+async def test_the_choices_of_a_request_are_told_apart_and_one_can_be_stopped():
+    received: dict[int, int] = {0: 0, 1: 0, 2: 0}
+    async with running("slow") as engine:
+        with engine.submit([1], [params(20), params(3), params(6)]) as generation:
+            while outputs := await generation.receive():
+                for output in outputs:
+                    received[output.index] += 1
+                if received[0] == 2:
+                    generation.stop(0)
+
+    assert received == {0: 2, 1: 3, 2: 6}
+
+
+async def test_leaving_the_block_frees_everything():
+    async with running("slow") as engine:
+        with engine.submit([1, 2], [params(50)] * 2) as generation:
+            await generation.receive()
+            assert engine.stats().running == 2
+
+        assert engine.stats().running == 0
+        assert engine.stats().used_blocks == 0
+        await engine.drained()
+
+
+async def test_a_cancelled_reader_frees_everything():
+    async with running("slow") as engine:
+        with trio.move_on_after(0.2):
+            await generate(engine, [1, 2], params(60))
+
+        assert engine.stats().running == 0
+        assert await generate(engine, [3], params(2)) == continuation([3], params(2))
+
+
+async def test_a_full_queue_refuses_and_keeps_what_it_has():
+    async with running("slow", max_batch=1, max_queue=1) as engine:
+        with engine.submit([1], [params(40)]) as first:
+            await first.receive()
+            with engine.submit([2], [params(2)]):
+                with pytest.raises(QueueFull) as refusal:
+                    engine.submit([3], [params(2)])
+
+                assert refusal.value.retry_after is not None
+                assert engine.stats().waiting == 1
+
+
+async def test_bad_prompts_are_refused():
+    async with running() as engine:
+        with pytest.raises(ContextLengthExceeded, match="64 tokens"):
+            engine.submit([1] * 64, [params(1)])
+        with pytest.raises(InvalidRequest, match="no tokens"):
+            engine.submit([], [params(1)])
+        with pytest.raises(InvalidRequest, match="vocabulary"):
+            engine.submit([50], [params(1)])
+
+
+async def test_a_draining_engine_finishes_what_runs_and_takes_no_more():
+    async with running("slow") as engine:
+        with engine.submit([1], [params(4)]) as generation:
+            engine.begin_drain()
+            with pytest.raises(EngineUnavailable, match="draining"):
+                engine.submit([2], [params(1)])
+            count = 0
+            while outputs := await generation.receive():
+                count += len(outputs)
+        await engine.drained()
+
+    assert count == 4
+
+
+@pytest.mark.parametrize("mode", ["die", "killed", "garbage"])
+async def test_a_dead_worker_is_told_to_every_reader_and_ends_the_engine(mode):
+    errors = []
+
+    async def read() -> None:
+        with pytest.raises(InternalError) as error:
+            await generate(engine, [1], params(20))
+        errors.append(error.value)
+
+    engine = new_engine(mode)
+    with trio.fail_after(30), pytest.raises(WorkerError), one_error():
+        async with trio.open_nursery() as nursery:
+            await nursery.start(engine.run)
+            for _ in range(3):
+                nursery.start_soon(read)
+
+    assert engine.state == "failed"
+    assert len(errors) == 3
+
+
+async def test_a_hanging_step_is_a_failure():
+    engine = new_engine("hang", step_timeout=0.5)
+    with trio.fail_after(30), pytest.raises(WorkerError, match=r"workers hang: no result of a step for 0\.5 s"), one_error():
+        async with trio.open_nursery() as nursery:
+            await nursery.start(engine.run)
+            with pytest.raises(InternalError):
+                await generate(engine, [1], params(20))
+
+    assert engine.state == "failed"
+
+
+async def test_a_model_that_cannot_be_loaded_never_becomes_ready():
+    engine = new_engine("refuse")
+    with trio.fail_after(30), pytest.raises(UnsupportedModel):
+        await engine.run()
+
+    assert engine.state == "failed"
+    with pytest.raises(EngineUnavailable):
+        engine.submit([1], [params(1)])
+
+
+async def test_shutting_down_tells_the_readers():
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            engine = new_engine("slow")
+            await nursery.start(engine.run)
+            with (
+                engine.submit([1], [params(60)]) as generation,
+                trio.CancelScope(shield=True),
+                pytest.raises(EngineUnavailable),
+            ):
+                nursery.cancel_scope.cancel()
+                while await generation.receive():
+                    pass

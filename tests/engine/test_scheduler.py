@@ -1,0 +1,284 @@
+from array import array
+from collections import deque
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dashinfer.engine.scheduler import Scheduler
+from dashinfer.engine.sequence import Sequence
+from dashinfer.types import SamplingParams
+
+from .fake_rank import FakeRank, continuation
+
+
+def params(max_tokens: int, stop: tuple[int, ...] = ()) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, seed=0, stop_token_ids=stop)
+
+
+def new_sequence(prompt: list[int], max_tokens: int, stop: tuple[int, ...] = ()) -> Sequence:
+    return Sequence(len(prompt), list(prompt), params(max_tokens, stop))
+
+
+class Harness:
+    """A scheduler and a fake rank, with up to two plans in flight as the engine keeps them."""
+
+    def __init__(self, *, num_blocks=64, block_size=4, max_batch=4, max_step_tokens=16, prefix_cache=True) -> None:
+        self.scheduler = Scheduler(
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_batch=max_batch,
+            max_step_tokens=max_step_tokens,
+            prefix_cache=prefix_cache,
+        )
+        self.rank = FakeRank(num_blocks=num_blocks, block_size=block_size, max_batch=max_batch, max_step_tokens=max_step_tokens)
+        self.results: deque = deque()
+        self.plans: list = []
+        self.endings: dict[Sequence, str] = {}
+
+    def plan(self) -> bool:
+        plan = self.scheduler.schedule()
+        if plan is None:
+            return False
+        self.plans.append(plan)
+        self.results.append(self.rank.execute(plan))
+        return True
+
+    def apply(self) -> None:
+        for update in self.scheduler.apply(self.results.popleft()):
+            assert update.sequence not in self.endings, "an ended sequence gained a token"
+            if update.finish:
+                self.endings[update.sequence] = update.finish
+
+    def run(self, ahead: int = 2, limit: int = 10_000) -> None:
+        """Until nothing is left to do."""
+        for _ in range(limit):
+            while len(self.results) < ahead and self.plan():
+                pass
+            if not self.results:
+                return
+            self.apply()
+        raise AssertionError("the scheduler makes no progress")
+
+    def assert_empty(self) -> None:
+        assert not self.scheduler.running
+        assert not self.scheduler.waiting
+        assert self.scheduler.pool.num_used == 0
+        assert self.scheduler.num_free_slots == self.scheduler.max_batch
+
+
+def test_one_sequence_gets_the_tokens_of_the_model():
+    harness = Harness()
+    sequence = new_sequence([1, 2, 3], 10)
+    harness.scheduler.add(sequence)
+    harness.run()
+
+    assert sequence.tokens[3:] == continuation([1, 2, 3], sequence.params)
+    assert harness.endings == {sequence: "length"}
+    harness.assert_empty()
+
+
+def test_nothing_to_do_is_no_plan():
+    assert Harness().scheduler.schedule() is None
+
+
+def test_a_stop_token_ends_a_sequence_and_drops_what_was_planned_ahead():
+    prompt = [5, 6]
+    undisturbed = continuation(prompt, params(20))
+    stop = undisturbed[4]
+    harness = Harness()
+    sequence = new_sequence(prompt, 20, (stop,))
+    harness.scheduler.add(sequence)
+    harness.run()
+
+    assert sequence.tokens[2:] == undisturbed[: undisturbed.index(stop) + 1]
+    assert harness.endings == {sequence: "stop"}
+    harness.assert_empty()
+
+
+def test_a_long_prompt_is_computed_in_chunks_beside_decodes():
+    harness = Harness(max_step_tokens=8, max_batch=2)
+    short, long = new_sequence([1], 12), new_sequence(list(range(20)), 2)
+    harness.scheduler.add(short)
+    harness.plan()
+    harness.scheduler.add(long)
+    harness.plan()
+    plan = harness.plans[-1]
+
+    assert [(chunk.slot, chunk.length) for chunk in plan.chunks] == [(0, 1), (1, 7)]
+    harness.run()
+    assert short.tokens[1:] == continuation([1], short.params)
+    assert long.tokens[20:] == continuation(list(range(20)), long.params)
+
+
+def test_first_in_first_served():
+    harness = Harness(max_batch=1)
+    sequences = [new_sequence([n], 3) for n in range(4)]
+    for sequence in sequences:
+        harness.scheduler.add(sequence)
+    harness.run()
+
+    assert list(harness.endings) == sequences
+
+
+def test_a_head_of_the_queue_that_does_not_fit_is_not_overtaken():
+    harness = Harness(num_blocks=4, block_size=4, max_batch=4)
+    running, large, small = new_sequence([1] * 7, 5), new_sequence([2] * 12, 4), new_sequence([3], 2)
+    for sequence in (running, large, small):
+        harness.scheduler.add(sequence)
+    harness.plan()
+
+    assert harness.scheduler.running == [running]
+    harness.run()
+    assert next(iter(harness.endings)) is running
+    harness.assert_empty()
+
+
+def test_a_second_prompt_takes_the_cached_prefix():
+    prompt = list(range(11))
+    harness = Harness()
+    first, second = new_sequence(prompt, 4), new_sequence(prompt, 4)
+    harness.scheduler.add(first)
+    harness.run()
+    harness.scheduler.add(second)
+    harness.run()
+
+    assert (first.cached_tokens, second.cached_tokens) == (0, 8)
+    assert second.tokens == first.tokens
+
+
+def test_choices_of_one_prompt_share_it_within_the_same_step():
+    prompt = list(range(11))
+    harness = Harness(max_step_tokens=32)
+    sequences = [new_sequence(prompt, 4) for _ in range(3)]
+    for sequence in sequences:
+        harness.scheduler.add(sequence)
+    harness.plan()
+
+    assert [chunk.length for chunk in harness.plans[0].chunks] == [11, 3, 3]
+    harness.run()
+    assert all(sequence.tokens[11:] == continuation(prompt, sequence.params) for sequence in sequences)
+
+
+def test_the_last_prompt_token_is_always_computed():
+    prompt = list(range(8))  # two full blocks
+    harness = Harness()
+    for _ in range(2):
+        harness.scheduler.add(new_sequence(prompt, 1))
+        harness.run()
+
+    assert [chunk.length for plan in harness.plans for chunk in plan.chunks] == [8, 4]
+
+
+def test_without_the_prefix_cache_everything_is_computed():
+    prompt = list(range(11))
+    harness = Harness(prefix_cache=False)
+    for _ in range(2):
+        harness.scheduler.add(new_sequence(prompt, 2))
+        harness.run()
+
+    assert [chunk.length for plan in harness.plans for chunk in plan.chunks] == [11, 1, 11, 1]
+
+
+def test_preemption_loses_no_token():
+    harness = Harness(num_blocks=6, block_size=2, max_batch=3, max_step_tokens=8)
+    sequences = [new_sequence([n, n], 9) for n in range(3)]
+    for sequence in sequences:
+        harness.scheduler.add(sequence)
+    harness.run()
+
+    assert harness.scheduler.preemptions > 0
+    for sequence in sequences:
+        assert sequence.tokens[2:] == continuation(sequence.tokens[:2], sequence.params)
+    harness.assert_empty()
+
+
+def test_a_preempted_sequence_enters_again_with_its_output():
+    harness = Harness(num_blocks=6, block_size=2, max_batch=2, max_step_tokens=16, prefix_cache=False)
+    for n in range(2):
+        harness.scheduler.add(new_sequence([n, n], 9))
+    harness.run()
+    again = [enter for plan in harness.plans for enter in plan.enter][2]
+
+    assert len(array("i", again.tokens)) > again.prompt_length == 2
+
+
+@pytest.mark.parametrize("plans_before", range(6))
+def test_an_abort_frees_everything_at_once(plans_before):
+    harness = Harness()
+    sequence = new_sequence(list(range(10)), 10)
+    harness.scheduler.add(sequence)
+    for _ in range(plans_before):
+        if len(harness.results) == 2:
+            harness.apply()
+        harness.plan()
+    harness.scheduler.abort(sequence)
+
+    harness.assert_empty()
+    harness.run()
+    assert harness.endings == {}
+    harness.scheduler.abort(sequence)  # once more changes nothing
+    harness.assert_empty()
+
+
+requests = st.tuples(
+    st.lists(st.integers(0, 3), min_size=1, max_size=14),  # few distinct tokens: shared prefixes are common
+    st.integers(1, 10),
+    st.sets(st.integers(0, 49), max_size=8),
+)
+actions = st.lists(
+    st.one_of(
+        requests,
+        st.just("plan"),
+        st.just("apply"),
+        st.tuples(st.just("abort"), st.integers(0, 30)),
+    ),
+    max_size=60,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    actions=actions,
+    num_blocks=st.integers(12, 30),
+    block_size=st.sampled_from([2, 4]),
+    max_batch=st.integers(1, 5),
+    spare_tokens=st.integers(0, 20),
+    prefix_cache=st.booleans(),
+)
+def test_any_course_of_events(actions, num_blocks, block_size, max_batch, spare_tokens, prefix_cache):
+    """Arrivals, aborts and preemptions in any order: every request ends once with the model's tokens, and nothing leaks."""
+    harness = Harness(
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_batch=max_batch,
+        max_step_tokens=max_batch + spare_tokens,
+        prefix_cache=prefix_cache,
+    )
+    sequences: list[Sequence] = []
+    aborted: set[Sequence] = set()
+    for action in actions:
+        match action:
+            case "plan":
+                if len(harness.results) < 2:
+                    harness.plan()
+            case "apply":
+                if harness.results:
+                    harness.apply()
+            case ("abort", number):
+                if number < len(sequences) and not sequences[number].ended:
+                    aborted.add(sequences[number])
+                    harness.scheduler.abort(sequences[number])
+            case (prompt, max_tokens, stop):
+                sequences.append(new_sequence(prompt, max_tokens, tuple(stop)))
+                harness.scheduler.add(sequences[-1])
+        holders = [block for sequence in harness.scheduler.running for block in set(sequence.blocks)]
+        assert harness.scheduler.pool.num_used == len(set(holders))
+        assert len(harness.scheduler.running) <= max_batch
+    harness.run()
+
+    harness.assert_empty()
+    assert set(harness.endings) == set(sequences) - aborted
+    for sequence in harness.endings:
+        prompt = sequence.tokens[: sequence.prompt_length]
+        assert sequence.tokens[sequence.prompt_length :] == continuation(prompt, sequence.params)

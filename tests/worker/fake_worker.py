@@ -1,0 +1,78 @@
+"""A worker process without a model, for tests of what supervises it: `python fake_worker.py MODE FD`.
+
+The mode says how it behaves: `good` serves the fake rank's tokens, `slow` takes 50 ms a step; `refuse` fails to load; `crash`
+breaks while loading; `die` ends at its third step; `killed` kills itself there; `hang` never answers it; `stopped` stops the
+whole process there; `garbage` sends no frame there.
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from dashinfer.errors import UnsupportedModel
+from dashinfer.types import Progress, Ready, StepPlan
+from dashinfer.worker import __main__ as worker
+from tests.engine.fake_rank import FakeRank
+
+MODE = sys.argv.pop(1)
+READY = Ready(
+    architecture="FakeForCausalLM",
+    mode="llm",
+    device="cpu",
+    data_type="float32",
+    vocab_size=50,
+    max_length=64,
+    max_step_tokens=32,
+    block_size=4,
+    num_blocks=64,
+    weight_bytes=0,
+    kv_cache_bytes=0,
+)
+
+
+def misbehave(connection: worker.Connection) -> None:
+    match MODE:
+        case "die":
+            print("the fake rank's last words", file=sys.stderr, flush=True)
+            os._exit(3)
+        case "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "hang":
+            time.sleep(3600)
+        case "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case "garbage":
+            connection._socket.sendall(b"\xff" * 64)
+
+
+def serve(connection: worker.Connection) -> None:
+    config = connection.inbox.get().config
+    if MODE == "refuse":
+        raise UnsupportedModel("this model is not supported")
+    if MODE == "crash":
+        raise RuntimeError("something broke")
+    connection.send(Progress("weights", 1, 2))
+    connection.send(READY)
+    rank = FakeRank(
+        num_blocks=READY.num_blocks,
+        block_size=READY.block_size,
+        max_batch=config.max_batch,
+        max_step_tokens=READY.max_step_tokens,
+    )
+    while True:
+        plan = connection.inbox.get()
+        assert isinstance(plan, StepPlan)
+        if plan.step == 2:
+            misbehave(connection)
+        if MODE == "slow":
+            time.sleep(0.05)
+        connection.send(rank.execute(plan))
+
+
+if __name__ == "__main__":
+    worker.serve = serve
+    worker.main()

@@ -1,0 +1,192 @@
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from dashinfer.types import Chunk, Enter, SamplingParams
+from dashinfer.worker.sampler import Sampler, uniform
+from dashinfer.worker.slots import Slots
+
+VOCAB_SIZE = 1500
+
+
+def params(**changes) -> SamplingParams:
+    return SamplingParams(**{"max_tokens": 100, "seed": 1, "temperature": 1.0, **changes})
+
+
+def sample(logits: torch.Tensor, each: list[SamplingParams], prompts: list[list[int]] | None = None, outputs=None):
+    """Sample one token for each row, with the row's prompt and earlier output in its slot."""
+    slots = Slots(len(each), 64, 16)
+    chunks = []
+    for slot, one in enumerate(each):
+        prompt = prompts[slot] if prompts else [0]
+        tokens = prompt + (outputs[slot] if outputs else [])
+        slots.enter(Enter(slot, np.array(tokens, dtype="<i4").tobytes(), len(prompt), one))
+        chunks.append(Chunk(slot, len(tokens) - 1, 1, True, ()))
+    return Sampler(slots)(logits.clone(), chunks)
+
+
+@pytest.fixture
+def logits() -> torch.Tensor:
+    return torch.randn(8, VOCAB_SIZE, generator=torch.Generator().manual_seed(0)) * 3
+
+
+def test_temperature_zero_takes_the_likeliest(logits):
+    tokens, _ = sample(logits, [params(temperature=0.0)] * 8)
+
+    assert tokens == logits.argmax(-1).tolist()
+
+
+def test_a_row_does_not_depend_on_its_neighbours(logits):
+    each = [
+        params(seed=1),
+        params(seed=2, temperature=0.0),
+        params(seed=3, top_k=20),
+        params(seed=4, top_p=0.9),
+        params(seed=5, min_p=0.1, top_k=3),
+        params(seed=6, top_p=0.999),
+        params(seed=7, repetition_penalty=1.3, logprobs=2),
+        params(seed=8, temperature=1.7, presence_penalty=0.5),
+    ]
+    together, _ = sample(logits, each)
+    alone = [sample(logits[row : row + 1], [one])[0][0] for row, one in enumerate(each)]
+
+    assert together == alone
+
+
+def test_the_seed_and_the_position_decide_the_draw(logits):
+    row = logits[:1]
+    first = sample(row, [params(seed=5)])[0]
+
+    assert sample(row, [params(seed=5)])[0] == first
+    assert len({sample(row, [params(seed=seed)])[0][0] for seed in range(20)}) > 1
+    assert uniform(5, 1) != uniform(5, 2)
+    assert all(0 <= uniform(seed, 0) < 1 for seed in range(-50, 50))
+
+
+def test_draws_follow_the_distribution():
+    probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05, 0.0])
+    count = 4000
+    tokens, _ = sample(probabilities.log().expand(count, -1), [params(seed=seed) for seed in range(count)])
+    counts = Counter(tokens)
+
+    assert counts[4] == 0
+    for token, probability in enumerate(probabilities.tolist()):
+        deviation = math.sqrt(count * probability * (1 - probability))
+        assert abs(counts[token] - count * probability) <= 4 * deviation
+
+
+def kept(logits: torch.Tensor, one: SamplingParams, draws: int = 600) -> set[int]:
+    """Every token that `draws` draws bring."""
+    each = [SamplingParams(**{**{f: getattr(one, f) for f in one.__struct_fields__}, "seed": seed}) for seed in range(draws)]
+    return set(sample(logits.expand(draws, -1), each)[0])
+
+
+def expected(logits: torch.Tensor, one: SamplingParams) -> set[int]:
+    """The tokens that may be drawn, the slow way."""
+    probabilities = (logits.double() / one.temperature).softmax(-1)
+    order = probabilities.argsort(descending=True).tolist()
+    if one.top_k:
+        order = order[: one.top_k]
+    mass = sum(float(probabilities[token]) for token in order)
+    allowed, before = set(), 0.0
+    for token in order:
+        if before < one.top_p * mass and probabilities[token] >= one.min_p * probabilities.max():
+            allowed.add(token)
+        before += float(probabilities[token])
+    return allowed
+
+
+@pytest.mark.parametrize(
+    "cuts",
+    [
+        {"top_k": 1},
+        {"top_k": 4},
+        {"top_p": 0.5},
+        {"min_p": 0.3},
+        {"top_k": 10, "top_p": 0.7},
+        {"top_k": 10, "min_p": 0.2},
+        {"top_p": 0.8, "min_p": 0.1, "temperature": 1.5},
+        {"top_k": 10**9, "top_p": 0.3},
+        {"top_p": 1e-9},
+    ],
+)
+def test_cuts_leave_what_they_should(logits, cuts):
+    one = params(**cuts)
+    allowed = expected(logits[0], one)
+    drawn = kept(logits[0], one)
+
+    assert drawn <= allowed
+    assert logits[0].argmax().item() in drawn
+    if len(allowed) <= 5:
+        assert drawn == allowed
+
+
+def test_top_p_looks_beyond_the_first_candidates():
+    flat = torch.zeros(VOCAB_SIZE)
+    flat[0] = 0.1
+
+    assert len(kept(flat, params(top_p=0.9), draws=1200)) > 512
+
+
+def test_ties_are_kept_together():
+    tied = torch.tensor([2.0, 2.0, 2.0, 0.0])
+
+    assert kept(tied, params(top_k=2), draws=200) == {0, 1, 2}
+
+
+def test_penalties():
+    row = torch.tensor([[2.0, -2.0, 1.0, 0.5, 0.0]])
+    one = params(temperature=0.0, repetition_penalty=2.0, presence_penalty=0.25, frequency_penalty=0.5)
+    slots = Slots(1, 16, 4)
+    slots.enter(Enter(0, np.array([0, 1, 2, 2], dtype="<i4").tobytes(), 2, one))
+    adjusted = row.clone()
+    Sampler(slots)._adjust(adjusted[0], Chunk(0, 3, 1, True, ()), one)
+
+    # repetition: 0, 1 and 2 were seen; presence and frequency: 2 was produced twice
+    torch.testing.assert_close(adjusted, torch.tensor([[1.0, -4.0, 0.5 - 0.25 - 2 * 0.5, 0.5, 0.0]]))
+
+
+def test_penalties_do_not_touch_the_token_being_planned():
+    """The slot's row may hold stale tokens of an earlier sequence beyond the current length."""
+    slots = Slots(1, 16, 4)
+    slots.tokens[0, :] = 3
+    one = params(temperature=0.0, presence_penalty=2.0)
+    slots.enter(Enter(0, np.array([0, 1], dtype="<i4").tobytes(), 1, one))
+    tokens, _ = Sampler(slots)(torch.tensor([[0.0, 1.0, 0.0, 1.5]]), [Chunk(0, 1, 1, True, ())])
+
+    assert tokens == [3]
+
+
+def test_logit_bias_bans_and_forces(logits):
+    best = logits[0].argmax().item()
+    tokens, _ = sample(
+        logits[:2], [params(temperature=0.0, logit_bias={best: -100.0}), params(temperature=0.0, logit_bias={7: 100.0})]
+    )
+
+    assert tokens[0] == logits[0].topk(2).indices[1].item()
+    assert tokens[1] == 7
+
+
+def test_stop_tokens_wait_for_min_tokens():
+    row = torch.tensor([[0.0, 5.0, 1.0]])
+    one = params(temperature=0.0, min_tokens=2, stop_token_ids=(1,))
+
+    assert sample(row, [one], outputs=[[]])[0] == [2]
+    assert sample(row, [one], outputs=[[2]])[0] == [2]
+    assert sample(row, [one], outputs=[[2, 2]])[0] == [1]
+
+
+def test_logprobs_are_those_of_the_model(logits):
+    each = [params(temperature=0.0), params(temperature=0.5, logprobs=3, logit_bias={3: 50.0}), params(logprobs=0)]
+    tokens, logprobs = sample(logits[:3], each)
+    line = logits[1].log_softmax(-1)
+
+    assert sorted(logprobs) == [1, 2]
+    assert tokens[1] == 3
+    assert logprobs[1].chosen == pytest.approx(line[3].item(), abs=1e-5)
+    assert logprobs[1].top_tokens == tuple(line.topk(3).indices.tolist())
+    assert logprobs[1].top_logprobs == pytest.approx(line.topk(3).values.tolist(), abs=1e-5)
+    assert logprobs[2].top_tokens == ()
