@@ -85,9 +85,7 @@ def _refuse_unsupported(fields: Mapping[str, Any]) -> None:
     response_format = fields.get("response_format")
     if isinstance(response_format, dict) and response_format != {"type": "text"}:
         kind = response_format.get("type")
-        raise _unsupported(
-            f'`response_format` with the type {_shown(kind)} is not supported yet, only "text"', "response_format"
-        )
+        raise _unsupported(f'`response_format.type` is {_shown(kind)}; only "text" is supported so far', "response_format")
     modalities = fields.get("modalities")
     if isinstance(modalities, list) and modalities != ["text"]:
         raise _unsupported('`modalities` other than ["text"] are not supported', "modalities")

@@ -7,6 +7,7 @@ the vocabulary. Reads no weights, but for the few numbers that stand for Llama 3
 import hashlib
 import math
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,13 @@ def resolve_gguf(path: Path, *, report: ReportProgress, name: str | None = None)
     """
     paths = _shards(path.absolute())
     entry = cache_directory() / "gguf" / _identity(paths)
-    if not entry.is_dir():
+    if not ((entry / "source.json").is_file() and (entry / "tokenizer.json").is_file()):
         report("tokenizer", 0, 1, "")
-        _convert(paths, entry)
+        shutil.rmtree(entry, ignore_errors=True)  # somebody may have deleted a file of it
+        try:
+            _convert(paths, entry)
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+            raise UnsupportedModel(f"{path} has metadata that makes no sense: {error!r}") from error
         report("tokenizer", 1, 1, "")
     cached = msgspec.json.decode((entry / "source.json").read_bytes())
     return ModelSource(
@@ -198,7 +203,13 @@ def _tokenizer_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 def _generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Sampling defaults where the file has them, and every token that ends a turn."""
-    names = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "penalty_repeat": "repetition_penalty"}
+    names = {
+        "temp": "temperature",
+        "top_k": "top_k",
+        "top_p": "top_p",
+        "min_p": "min_p",
+        "penalty_repeat": "repetition_penalty",
+    }
     found = {name: metadata.get(f"general.sampling.{key}") for key, name in names.items()}
     config: dict[str, Any] = {name: value for name, value in found.items() if value is not None}
     tokens, types = metadata.get("tokenizer.ggml.tokens") or [], metadata.get("tokenizer.ggml.token_type") or []

@@ -97,7 +97,9 @@ def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], types: Seque
     name = metadata.get("tokenizer.ggml.pre") or "default"
     pre = PRE_TOKENIZERS.get(name)
     if pre is None:
-        raise UnsupportedModel(f"the GGUF file splits text by {name!r}, which is not known; known are {', '.join(PRE_TOKENIZERS)}")
+        raise UnsupportedModel(
+            f"the GGUF file splits text by {name!r}, which is not known; known are {', '.join(PRE_TOKENIZERS)}"
+        )
     merges = metadata.get("tokenizer.ggml.merges")
     if not isinstance(merges, list):
         raise UnsupportedModel("the GGUF file has no merges for its byte-level vocabulary")
@@ -184,7 +186,9 @@ def _document(metadata: Mapping[str, Any], **parts: Any) -> dict[str, Any]:
     begin = metadata.get("tokenizer.ggml.bos_token_id") if adds_bos(metadata) else None
     end = metadata.get("tokenizer.ggml.eos_token_id") if metadata.get("tokenizer.ggml.add_eos_token") else None
     text = {"Sequence": {"id": "A", "type_id": 0}}
-    around = {token: {"id": tokens[token], "ids": [token], "tokens": [tokens[token]]} for token in (begin, end) if token is not None}
+    around = {
+        token: {"id": tokens[token], "ids": [token], "tokens": [tokens[token]]} for token in (begin, end) if token is not None
+    }
     single = [
         *([{"SpecialToken": {"id": tokens[begin], "type_id": 0}}] if begin is not None else []),
         text,

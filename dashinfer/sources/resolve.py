@@ -1,16 +1,50 @@
-"""`resolve`: from what the user typed after `--model` to a `ModelSource`."""
+"""`resolve`: from what the user typed after `--model` to a `ModelSource`.
 
+Owns the choice between the kinds of sources; each kind has a file of its own. Knows nothing of what the models are.
+"""
+
+import re
+from pathlib import Path
+
+from dashinfer.errors import ModelNotFound, UnsupportedModel
 from dashinfer.sources import ModelSource, ReportProgress
+from dashinfer.sources.demo import resolve_demo
+from dashinfer.sources.gguf import resolve_gguf
+from dashinfer.sources.hub import resolve_hub
+from dashinfer.sources.local import resolve_directory
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-def resolve(model: str, *, load_format: str = "auto", report: ReportProgress | None = None) -> ModelSource:
+def _silent(stage: str, done: int, total: int, unit: str) -> None:
+    """Progress that nobody wants to see."""
+
+
+def resolve(model: str, *, load_format: str = "auto", report: ReportProgress = _silent) -> ModelSource:
     """Find, and where needed fetch, the model's files. Synchronous and blocking; KeyboardInterrupt goes through.
 
-    `load_format="dummy"` needs no weights, only the configuration and the tokeniser.
-    `report(stage, done, total, unit)` gets the stages "download" (unit "B"), "verify" (unit "B") and "tokenizer" (unit "").
+    A file or directory goes before a Hugging Face ID of the same name. `load_format="dummy"` needs no safetensors weights and
+    fetches none. `report(stage, done, total, unit)` gets the stages "download" and "verify", in bytes, and "tokenizer".
 
     Raises:
         ModelNotFound: no such file, directory or repository, no access to it, or no network.
         UnsupportedModel: the files are there but in a form this build cannot serve.
+        ConfigurationError: the cache directory cannot be written to.
     """
-    raise NotImplementedError
+    if model == "demo":
+        return resolve_demo(report=report)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return resolve_directory(path, load_format=load_format, report=report)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UnsupportedModel(f"{model} is not named .gguf; for safetensors, give the directory that holds them")
+        return resolve_gguf(path, report=report)
+    if _HUB_ID.fullmatch(model) and path.suffix != ".gguf":
+        return resolve_hub(model, load_format=load_format, report=report)
+    if model.startswith((".", "~")) or "/" in model or "\\" in model or path.suffix in (".gguf", ".safetensors"):
+        raise ModelNotFound(f"{model}: no such file or directory")
+    raise ModelNotFound(
+        f"{model!r} is neither a path nor a Hugging Face ID such as Qwen/Qwen2.5-0.5B-Instruct; "
+        "for a first try, use --model demo"
+    )

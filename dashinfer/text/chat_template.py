@@ -77,21 +77,6 @@ def _environment() -> ImmutableSandboxedEnvironment:
     return environment
 
 
-def select_template(templates: Any) -> str | None:
-    """The one template from tokenizer_config.json's `chat_template`: a string, a list of `{"name", "template"}`, or a mapping
-    of names. None where there is none to use for a plain chat."""
-    if isinstance(templates, str):
-        return templates
-    if isinstance(templates, list):
-        templates = {entry.get("name"): entry.get("template") for entry in templates if isinstance(entry, Mapping)}
-    if isinstance(templates, Mapping):
-        chosen = templates.get("default")
-        if chosen is None and len(templates) == 1:
-            (chosen,) = templates.values()
-        return chosen if isinstance(chosen, str) else None
-    return None
-
-
 def content_format(tree: nodes.Template) -> ContentFormat:
     """Whether a template goes through the parts of a content itself, or wants one string.
 

@@ -1,0 +1,261 @@
+"""One chat completion, from the body's bytes to the answer's: validate, render, tokenise, submit, detokenise, encode.
+
+Knows nothing of routes, headers and connections. A request's life in the engine is the `with` block it was entered into: the
+caller's exit stack, which is closed when the HTTP request ends for any reason.
+
+Counting: `completion_tokens` are the tokens the model produced, the one that ended the choice included (as OpenAI counts), up
+to and including the token that completed a stop string. Log-probabilities are given for tokens of the text, so not for an end
+token and not for the token that completed a stop string.
+"""
+
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from dashinfer.engine.api import EngineAPI, Generation, TokenOutput
+from dashinfer.errors import ContextLengthExceeded, ModelNotServed, RequestError
+from dashinfer.protocol import stream
+from dashinfer.protocol.chat import ChatCompletionRequest
+from dashinfer.protocol.parse import parse_chat_request
+from dashinfer.protocol.sampling import sampling_params
+from dashinfer.serving.service import Service, TextModel
+from dashinfer.text.detokenizer import IncrementalDetokenizer
+from dashinfer.types import FinishReason, SamplingParams
+
+KEEP_ALIVE = 15.0  # seconds of silence after which a stream sends a comment, so that proxies do not cut it
+INLINE_BYTES = 4096  # a body up to this size is prepared on the event loop, in about a millisecond
+# No vocabulary averages more characters a token than this: a longer prompt need not be tokenised to know that it does not fit.
+_MAX_CHARACTERS_PER_TOKEN = 256
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request that is ready for the engine."""
+
+    request: ChatCompletionRequest
+    prompt: list[int]
+    params: list[SamplingParams]
+
+
+def _new_seed() -> int:
+    return secrets.randbits(63)
+
+
+def prepare(service: Service, engine: EngineAPI, text: TextModel, body: bytes) -> Prepared:
+    """Everything that needs no waiting; safe to run in a thread.
+
+    Raises:
+        InvalidRequest, ContextLengthExceeded: the request is at fault.
+        ModelNotServed: another model is asked for.
+    """
+    request = parse_chat_request(body)
+    if request.model not in (service.config.model_name, service.config.model):
+        raise ModelNotServed(
+            f"the model {request.model[:200]!r} is not served here; this server has {service.config.model_name!r}",
+            param="model",
+        )
+    assert engine.info is not None, "an engine that is ready knows its model"
+    rendered = text.template.render(
+        request.template_messages(),
+        add_generation_prompt=request.add_generation_prompt,
+        continue_final_message=request.continue_final_message,
+        kwargs=request.chat_template_kwargs,
+    )
+    if len(rendered) > engine.info.max_length * _MAX_CHARACTERS_PER_TOKEN:
+        raise ContextLengthExceeded(
+            f"the prompt of {len(rendered)} characters is longer than {engine.info.max_length} tokens can hold",
+            param="messages",
+        )
+    prompt = text.tokenizer.encode(rendered, add_special_tokens=False)
+    params = sampling_params(
+        request,
+        generation_config=text.generation_config,
+        eos_token_ids=text.tokenizer.eos_token_ids,
+        vocab_size=engine.info.vocab_size,
+        prompt_tokens=len(prompt),
+        max_length=engine.info.max_length,
+        new_seed=_new_seed,
+    )
+    return Prepared(request, prompt, params)
+
+
+class _Choice:
+    """One choice's way from tokens to text."""
+
+    def __init__(self, index: int, request: ChatCompletionRequest, text: TextModel) -> None:
+        self.index = index
+        self.tokens = 0
+        self.finish: FinishReason | None = None
+        self._text = text
+        self._one_by_one = bool(request.stop)
+        self._logprobs = request.logprobs
+        self._entries: list[dict[str, Any]] = []
+        self._detokenizer = IncrementalDetokenizer(
+            text.tokenizer,
+            stop=request.stop,
+            skip_special_tokens=request.skip_special_tokens,
+            continues=request.continue_final_message,
+        )
+
+    def push(self, outputs: Sequence[TokenOutput]) -> str:
+        """Text that can be shown now. Sets `finish` once the choice has ended, by the engine or by a stop string."""
+        last = outputs[-1]
+        shown = [output for output in outputs if output.finish != "stop"]
+        pieces = []
+        if self._one_by_one:
+            # So that the count of tokens ends where the stop string did, however many tokens came at once.
+            for output in shown:
+                self.tokens += 1
+                pieces.append(self._detokenizer.push([output.token]))
+                if self._detokenizer.stopped is not None:
+                    self.finish = "stop"
+                    return "".join(pieces)
+                self._add_logprobs(output)
+        else:
+            self.tokens += len(shown)
+            pieces.append(self._detokenizer.push([output.token for output in shown]))
+            if self._logprobs:
+                for output in shown:
+                    self._add_logprobs(output)
+        if last.finish is not None:
+            self.tokens += last.finish == "stop"
+            self.finish = last.finish
+            pieces.append(self._detokenizer.finish())
+        return "".join(pieces)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string ended it, so that the engine does not know yet."""
+        return self._detokenizer.stopped is not None
+
+    def take_logprobs(self) -> list[dict[str, Any]] | None:
+        """The entries since the last call; None where none were asked for."""
+        if not self._logprobs:
+            return None
+        entries, self._entries = self._entries, []
+        return entries
+
+    def _add_logprobs(self, output: TokenOutput) -> None:
+        if self._logprobs:
+            assert output.logprobs is not None, "asked for and not delivered"
+            self._entries.append(stream.logprob_entry(output.token, output.logprobs, self._text.tokenizer.token_text))
+
+
+def _by_choice(outputs: Sequence[TokenOutput]) -> dict[int, list[TokenOutput]]:
+    grouped: dict[int, list[TokenOutput]] = {}
+    for output in outputs:
+        grouped.setdefault(output.index, []).append(output)
+    return grouped
+
+
+class ChatCompletion:
+    """A request the engine has accepted; answer it with either `body` or `events`.
+
+    Attributes:
+        request: the validated request.
+        summary: what the access log says about it: counts, never contents.
+    """
+
+    def __init__(self, service: Service, text: TextModel, prepared: Prepared, generation: Generation) -> None:
+        self.request = prepared.request
+        self._prompt_tokens = len(prepared.prompt)
+        self._generation = generation
+        self._choices = [_Choice(index, prepared.request, text) for index in range(len(prepared.params))]
+        self._identity: dict[str, Any] = {
+            "id": "chatcmpl-" + secrets.token_hex(12),
+            "created": int(time.time()),
+            "model": service.config.model_name,
+            "system_fingerprint": service.system_fingerprint,
+        }
+
+    @property
+    def summary(self) -> str:
+        return f"{self._prompt_tokens} tokens in, {sum(choice.tokens for choice in self._choices)} out"
+
+    def _usage(self) -> dict[str, Any]:
+        produced = sum(choice.tokens for choice in self._choices)
+        return stream.usage(self._prompt_tokens, produced, self._generation.cached_tokens)
+
+    async def body(self) -> bytes:
+        """The whole answer as JSON.
+
+        Raises:
+            InternalError, EngineUnavailable: the engine lost the request.
+        """
+        pieces: list[list[str]] = [[] for _ in self._choices]
+        while outputs := await self._generation.receive():
+            for index, group in _by_choice(outputs).items():
+                choice = self._choices[index]
+                if choice.finish is None:
+                    pieces[index].append(choice.push(group))
+                    if choice.stopped:
+                        self._generation.stop(index)
+        choices = []
+        for choice, parts in zip(self._choices, pieces, strict=True):
+            assert choice.finish is not None, "the engine ended a choice without a reason"
+            choices.append(stream.choice(choice.index, "".join(parts), choice.finish, choice.take_logprobs()))
+        return stream.completion_body(choices=choices, usage=self._usage(), **self._identity)
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """The answer as server-sent events, everything that is ready in one piece.
+
+        An engine's failure becomes an error event, and the stream then ends without `[DONE]`.
+        """
+        encoder = stream.ChunkEncoder(include_usage=self.request.include_usage, **self._identity)
+        yield b"".join(encoder.role(choice.index) for choice in self._choices)
+        try:
+            while True:
+                with trio.move_on_after(KEEP_ALIVE) as quiet:
+                    outputs = await self._generation.receive()
+                if quiet.cancelled_caught:
+                    yield b": keep-alive\n\n"
+                    continue
+                if not outputs:
+                    break
+                if events := self._encode(encoder, outputs):
+                    yield events
+        except RequestError as error:
+            yield stream.error_event(error)
+            return
+        yield (encoder.usage(self._usage()) if self.request.include_usage else b"") + stream.DONE
+
+    def _encode(self, encoder: stream.ChunkEncoder, outputs: Sequence[TokenOutput]) -> bytes:
+        events = []
+        for index, group in _by_choice(outputs).items():
+            choice = self._choices[index]
+            if choice.finish is not None:
+                continue
+            if shown := choice.push(group):
+                events.append(encoder.content(index, shown, choice.take_logprobs()))
+            if choice.stopped:
+                self._generation.stop(index)
+            if choice.finish is not None:
+                # Tokens whose text was never shown alone have their log-probabilities here.
+                events.append(encoder.finish(index, choice.finish, choice.take_logprobs() or None))
+        return b"".join(events)
+
+
+async def start(service: Service, body: bytes, stack: ExitStack) -> ChatCompletion:
+    """Hand a request to the engine. Returns once it is accepted, so that whatever refuses it still has a status to refuse with.
+
+    Args:
+        body: the HTTP request's body.
+        stack: the request's life; its closing drops the request from the engine.
+
+    Raises:
+        RequestError: any of the 400s, 404, 429, 503.
+    """
+    engine, text = service.require()
+    if len(body) <= INLINE_BYTES:
+        prepared = prepare(service, engine, text, body)
+    else:
+        prepared = await trio.to_thread.run_sync(
+            prepare, service, engine, text, body, abandon_on_cancel=True, limiter=service.thread_limiter
+        )
+    generation = stack.enter_context(engine.submit(prepared.prompt, prepared.params))
+    return ChatCompletion(service, text, prepared, generation)

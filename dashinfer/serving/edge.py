@@ -1,0 +1,160 @@
+"""The ASGI layer around the application: what every request passes, whatever route it takes or fails to take.
+
+It gives each request an id, checks its key, counts it, logs it when it ends, and ends the request's generation then at the
+latest. Looks at `scope["path"]` only, never at an address rebuilt from headers. Knows nothing of routes and bodies.
+"""
+
+import logging
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import trio
+
+from dashinfer.errors import AuthenticationFailed, InternalError, RequestError
+from dashinfer.protocol.stream import error_body
+from dashinfer.serving.auth import KeyRing
+from dashinfer.serving.log import log_access
+from dashinfer.serving.service import Service
+
+logger = logging.getLogger(__name__)
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+SCOPE_KEY = "dashinfer.request"
+CLIENT_GONE = 499  # in the access log only: the client left before it had a status
+UPLOAD_PATIENCE = 5.0  # seconds that a refused client gets to finish its upload, or it would never read the refusal
+WRITE_PATIENCE = 60.0  # seconds a write may wait for a client that does not read
+
+_SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+
+
+@dataclass
+class RequestRecord:
+    """One request's own things, in the scope under SCOPE_KEY.
+
+    Attributes:
+        id: the X-Request-ID, the client's own where it sent a sane one.
+        stack: closed when the request ends, for whatever reason: a generation is entered here.
+        describe: what the access log's line says besides, asked for when the request has ended.
+    """
+
+    id: str
+    stack: ExitStack = field(default_factory=ExitStack)
+    describe: Callable[[], str] | None = None
+
+
+def error_headers(error: RequestError) -> dict[str, str]:
+    """The headers that belong to an error's status."""
+    headers = {"content-type": "application/json"}
+    if error.retry_after is not None:
+        headers["retry-after"] = str(error.retry_after)
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return headers
+
+
+class _Exchange:
+    """One request and its answer, watched from outside."""
+
+    def __init__(self, receive: Receive, send: Send, request_id: str) -> None:
+        self._receive, self._send = receive, send
+        self._id = request_id.encode()
+        self._uploaded = trio.Event()  # or the client is gone
+        self.status = 0
+        self.complete = False
+
+    async def receive(self) -> MutableMapping[str, Any]:
+        message = await self._receive()
+        if message["type"] == "http.disconnect" or not message.get("more_body", False):
+            self._uploaded.set()
+        return message
+
+    async def send(self, message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            # Answering while the client still sends would close the connection under it: a reset, and no answer is read.
+            with trio.move_on_after(UPLOAD_PATIENCE):
+                await self._uploaded.wait()
+            self.status = message["status"]
+            message["headers"] = [*message["headers"], (b"x-request-id", self._id)]
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self.complete = True  # before it is sent: Hypercorn may end the request from inside of that call
+        with trio.fail_after(WRITE_PATIENCE):
+            await self._send(message)
+
+    async def refuse(self, error: RequestError) -> None:
+        """Answer without the application."""
+        with trio.move_on_after(UPLOAD_PATIENCE):
+            while not self._uploaded.is_set():
+                await self.receive()
+        self._uploaded.set()
+        body = error_body(error)
+        headers = [(name.encode(), value.encode()) for name, value in error_headers(error).items()]
+        headers.append((b"content-length", str(len(body)).encode()))
+        await self.send({"type": "http.response.start", "status": error.status, "headers": headers})
+        await self.send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+class Edge:
+    """Wraps an ASGI application.
+
+    Args:
+        keys: who may pass.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service, keys: KeyRing) -> None:
+        self._app, self._service, self._keys = app, service, keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close", "code": 1000})
+            return
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+        record = RequestRecord(given.decode() if _SANE_ID.fullmatch(given) else "req-" + secrets.token_hex(12))
+        scope[SCOPE_KEY] = record
+        exchange = _Exchange(receive, send, record.id)
+        began = time.monotonic()
+        with self._service.request():
+            try:
+                with record.stack:
+                    await self._answer(scope, exchange)
+            finally:
+                target = scope.get("raw_path") or scope["path"].encode("ascii", "backslashreplace")
+                notes = [record.describe()] if record.describe is not None else []
+                if exchange.status and not exchange.complete:
+                    notes.append("cut short")
+                log_access(scope["method"], target, exchange.status or CLIENT_GONE, time.monotonic() - began, "; ".join(notes))
+
+    async def _answer(self, scope: Scope, exchange: _Exchange) -> None:
+        try:
+            self._keys.check(_mounted_path(scope), scope["headers"])
+        except AuthenticationFailed as error:
+            await exchange.refuse(error)
+            return
+        try:
+            await self._app(scope, exchange.receive, exchange.send)
+        except* trio.TooSlowError:
+            logger.warning("request %s: the client stopped reading; gave it up", scope[SCOPE_KEY].id)
+
+
+def _mounted_path(scope: Scope) -> str:
+    """The path below `root_path`, where the server put us below one."""
+    root: str = scope.get("root_path", "")
+    path: str = scope["path"]
+    return path[len(root) :] if root and path.startswith(root) else path
+
+
+def internal_error(record: RequestRecord) -> InternalError:
+    """What a client is told of a bug: where to look, and nothing else."""
+    return InternalError(f"internal server error; the server's log has the details under request id {record.id}")

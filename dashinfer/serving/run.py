@@ -1,0 +1,219 @@
+"""The command's life: one root nursery that holds the engine, the HTTP server and the signals, and ends with one exit status.
+
+Order of a start: the sockets, so that a taken port is told at once; the model and its workers; and while those load, the HTTP
+stack, which answers `/health` with 503 until the model is there. Order of an end: stop accepting, let requests finish, cut what
+did not, stop the workers. A crash of any part ends all of them. Nothing of it can hang: whenever the root nursery is cancelled,
+a watchdog gives the rest a few seconds.
+"""
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+from functools import partial
+from typing import TYPE_CHECKING
+
+import trio
+
+from dashinfer.config import ServerConfig
+from dashinfer.errors import DashInferError, StartupError, WorkerError
+from dashinfer.serving import listen, log
+from dashinfer.serving.backend import Backend, ModelBackend, RunnableEngine
+from dashinfer.serving.cli import version
+from dashinfer.serving.progress import Display, make_display, report_progress
+from dashinfer.serving.service import Service, TextModel
+from dashinfer.types import Ready
+
+if TYPE_CHECKING:
+    from hypercorn.config import Config
+    from quart_trio import QuartTrio
+
+logger = logging.getLogger(__name__)
+
+WATCHDOG = 5.0  # seconds from the cancellation of everything to the end of the process
+FAREWELL = 2.0  # seconds for answers that say why, once the engine is gone
+_HEAD_START = 0.3  # seconds that finding the model has the interpreter to itself before the HTTP stack is imported
+
+
+def run(config: ServerConfig, backend: Backend | None = None) -> int:
+    """Serve until a signal or a failure. A failure after the start is told in one line on standard error.
+
+    Returns:
+        The exit status: 0 after a drain, 1 after a failure, 128 + signal where a signal cut the start or the drain short.
+
+    Raises:
+        StartupError: the server could not start.
+    """
+    log.configure(config.log_level)
+    server = Server(config, backend or ModelBackend())
+    try:
+        trio.run(server.serve)
+    except (Exception, BaseExceptionGroup, KeyboardInterrupt) as error:
+        causes = log.leaves(error)
+        for cause in causes:
+            if isinstance(cause, StartupError):
+                raise cause from error
+        if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
+            return 128 + signal.SIGINT
+        if config.log_level == "debug" or not all(isinstance(cause, DashInferError) for cause in causes):
+            traceback.print_exception(error)
+        for line in dict.fromkeys(map(log.describe, causes)):
+            print(f"dashinfer_serve: error: {line}", file=sys.stderr)
+        return 1
+    return 0 if server.exit_code is None else server.exit_code
+
+
+class Server:
+    """The parts and how they end each other.
+
+    Attributes:
+        exit_code: the exit status once it is decided, None before.
+    """
+
+    exit_code: int | None = None
+
+    def __init__(self, config: ServerConfig, backend: Backend) -> None:
+        self._config = config
+        self._backend = backend
+        self._engine: RunnableEngine | None = None
+        self._engine_scope = trio.CancelScope()
+
+    async def serve(self) -> None:
+        """Everything, until it ends.
+
+        Raises:
+            StartupError, WorkerError: alone or in groups.
+        """
+        self._service = Service(self._config, version=version())
+        self._resolved, self._listening, self._draining = trio.Event(), trio.Event(), trio.Event()
+        watchdog = threading.Timer(WATCHDOG, self._end_hard)
+        watchdog.daemon = True
+        try:
+            with listen.bind(self._config.host, self._config.port) as sockets, make_display() as display:
+                async with trio.open_nursery() as self._root:
+                    await self._root.start(self._watch_signals)
+                    self._root.start_soon(self._arm_when_cancelled, watchdog)
+                    self._root.start_soon(self._load, display, listen.url(sockets))
+                    self._root.start_soon(self._serve_http, sockets)
+        finally:
+            watchdog.cancel()
+
+    async def _load(self, display: Display, url: str) -> None:
+        logger.info("taking %s; loading %s", url, self._config.model)
+        source = await trio.to_thread.run_sync(self._backend.resolve, self._config, display.report, abandon_on_cancel=True)
+        self._engine = engine = self._backend.engine(self._config, source.files, partial(report_progress, display))
+        self._resolved.set()
+        text: TextModel | None = None
+
+        async def load_text() -> None:
+            nonlocal text
+            text = await trio.to_thread.run_sync(self._backend.text, source, abandon_on_cancel=True)
+
+        async with trio.open_nursery() as loading:
+            loading.start_soon(load_text)
+            info: Ready = await self._root.start(self._run_engine, engine)
+            await self._listening.wait()
+        assert text is not None, "the nursery ended without it"
+        display.__exit__(None, None, None)
+        self._service.ready(engine, text)
+        _announce(self._config, url, info)
+
+    async def _run_engine(self, engine: RunnableEngine, *, task_status: trio.TaskStatus[Ready]) -> None:
+        try:
+            with self._engine_scope:
+                await engine.run(task_status=task_status)
+            if not self._engine_scope.cancelled_caught:
+                raise WorkerError("the engine ended by itself")
+        except Exception as error:
+            self._service.fail(log.describe(error))
+            with trio.move_on_after(FAREWELL):
+                await self._service.idle()  # those who wait for tokens are being told
+            raise
+
+    async def _serve_http(self, sockets: list[socket.socket]) -> None:
+        with trio.move_on_after(_HEAD_START):
+            await self._resolved.wait()
+        app, settings = await trio.to_thread.run_sync(self._make_http, sockets)
+        from hypercorn.trio import serve
+
+        await self._root.start(partial(serve, app, settings, shutdown_trigger=self._draining.wait, mode="asgi"))
+        self._listening.set()
+
+    def _make_http(self, sockets: list[socket.socket]) -> tuple["QuartTrio", "Config"]:
+        import hypercorn.trio  # noqa: F401 - half a second of imports, here because this is a thread
+
+        from dashinfer.serving.app import create_app
+
+        settings = listen.hypercorn_config(sockets, graceful_timeout=self._config.drain_timeout + 2 * FAREWELL)
+        return create_app(self._service), settings
+
+    async def _watch_signals(self, *, task_status: trio.TaskStatus[None]) -> None:
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            task_status.started()
+            number = await anext(signals)
+            if self._service.state == "loading":
+                self._end(128 + number)
+                return
+            async with trio.open_nursery() as ending:
+                ending.start_soon(self._drain)
+                number = await anext(signals)
+                self._end(128 + number)
+
+    async def _drain(self) -> None:
+        assert self._engine is not None, "only what serves is drained"
+        config, service = self._config, self._service
+        logger.info(
+            "shutting down: %d requests may finish within %g s; a second signal ends at once",
+            service.in_flight,
+            config.drain_timeout,
+        )
+        service.begin_drain()
+        self._engine.begin_drain()
+        self._draining.set()  # Hypercorn closes the port
+        with trio.move_on_after(config.drain_timeout) as patience:
+            await self._engine.drained()
+            await service.idle()
+        if patience.cancelled_caught:
+            logger.warning("%d requests did not finish within %g s and are cut off", service.in_flight, config.drain_timeout)
+        self._engine_scope.cancel()
+        with trio.move_on_after(FAREWELL):
+            await service.idle()
+        self._end(0)
+
+    def _end(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+        self._root.cancel_scope.cancel()
+
+    async def _arm_when_cancelled(self, watchdog: threading.Timer) -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            watchdog.start()
+
+    def _end_hard(self) -> None:
+        reason = f" after: {self._service.failure}" if self._service.failure else ""
+        print(
+            f"dashinfer_serve: error: could not stop within {WATCHDOG:g} s{reason}; ending the process",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1 if self.exit_code is None else self.exit_code)
+
+
+def _announce(config: ServerConfig, url: str, info: Ready) -> None:
+    """Tells that the server is ready, and with what."""
+    rows = {
+        "address": url if config.host in url else f"{url} (bound to {config.host})",
+        "model": f"{config.model_name} ({info.architecture}, mode {info.mode})",
+        "device": f"{info.device}, {info.data_type}, {info.weight_bytes / 2**20:,.0f} MiB of weights",
+        "KV cache": f"{info.num_blocks * info.block_size:,} tokens, {info.kv_cache_bytes / 2**20:,.0f} MiB; "
+        f"a sequence up to {info.max_length:,} tokens",
+        "API": f"{url}/v1{', with a key' if config.api_keys else ''}",
+        "docs": f"{url}/docs",
+    }
+    log.notices.info("ready")
+    for name, value in rows.items():
+        log.notices.info("  %-9s %s", name, value)

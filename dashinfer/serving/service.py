@@ -1,0 +1,120 @@
+"""What the routes share: the settings, the engine and the text side once they are there, and how the server is doing.
+
+One object a process. Owns the answer to "can a request be served now?"; knows nothing of HTTP or of what an engine does.
+"""
+
+import hashlib
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from dashinfer.config import ServerConfig
+from dashinfer.engine.api import EngineAPI, EngineState
+from dashinfer.errors import EngineUnavailable
+
+if TYPE_CHECKING:
+    from dashinfer.text.chat_template import ChatTemplate
+    from dashinfer.text.tokenizer import Tokenizer
+
+_WHY_NOT = {
+    "loading": "the model is still loading",
+    "draining": "the server is shutting down",
+    "failed": "the engine has failed; see the server's log",
+}
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """The text side of a model: everything between messages and token ids. Safe to share between threads."""
+
+    tokenizer: "Tokenizer"
+    template: "ChatTemplate"
+    generation_config: Mapping[str, Any]
+
+
+class Service:
+    """The state behind the routes.
+
+    Attributes:
+        config: the settings.
+        created: when the server started, in seconds since 1970.
+        in_flight: requests that are being answered.
+        failure: what ended the engine, as one line, or None.
+    """
+
+    def __init__(self, config: ServerConfig, *, version: str) -> None:
+        self.config = config
+        self.version = version
+        self.created = int(time.time())
+        self.in_flight = 0
+        self.failure: str | None = None
+        # A few at a time: long prompts must not take every core from the model.
+        self.thread_limiter = trio.CapacityLimiter(2)
+        self._engine: EngineAPI | None = None
+        self._text: TextModel | None = None
+        self._draining = False
+        self._idle = trio.Event()
+        self._idle.set()
+        self.system_fingerprint = ""
+
+    def ready(self, engine: EngineAPI, text: TextModel) -> None:
+        """From now on requests are served."""
+        assert engine.info is not None, "an engine that is ready knows its model"
+        self._engine, self._text = engine, text
+        built_from = (self.version, self.config.model_name, engine.info.architecture, engine.info.data_type, engine.info.device)
+        self.system_fingerprint = "fp_" + hashlib.sha256("|".join(built_from).encode()).hexdigest()[:10]
+
+    def begin_drain(self) -> None:
+        """From now on new requests are refused."""
+        self._draining = True
+
+    def fail(self, reason: str) -> None:
+        """The engine is gone."""
+        self.failure = reason
+
+    @property
+    def state(self) -> EngineState:
+        if self.failure is not None:
+            return "failed"
+        if self._draining:
+            return "draining"
+        return "loading" if self._engine is None else self._engine.state
+
+    @property
+    def mode(self) -> str | None:
+        """`llm` or `vlm`; None while it is not known."""
+        return self._engine.info.mode if self._engine is not None and self._engine.info is not None else None
+
+    def require(self) -> tuple[EngineAPI, TextModel]:
+        """The engine and the text side.
+
+        Raises:
+            EngineUnavailable: loading, draining or failed.
+        """
+        if (state := self.state) != "ready":
+            raise EngineUnavailable(_WHY_NOT[state])
+        assert self._engine is not None, "ready without an engine"
+        assert self._text is not None, "ready without a tokenizer"
+        return self._engine, self._text
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Counts a request for as long as it is being answered."""
+        self.in_flight += 1
+        if self._idle.is_set():
+            self._idle = trio.Event()
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+            if self.in_flight == 0:
+                self._idle.set()
+
+    async def idle(self) -> None:
+        """Returns once no request is being answered."""
+        while self.in_flight:
+            await self._idle.wait()

@@ -1,0 +1,69 @@
+"""A server on a loopback socket, in the test's own event loop: real Hypercorn and routes, fake engine."""
+
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import trio
+from hypercorn.trio import serve
+
+from dashinfer.config import ServerConfig
+from dashinfer.serving import listen
+from dashinfer.serving.app import create_app
+from dashinfer.serving.service import Service, TextModel
+
+from .fake_engine import FakeEngine, make_text
+
+
+@dataclass
+class Running:
+    url: str
+    engine: FakeEngine
+    service: Service
+    client: httpx.AsyncClient
+
+    async def chat(self, content: str, **fields: Any) -> httpx.Response:
+        return await self.client.post("/v1/chat/completions", json=self.body(content, **fields))
+
+    @staticmethod
+    def body(content: str, **fields: Any) -> dict[str, Any]:
+        return {"model": "demo", "messages": [{"role": "user", "content": content}], **fields}
+
+    def connect(self) -> socket.socket:
+        host, port = self.url.removeprefix("http://").split(":")
+        return socket.create_connection((host, int(port)))
+
+
+RunServer = Callable[..., AbstractAsyncContextManager[Running]]
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> TextModel:
+    return make_text(Path(tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.fixture
+def run_server(text: TextModel) -> RunServer:
+    @asynccontextmanager
+    async def run(*, ready: bool = True, engine_type: type[FakeEngine] = FakeEngine, **settings: Any) -> AsyncIterator[Running]:
+        engine = engine_type()
+        service = Service(ServerConfig(model="demo", host="127.0.0.1", port=0, **settings), version="0")
+        with listen.bind("127.0.0.1", 0) as sockets:
+            url = listen.url(sockets)
+            config = listen.hypercorn_config(sockets, graceful_timeout=1)
+            async with trio.open_nursery() as nursery:
+                await nursery.start(engine.run)
+                if ready:
+                    service.ready(engine, text)
+                await nursery.start(partial(serve, create_app(service), config, mode="asgi"))
+                async with httpx.AsyncClient(base_url=url) as client:
+                    yield Running(url, engine, service, client)
+                nursery.cancel_scope.cancel()
+
+    return run

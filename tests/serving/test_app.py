@@ -1,0 +1,296 @@
+"""The routes, over HTTP."""
+
+import json
+
+import httpx
+import pytest
+import trio
+
+from dashinfer.errors import ContextLengthExceeded, QueueFull
+from dashinfer.protocol.chat import ChatCompletion, ErrorResponse, ModelList
+from dashinfer.serving import app, edge
+
+from .conftest import RunServer
+
+
+def error_of(response: httpx.Response) -> dict:
+    assert response.headers["content-type"] == "application/json"
+    return ErrorResponse.model_validate_json(response.content, strict=True).error.model_dump()
+
+
+async def test_health_and_models(run_server: RunServer) -> None:
+    async with run_server() as server:
+        health = await server.client.get("/health")
+        models = await server.client.get("/v1/models")
+
+    assert (health.status_code, health.text) == (200, '{"status":"ok","mode":"llm"}')
+    (model,) = ModelList.model_validate_json(models.content).data
+    assert (model.id, model.max_model_len) == ("demo", 4096)
+
+
+async def test_before_the_model_is_loaded(run_server: RunServer) -> None:
+    async with run_server(ready=False) as server:
+        health = await server.client.get("/health")
+        answers = [await server.client.get("/v1/models"), await server.chat("say no", stream=True)]
+
+    assert (health.status_code, health.json()) == (503, {"status": "loading"})
+    for answer in answers:
+        assert answer.status_code == 503
+        assert answer.headers["retry-after"] == "5"
+        assert error_of(answer)["code"] == "engine_unavailable"
+
+
+async def test_a_failed_engine_shows_at_once(run_server: RunServer) -> None:
+    async with run_server() as server:
+        server.engine.state = "failed"
+        health = await server.client.get("/health")
+        answer = await server.chat("say no")
+
+    assert (health.status_code, health.json()) == (503, {"status": "failed"})
+    assert answer.status_code == 503
+
+
+async def test_completion(run_server: RunServer) -> None:
+    async with run_server() as server:
+        answer = await server.chat("say The capital of France is Paris.")
+        await server.engine.until(lambda: server.engine.running == 0)
+
+    assert answer.status_code == 200
+    completion = ChatCompletion.model_validate_json(answer.content)
+    assert completion.choices[0].message.content == "The capital of France is Paris."
+    assert completion.choices[0].finish_reason == "stop"
+    prompt = len("user: say The capital of France is Paris.") + 1
+    assert completion.usage.prompt_tokens == prompt
+    assert completion.usage.completion_tokens == len("The capital of France is Paris.") + 1  # and the end of the turn
+    assert completion.usage.prompt_tokens_details.cached_tokens == prompt // 16 * 16
+    assert server.engine.record[:2] == ["begin", "end"]
+
+
+async def test_long_prompts_are_prepared_in_a_thread(run_server: RunServer) -> None:
+    async with run_server() as server:
+        answer = await server.client.post(
+            "/v1/chat/completions",
+            json=server.body("say yes", metadata={"padding": "a" * 10_000}),
+        )
+
+    assert answer.json()["choices"][0]["message"]["content"] == "yes"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"temperature": 3}, "temperature"),
+        ({"messages": []}, "messages"),
+        ({"stream": "yes"}, "stream"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"nonsense": 1}, "nonsense"),
+        ({"logit_bias": {"9999": 1}}, "logit_bias"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_bad_field(run_server: RunServer, fields: dict, param: str, stream: bool) -> None:
+    async with run_server() as server:
+        answer = await server.client.post("/v1/chat/completions", json={**server.body("say no", stream=stream), **fields})
+
+    assert answer.status_code == 400
+    assert error_of(answer)["param"] == param
+    assert error_of(answer)["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff\xfe", b'{"messages": NaN}', b"[" * 100_000])
+async def test_body_that_is_no_request(run_server: RunServer, body: bytes) -> None:
+    async with run_server() as server:
+        answer = await server.client.post("/v1/chat/completions", content=body)
+
+    assert answer.status_code == 400
+    assert error_of(answer)["message"]
+
+
+@pytest.mark.parametrize("length", [5000, 4096 * 256 + 1])
+async def test_prompt_without_room(run_server: RunServer, length: int) -> None:
+    async with run_server() as server:
+        answer = await server.chat("a" * length, stream=True)
+
+    assert answer.status_code == 400
+    assert error_of(answer)["code"] == "context_length_exceeded"
+
+
+async def test_unknown_model(run_server: RunServer) -> None:
+    async with run_server(served_model_name="mine") as server:
+        as_served = await server.chat("say yes", model="mine")
+        as_typed = await server.chat("say yes", model="demo")
+        other = await server.chat("say no", model="gpt-4o", stream=True)
+
+    assert (as_served.status_code, as_served.json()["model"]) == (200, "mine")
+    assert (as_typed.status_code, as_typed.json()["model"]) == (200, "mine")
+    assert other.status_code == 404
+    assert error_of(other)["code"] == "model_not_found"
+
+
+async def test_unknown_route_and_wrong_method(run_server: RunServer) -> None:
+    async with run_server() as server:
+        unknown = await server.client.post("/v1/nothing", content=b"x" * 100_000)
+        wrong = await server.client.get("/v1/chat/completions")
+        deleted = await server.client.delete("/health")
+        options = await server.client.options("/v1/chat/completions")
+        head = await server.client.head("/health")
+
+    assert unknown.status_code == 404
+    assert error_of(unknown)["type"] == "invalid_request_error"
+    assert wrong.status_code == deleted.status_code == 405
+    assert "POST" in wrong.headers["allow"]
+    assert error_of(wrong)["code"] == "method_not_allowed"
+    assert options.status_code == 200
+    assert "POST" in options.headers["allow"]
+    assert (head.status_code, head.content) == (200, b"")
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_body_too_large(run_server: RunServer, monkeypatch: pytest.MonkeyPatch, chunked: bool) -> None:
+    monkeypatch.setattr(app, "MAX_BODY", 2**20)
+    data = b"x" * (8 * 2**20)
+
+    async def pieces():
+        yield data
+
+    async with run_server() as server:
+        answer = await server.client.post("/v1/chat/completions", content=pieces() if chunked else data)
+        after = await server.chat("say still here")
+
+    assert answer.status_code == 413
+    assert error_of(answer)["code"] == "payload_too_large"
+    assert after.status_code == 200
+
+
+async def test_a_large_body_that_fits(run_server: RunServer) -> None:
+    async with run_server() as server:
+        answer = await server.chat("say yes", chat_template_kwargs={"padding": "a" * (20 * 2**20)})
+
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_queue_full(run_server: RunServer, stream: bool) -> None:
+    async with run_server() as server:
+        server.engine.refusal = QueueFull("256 requests wait already")
+        answer = await server.chat("say no", stream=stream)
+
+    assert answer.status_code == 429
+    assert answer.headers["retry-after"] == "1"
+    assert error_of(answer) == {
+        "message": "256 requests wait already",
+        "type": "rate_limit_error",
+        "param": None,
+        "code": "queue_full",
+    }
+
+
+async def test_what_the_engine_refuses(run_server: RunServer) -> None:
+    async with run_server() as server:
+        server.engine.refusal = ContextLengthExceeded("too long", param="messages")
+        answer = await server.chat("say no", stream=True)
+
+    assert answer.status_code == 400
+    assert error_of(answer)["param"] == "messages"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_bug_is_a_500_without_details(run_server: RunServer, stream: bool, caplog: pytest.LogCaptureFixture) -> None:
+    async with run_server() as server:
+        server.engine.refusal = ZeroDivisionError("secret detail")
+        answer = await server.chat("say no", stream=stream)
+
+    assert answer.status_code == 500
+    assert error_of(answer)["code"] == "internal_error"
+    assert answer.headers["x-request-id"] in error_of(answer)["message"]
+    assert "secret" not in answer.text
+    assert "secret detail" in caplog.text
+    assert answer.headers["x-request-id"] in caplog.text
+
+
+async def test_request_ids(run_server: RunServer) -> None:
+    async with run_server() as server:
+        own = await server.client.get("/health", headers={"x-request-id": "abc-123"})
+        bad = await server.client.get("/health", headers={"x-request-id": "a b<script>"})
+        none = [(await server.client.get("/health")).headers["x-request-id"] for _ in range(2)]
+
+    assert own.headers["x-request-id"] == "abc-123"
+    assert bad.headers["x-request-id"].startswith("req-")
+    assert len(set(none)) == 2
+
+
+async def test_docs_need_nothing_from_elsewhere(run_server: RunServer) -> None:
+    async with run_server(api_keys=("sk-1",)) as server:
+        home = await server.client.get("/")
+        page = await server.client.get("/docs")
+        files = {
+            name: await server.client.get(f"/docs/{name}") for name in ("swagger-ui-bundle.js", "swagger-ui.css", "start.js")
+        }
+        document = await server.client.get("/openapi.json")
+        outside = await server.client.get("/docs/../app.py")
+
+    assert (home.status_code, home.headers["location"]) == (307, "docs")
+    assert "http" not in page.text
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert all(name in page.text and answer.status_code == 200 for name, answer in files.items())
+    assert len(files["swagger-ui-bundle.js"].content) > 1_000_000
+    assert set(document.json()["paths"]) == {"/health", "/v1/models", "/v1/chat/completions"}
+    assert outside.status_code in (401, 404)
+
+
+async def test_http2(run_server: RunServer) -> None:
+    """With prior knowledge, as `curl --http2-prior-knowledge` does."""
+    from h2.config import H2Configuration
+    from h2.connection import H2Connection
+    from h2.events import DataReceived, ResponseReceived, StreamEnded
+
+    async with run_server() as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        connection = H2Connection(H2Configuration(header_encoding="utf-8"))
+        connection.initiate_connection()
+        headers = [(":method", "POST"), (":path", "/v1/chat/completions"), (":scheme", "http"), (":authority", host)]
+        connection.send_headers(1, headers)
+        connection.send_data(1, json.dumps(server.body("say hello", stream=True)).encode(), end_stream=True)
+        async with await trio.open_tcp_stream(host, int(port)) as stream:
+            await stream.send_all(connection.data_to_send())
+            events: list = []
+            with trio.fail_after(10):
+                while not any(isinstance(event, StreamEnded) for event in events):
+                    events += connection.receive_data(await stream.receive_some())
+
+    (response,) = [event for event in events if isinstance(event, ResponseReceived)]
+    assert dict(response.headers)[":status"] == "200"
+    assert b"".join(event.data for event in events if isinstance(event, DataReceived)).endswith(b"data: [DONE]\n\n")
+
+
+async def test_access_log_has_no_contents(run_server: RunServer, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="dashinfer.access")
+    async with run_server(api_keys=("sk-private",)) as server:
+        await server.client.post(
+            "/v1/chat/completions?sk-private",
+            json=server.body("say whisper"),
+            headers={"authorization": "Bearer sk-private"},
+        )
+        await server.client.get("/v1/%0aforged%20line")
+
+    lines = [record.getMessage() for record in caplog.records if record.name == "dashinfer.access"]
+    assert lines[0].startswith("POST /v1/chat/completions 200 ")
+    assert lines[0].endswith("ms (18 tokens in, 8 out)")
+    assert lines[1].startswith("GET /v1/%0aforged%20line 401 ")
+    assert "whisper" not in caplog.text
+    assert "sk-private" not in caplog.text
+
+
+async def test_a_client_that_does_not_read_loses_its_connection(run_server: RunServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dashinfer.serving.listen.STALLED_CLIENT", 0.2)
+    monkeypatch.setattr(edge, "WRITE_PATIENCE", 0.2)
+    async with run_server() as server:
+        server.engine.at_once = 1000
+        body = json.dumps(server.body("forever", stream=True, n=16, max_tokens=4000)).encode()
+        request = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+        with server.connect() as stalled:
+            stalled.sendall(request)
+            await server.engine.until(lambda: server.engine.running == 1)
+            await server.engine.until(lambda: server.engine.running == 0)
+
+    assert server.engine.record[:2] == ["begin", "end"]

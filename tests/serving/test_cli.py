@@ -1,0 +1,114 @@
+"""The command line: flags, messages, exit statuses."""
+
+import dataclasses
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from dashinfer.config import ServerConfig
+from dashinfer.errors import ConfigurationError
+from dashinfer.serving import cli
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "dashinfer.serving", *arguments], capture_output=True, text=True, timeout=30, check=False
+    )
+
+
+def test_defaults_are_the_documented_ones() -> None:
+    config = cli.parse_arguments(["--model", "Qwen/Qwen2.5-7B-Instruct"])
+
+    assert config == ServerConfig(model="Qwen/Qwen2.5-7B-Instruct")
+    assert (config.host, config.port, config.tensor_parallel, config.max_batch) == ("0.0.0.0", 8000, 1, 32)
+    assert (config.mode, config.data_type, config.api_keys, config.log_level) == ("auto", "bfloat16", (), "info")
+    assert (config.vision_engine, config.min_pixels, config.max_pixels) == ("tensorrt", 3136, 12845056)
+    assert config.model_name == "Qwen2.5-7B-Instruct"
+
+
+def test_every_flag() -> None:
+    config = cli.parse_arguments(
+        shlex.split(
+            "--model m --mode vlm --host ::1 --port 0 --tensor-parallel 4 --max-batch 64 --max-length 16384 "
+            "--data-type float16 --api-keys sk-key1,sk-key2 --log-level debug --vision-engine transformers --min-pixels 1 "
+            "--max-pixels 2 --quant-type fp8 --served-model-name name --max-queue 3 --drain-timeout 1.5 --step-timeout 9 "
+            "--device cpu --load-format dummy --kv-cache-memory 4GiB --block-size 32 --max-step-tokens 100 "
+            "--disable-prefix-cache"
+        )
+    )
+
+    assert config == ServerConfig(
+        model="m", mode="vlm", host="::1", port=0, tensor_parallel=4, max_batch=64, max_length=16384, data_type="float16",
+        api_keys=("sk-key1", "sk-key2"), log_level="debug", vision_engine="transformers", min_pixels=1, max_pixels=2,
+        quant_type="fp8", served_model_name="name", max_queue=3, drain_timeout=1.5, step_timeout=9.0, device="cpu",
+        load_format="dummy", kv_cache_memory=4 * 2**30, block_size=32, max_step_tokens=100, disable_prefix_cache=True,
+    )  # fmt: skip
+
+
+def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--help"])
+
+    shown = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(ServerConfig):
+        assert "--" + field.name.replace("_", "-") in shown
+        assert " ".join(field.metadata["help"].split())[:30] in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "dashinfer_serve --model demo"),
+        (["--modle", "demo"], "unknown flag --modle; did you mean --mode or --model?"),
+        (["--model", "demo", "--max_batch=3"], "unknown flag --max_batch; did you mean --max-batch?"),
+        (["demo"], "--model demo"),
+        (["--model"], "--model: expected one argument"),
+        (["--model", "demo", "--port", "80000"], "80000 is not a port number"),
+        (["--model", "demo", "--port", "http"], "'http' is not a whole number"),
+        (["--model", "demo", "--data-type", "bfloat"], "did you mean bfloat16?"),
+        (["--model", "demo", "--kv-cache-memory", "lots"], "write for example 4GiB"),
+        (["--model", "demo", "--block-size", "17"], "not a power of two"),
+        (["--model", "demo", "--api-keys", ","], "no key given"),
+        (["--model", " "], "--model is empty"),
+    ],
+)
+def test_a_bad_command_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status = cli.main(arguments)
+
+    shown = capsys.readouterr()
+    assert status == 2
+    assert shown.out == ""
+    assert shown.err.startswith("dashinfer_serve: error: ")
+    assert shown.err.count("\n") == 1
+    assert message in shown.err
+
+
+def test_bad_flags_raise_for_callers() -> None:
+    with pytest.raises(ConfigurationError, match="unknown flag"):
+        cli.parse_arguments(["--nothing"])
+
+
+def test_as_a_process() -> None:
+    version, nothing = command("--version"), command()
+
+    assert (version.returncode, version.stdout) == (0, f"dashinfer {cli.version()}\n")
+    assert nothing.returncode == 2
+    assert "--model demo" in nothing.stderr
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import dashinfer.serving.cli", ["trio", "pydantic", "quart", "hypercorn", "tokenizers", "rich", "torch"]),
+        ("import dashinfer.serving.run", ["pydantic", "quart", "hypercorn", "tokenizers", "rich", "torch", "jinja2"]),
+        ("import dashinfer.serving.asgi, dashinfer.serving.chat", ["torch", "transformers", "numpy"]),
+    ],
+)
+def test_what_is_imported_when(statement: str, absent: list[str]) -> None:
+    """The worker is to start before the HTTP stack is there, and torch is never to be."""
+    program = f"import sys; {statement}; print(sorted(set({absent}) & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+
+    assert result.stdout == "[]\n"
