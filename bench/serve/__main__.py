@@ -78,7 +78,8 @@ def read_targets(arguments: argparse.Namespace) -> list[Target]:
     if len(by_label) < len(targets):
         raise BenchError("two targets have the same label")
     for label, body in map(parse_body, arguments.body):
-        by_label[known_label(label, targets)] = replace(by_label[label], body=body)
+        known_label(label, targets)
+        by_label[label] = replace(by_label[label], body=body)
     return [by_label[target.label] for target in targets]
 
 

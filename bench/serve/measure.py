@@ -101,11 +101,12 @@ def schedule(runs: Sequence[Run], settings: Settings) -> Iterator[tuple[int, int
 async def measure_round(
     run: Run, concurrency: int, number: int, settings: Settings, on_sample: OnSample = lambda sample: None
 ) -> Figures:
-    """Measures one round of one target, notes it in `run`, and returns its figures. All targets get the same prompts in a round."""
-    prompts = [
-        make_prompt(f"{settings.seed} {concurrency} {number} {index}", run.words)
-        for index in range(settings.requests_at(concurrency))
-    ]
+    """Measures one round of one target, notes it in `run`, and returns its figures.
+
+    Targets of one vocabulary get the same prompts in a round; no prompt comes up in two rounds.
+    """
+    requests = settings.requests_at(concurrency)
+    prompts = [make_prompt(f"{settings.seed} {concurrency} {number} {index}", run.words) for index in range(requests)]
     samples = await closed_loop(run, prompts, concurrency, settings, on_sample)
     figures = summarise(samples)
     run.levels.setdefault(concurrency, []).append(figures)
