@@ -1,11 +1,12 @@
 """Imports run one way, as README's "How it works" draws them. Read from the sources; nothing is imported here.
 
-The parent process (HTTP, text, scheduling) never loads torch; the workers never load the web stack. A module belongs to the layer
+The parent process (HTTP, text, scheduling) never loads torch; workers never load the web stack. A module belongs to the layer
 with the longest matching name, and may import its own layer and what lies below on its side.
 """
 
 import ast
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -171,13 +172,12 @@ def test_the_name_kernels_is_left_to_others() -> None:
 
 def test_only_declared_packages_are_imported() -> None:
     """Everything that the product imports is a dependency or an extra of pyproject.toml, or Python's own."""
-    import tomllib
-
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     requirements = [*project["dependencies"], *extras["serving"], *extras["vlm"]]
     declared = {requirement.split(";")[0].split("[")[0].split("<")[0].split(">")[0].strip() for requirement in requirements}
-    known = {name.lower().replace("-", "_") for name in declared} | {"pil", "quart", "triton"}  # come with those declared
+    known = {name.lower().replace("-", "_") for name in declared}
+    known |= {"pil", "quart", "werkzeug", "pydantic_core", "tqdm"}  # come with pillow, quart-trio, pydantic, huggingface_hub
     imported = {target.split(".")[0] for name, path in SOURCES.items() for target in imports(name, path)}
     foreign = imported - {"dashinfer", "dashinfer_kernels"} - set(sys.stdlib_module_names)
 
