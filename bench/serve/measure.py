@@ -1,0 +1,115 @@
+"""The order of things: prepare every target, then level by level and round by round, targets taking turns within a round.
+
+A closed loop: N workers, each sending its next request as soon as its last one has ended. Targets take turns, and change who
+goes first, so that whatever else the machine does hits all of them alike.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import httpx
+import trio
+
+from bench.serve.client import DIALECTS, ask, find_model, probe
+from bench.serve.prompts import calibrate, make_prompt
+from bench.serve.stats import Figures, Sample, summarise
+from bench.serve.target import Target
+
+OnSample = Callable[[Sample], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is asked of every target. Lengths in tokens, times in seconds."""
+
+    concurrency: tuple[int, ...] = (1, 4, 16, 32)
+    rounds: int = 3
+    requests: int | None = None  # a round; None: two a worker, but at least four
+    prompt_tokens: int = 105
+    output_tokens: int = 64
+    seed: int = 0
+    timeout: float = 600.0  # for one answer
+
+    def requests_at(self, concurrency: int) -> int:
+        """Requests in a round: a multiple of the concurrency, so that the workers end close to each other."""
+        wanted = self.requests if self.requests is not None else max(2 * concurrency, 4)
+        return -(-wanted // concurrency) * concurrency
+
+
+@dataclass
+class Run:
+    """One target's measurement, filled in as it goes."""
+
+    target: Target
+    client: httpx.AsyncClient
+    dialect: str = ""
+    answer: str = ""
+    words: int = 0
+    levels: dict[int, list[Figures]] = field(default_factory=dict)  # concurrency -> rounds
+    errors: list[str] = field(default_factory=list)  # distinct ones, in order
+
+
+async def prepare(run: Run, settings: Settings) -> None:
+    """Finds the model, the dialect and the prompts' number of words, and warms the server up. Raises BenchError."""
+    if run.target.model is None:
+        run.target = replace(run.target, model=await find_model(run.client, run.target))
+    run.dialect, run.answer = await probe(run.client, run.target, settings.timeout)
+    extra = DIALECTS[run.dialect]
+
+    async def count_tokens(prompt: str) -> int | None:
+        return (await ask(run.client, run.target, prompt, 1, extra, settings.timeout)).prompt_tokens
+
+    run.words = await calibrate(count_tokens, settings.prompt_tokens)
+    most = max(settings.concurrency)
+    prompts = [make_prompt(f"{settings.seed} warm-up {index}", run.words) for index in range(most)]
+    await closed_loop(run, prompts, most, settings)
+
+
+async def closed_loop(
+    run: Run,
+    prompts: Sequence[str],
+    concurrency: int,
+    settings: Settings,
+    on_sample: Callable[[Sample], None] = lambda sample: None,
+) -> list[Sample]:
+    """Sends all prompts, `concurrency` at a time; samples in the order in which they ended."""
+    waiting = iter(prompts)
+    samples: list[Sample] = []
+    extra = DIALECTS[run.dialect]
+
+    async def work() -> None:
+        for prompt in waiting:  # one iterator for all workers: each takes the next prompt
+            sample = await ask(run.client, run.target, prompt, settings.output_tokens, extra, settings.timeout)
+            samples.append(sample)
+            on_sample(sample)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(concurrency):
+            nursery.start_soon(work)
+    return samples
+
+
+def schedule(runs: Sequence[Run], settings: Settings) -> Iterator[tuple[int, int, Run]]:
+    """(concurrency, round, run) in the order in which they are measured."""
+    for concurrency in settings.concurrency:
+        for number in range(settings.rounds):
+            first = number % len(runs)
+            for run in (*runs[first:], *runs[:first]):
+                yield concurrency, number, run
+
+
+async def measure_round(
+    run: Run, concurrency: int, number: int, settings: Settings, on_sample: OnSample = lambda sample: None
+) -> Figures:
+    """Measures one round of one target, notes it in `run`, and returns its figures.
+
+    Targets of one vocabulary get the same prompts in a round; no prompt comes up in two rounds.
+    """
+    requests = settings.requests_at(concurrency)
+    prompts = [make_prompt(f"{settings.seed} {concurrency} {number} {index}", run.words) for index in range(requests)]
+    samples = await closed_loop(run, prompts, concurrency, settings, on_sample)
+    figures = summarise(samples)
+    run.levels.setdefault(concurrency, []).append(figures)
+    failures = dict.fromkeys(sample.error for sample in samples if sample.error is not None)
+    run.errors.extend(error for error in failures if error not in run.errors)
+    return figures

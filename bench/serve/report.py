@@ -1,0 +1,215 @@
+"""Results for people and for programs: a table, Markdown, JSON, and what machine they were made on."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.table import Table
+
+from bench.serve.measure import Run, Settings
+from bench.serve.stats import Figures, median_figures, median_ratio
+
+PACKAGES = ("dashinfer", "torch", "triton", "transformers", "vllm", "trio", "hypercorn", "httpx")
+COLUMNS = (
+    "server",
+    "conc.",
+    "tok/s",
+    "ratio",
+    "TTFT p50 / p90 / p99, ms",
+    "TPOT p50 / p90 / p99, ms",
+    "tokens in (cached) / out",
+    "errors",
+)
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints, or None where there is no such command or it fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    return result.stdout.strip() or None if result.returncode == 0 else None
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def describe_machine() -> dict[str, Any]:
+    """Hardware, versions in this environment (a peer's environment may hold others) and the commit; no name of the machine."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    gpus = _output("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
+    changed = _output("git", "status", "--porcelain", "--untracked-files=no")
+    return {
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "load_average": os.getloadavg(),
+        "gpus": gpus.splitlines() if gpus else [],
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": _output("git", "rev-parse", "HEAD"),
+        "uncommitted_changes": changed is not None,
+    }
+
+
+def as_json(
+    runs: Sequence[Run], settings: Settings, baseline: str | None, machine: dict[str, Any], extra: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """Everything, as one JSON object; `extra` adds fields to a target by its label. Times in seconds, memory in bytes."""
+    return {
+        "schema": 1,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "settings": asdict(settings),
+        "baseline": baseline,
+        "machine": machine,
+        "targets": [
+            {
+                "label": run.target.label,
+                "url": run.target.url,
+                "model": run.target.model,
+                "body": run.target.body,
+                "dialect": run.dialect,
+                "answer": run.answer,
+                "errors": run.errors,
+                **extra.get(run.target.label, {}),
+                "levels": [
+                    {
+                        "concurrency": concurrency,
+                        "ratio": ratio_at(run, runs, baseline, concurrency),
+                        "median": asdict(median_figures(rounds)),
+                        "rounds": [asdict(figures) for figures in rounds],
+                    }
+                    for concurrency, rounds in run.levels.items()
+                ],
+            }
+            for run in runs
+        ],
+    }
+
+
+def ratio_at(run: Run, runs: Sequence[Run], baseline: str | None, concurrency: int) -> float | None:
+    """Output tokens/s over the baseline's; None for the baseline itself and where there is none."""
+    other = next((candidate for candidate in runs if candidate.target.label == baseline), None)
+    if other is None or other is run:
+        return None
+    return median_ratio(run.levels[concurrency], other.levels[concurrency])
+
+
+def _milliseconds(*seconds: float | None) -> str:
+    return " / ".join(
+        "-" if value is None else f"{value * 1000:.1f}" if value < 0.1 else f"{value * 1000:.0f}" for value in seconds
+    )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"
+
+
+def rows(runs: Sequence[Run], baseline: str | None) -> list[tuple[str, ...]]:
+    """The table's rows, `COLUMNS` wide, by concurrency and then by target."""
+    result = []
+    for concurrency in runs[0].levels:
+        for run in runs:
+            figures = median_figures(run.levels[concurrency])
+            ratio = ratio_at(run, runs, baseline, concurrency)
+            result.append(
+                (
+                    run.target.label,
+                    str(concurrency),
+                    f"{figures.tokens_per_second:.1f}",
+                    "" if ratio is None else f"{ratio:.2f}x",
+                    _milliseconds(figures.ttft_p50, figures.ttft_p90, figures.ttft_p99),
+                    _milliseconds(figures.tpot_p50, figures.tpot_p90, figures.tpot_p99),
+                    f"{_number(figures.prompt_tokens)} ({_number(figures.cached_tokens)}) / {_number(figures.output_tokens)}",
+                    str(figures.errors),
+                )
+            )
+    return result
+
+
+def as_table(runs: Sequence[Run], baseline: str | None) -> Table:
+    table = Table(*COLUMNS)
+    labels = len(runs)
+    for number, row in enumerate(rows(runs, baseline), start=1):
+        table.add_row(*row, end_section=number % labels == 0)
+    return table
+
+
+def as_markdown(
+    runs: Sequence[Run],
+    settings: Settings,
+    baseline: str | None,
+    machine: dict[str, Any],
+    extra: dict[str, dict[str, Any]],
+    command: str,
+) -> str:
+    """The table, and beneath it what one must know to read it."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    where = machine["gpus"][0] if machine["gpus"] else f"{machine['cpu']}, {machine['cores']} cores"
+    changed = " with uncommitted changes" if machine["uncommitted_changes"] else ""
+    lines = [
+        f"Prompts of {settings.prompt_tokens} tokens, {settings.output_tokens} tokens out, greedy, streamed; medians of "
+        f"{settings.rounds} rounds, servers taking turns in each.",
+        "",
+        f"{where}; Python {machine['python']}; {versions}; commit {machine['commit']}{changed}.",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|" + "---|" * len(COLUMNS),
+        *("| " + " | ".join(row) + " |" for row in rows(runs, baseline)),
+        "",
+    ]
+    if baseline is not None:
+        lines += [f"`ratio` is output tokens/s over {baseline}'s in the same round.", ""]
+    for run in runs:
+        lines.append(f"- {run.target.label} ({run.dialect}): {' '.join(run.answer.split())!r} to the capital of France.")
+        lines += [f"  {line}" for line in memory_lines(extra.get(run.target.label, {}))]
+    lines += ["", "Made with:", "", "```bash", command, "```", ""]
+    return "\n".join(lines)
+
+
+def memory_lines(extra: dict[str, Any]) -> list[str]:
+    """Start-up time and memory of one target, for people."""
+    lines = []
+    if "startup_seconds" in extra:
+        lines.append(f"First answer {extra['startup_seconds']:.1f} s after the command.")
+    for when in ("start", "end"):
+        if (memory := extra.get(f"memory_{when}")) is not None:
+            workers = ", ".join(f"{rss / 2**20:.0f}" for rss in memory["workers"]) or "none"
+            lines.append(
+                f"Resident at the {when}: parent {memory['parent'] / 2**20:.0f} MiB, processes below it {workers} MiB."
+            )
+    return lines
+
+
+def caveats(runs: Sequence[Run], settings: Settings) -> list[str]:
+    """What makes figures of this run mean less than they seem to."""
+    found = []
+    for run in runs:
+        for concurrency, rounds in run.levels.items():
+            figures: Figures = median_figures(rounds)
+            where = f"{run.target.label} at {concurrency}"
+            if figures.errors:
+                found.append(f"{where}: {figures.errors} of {figures.requests} requests failed, such as: {run.errors[0]}")
+            if figures.output_tokens is not None and figures.output_tokens < settings.output_tokens * 0.98:
+                found.append(f"{where}: answers have {figures.output_tokens:.1f} tokens, not {settings.output_tokens}")
+            if figures.prompt_tokens is None:
+                found.append(f"{where}: the server does not count tokens; a chunk of text counts as one")
+            elif figures.cached_tokens is not None and figures.cached_tokens > figures.prompt_tokens / 2:
+                found.append(f"{where}: most of each prompt came from the prefix cache; use another --seed")
+    return found

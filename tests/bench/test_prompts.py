@@ -1,0 +1,54 @@
+"""Prompts: distinct, repeatable, of the wanted length."""
+
+import pytest
+
+from bench.serve.prompts import CLOSING, WORDS, calibrate, make_prompt
+from bench.serve.target import BenchError
+
+
+def test_the_same_seed_draws_the_same_prompt_and_no_two_seeds_share_a_beginning() -> None:
+    prompts = [make_prompt(str(seed), 60) for seed in range(500)]
+
+    assert make_prompt("7", 60) == prompts[7]
+    assert len({tuple(prompt.split()[:4]) for prompt in prompts}) == 500
+
+
+def test_a_prompt_has_as_many_words_as_asked_for() -> None:
+    assert len(make_prompt("1", 9).removesuffix(CLOSING).split()) == 9
+
+
+def test_words_are_distinct_and_plain() -> None:
+    assert len(set(WORDS)) == len(WORDS)
+    assert all(word.isascii() and word.isalpha() and word.islower() for word in WORDS)
+
+
+@pytest.mark.parametrize("around", [0, 37])
+async def test_calibration_finds_the_number_of_words(around: int) -> None:
+    async def count_tokens(prompt: str) -> int:
+        return around + len(prompt.removesuffix(CLOSING).split())
+
+    assert await calibrate(count_tokens, 105) == 105 - around
+
+
+async def test_calibration_settles_where_words_are_not_tokens() -> None:
+    async def count_tokens(prompt: str) -> int:
+        return 30 + len(prompt.removesuffix(CLOSING).split()) * 6 // 5
+
+    words = await calibrate(count_tokens, 105)
+
+    assert await count_tokens(make_prompt("any", words)) == pytest.approx(105, abs=1)
+
+
+async def test_without_a_count_one_word_is_one_token() -> None:
+    async def count_tokens(prompt: str) -> None:
+        return None
+
+    assert await calibrate(count_tokens, 105) == 105
+
+
+async def test_a_length_that_the_template_alone_exceeds_is_refused() -> None:
+    async def count_tokens(prompt: str) -> int:
+        return 40 + len(prompt.removesuffix(CLOSING).split())
+
+    with pytest.raises(BenchError, match="as short as 20 tokens"):
+        await calibrate(count_tokens, 20)

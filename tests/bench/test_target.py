@@ -1,0 +1,33 @@
+"""Targets and their fields from the command line."""
+
+import pytest
+
+from bench.serve.target import BenchError, Target, parse_body, parse_target
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a=http://h:1/v1", Target(label="a", url="http://h:1/v1")),
+        ("a=http://h:1/v1/", Target(label="a", url="http://h:1/v1")),
+        ("a=https://h/v1=org/model", Target(label="a", url="https://h/v1", model="org/model")),
+    ],
+)
+def test_targets(text: str, expected: Target) -> None:
+    assert parse_target(text) == expected
+
+
+@pytest.mark.parametrize("text", ["http://h/v1", "=http://h/v1", "a=", "a=h:8000/v1", ""])
+def test_bad_targets_are_refused(text: str) -> None:
+    with pytest.raises(BenchError, match="write LABEL="):
+        parse_target(text)
+
+
+def test_bodies() -> None:
+    assert parse_body('a={"seed": 1}') == ("a", {"seed": 1})
+
+
+@pytest.mark.parametrize("text", ["a={", "a=[1]", "{}"])
+def test_bad_bodies_are_refused(text: str) -> None:
+    with pytest.raises(BenchError):
+        parse_body(text)
