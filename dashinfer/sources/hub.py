@@ -67,10 +67,8 @@ def _fetch(model: str, names: list[str], report: ReportProgress) -> Path:
         raise ModelNotFound(f"{model} is neither a path nor a valid Hugging Face ID") from error
     except LocalEntryNotFoundError as error:
         raise _unreachable(model) from error
-    except HfHubHTTPError as error:
+    except (OSError, *HfHubHTTPError.__bases__) as error:  # its bases: the errors of whatever HTTP library the Hub's uses
         raise ModelNotFound(f"fetching {model} failed: {_first_line(error)}") from error
-    except OSError as error:
-        raise ModelNotFound(f"cannot fetch {model}: {_first_line(error)}") from error
 
 
 def _unreachable(model: str) -> ModelNotFound:
@@ -89,11 +87,11 @@ def _unreachable(model: str) -> ModelNotFound:
 def _lacking(model: str, missing: str) -> ModelNotFound | UnsupportedModel:
     """What to say of a repository without a file that is needed; what it has instead makes it clearer."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         names = HfApi(library_name="dashinfer").list_repo_files(model)
-    except (OSError, OfflineModeIsEnabled):
+    except (OSError, *HfHubHTTPError.__bases__):
         return ModelNotFound(f"the Hugging Face cache has {model} without {missing}, and the Hub cannot be reached")
     for suffix, hint in (
         (".gguf", "has GGUF files only: download one and give its path"),

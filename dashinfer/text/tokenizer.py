@@ -62,7 +62,7 @@ class Tokenizer:
     """Text to ids and back.
 
     Attributes:
-        vocab_size: one more than the greatest token id (the model may pad its logits further).
+        vocab_size: number of tokens. Ids may have gaps and logits may be padded, so the model's own size bounds ids.
         eos_token_ids: every id that ends a turn, sorted.
         special_ids: ids that `skip_special_tokens` leaves out.
         special_tokens: `bos_token`, `eos_token` and so on as text, for the chat template.
@@ -96,7 +96,7 @@ class Tokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         self._added = {token: entry.content for token, entry in added.items()}
         self.special_ids = frozenset(token for token, entry in added.items() if entry.special)
-        self.vocab_size = max(self._tokenizer.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1)
+        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.special_tokens = {name: text for name in _TOKEN_NAMES if (text := token_content(config.get(name))) is not None}
 
         ends = set(eos_token_ids)
@@ -140,7 +140,7 @@ class Tokenizer:
     def _find_bytes(self, token: int) -> bytes:
         piece = self._added.get(token)
         if piece is None:
-            piece = self._tokenizer.id_to_token(token) if 0 <= token < self.vocab_size else None
+            piece = self._tokenizer.id_to_token(token) if 0 <= token < 2**32 else None
             if piece is None:
                 return b""
             if self._spelling == "byte_level":

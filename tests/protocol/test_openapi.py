@@ -1,0 +1,75 @@
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from dashinfer.protocol.chat import ChatCompletionRequest
+from dashinfer.protocol.openapi import openapi_document
+from dashinfer.protocol.parse import parse_chat_request
+
+
+def references(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key == "$ref":
+                yield inner
+            elif key == "mapping":
+                yield from inner.values()
+            else:
+                yield from references(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from references(inner)
+
+
+@pytest.fixture(params=[True, False])
+def document(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return openapi_document(title="DashInfer", version="3.0", api_keys=request.param, model="demo")
+
+
+def test_it_is_json(document: dict[str, Any]) -> None:
+    assert json.loads(json.dumps(document)) == document
+    assert document["openapi"] == "3.1.0"
+    assert document["info"]["title"] == "DashInfer"
+
+
+def test_every_reference_leads_somewhere(document: dict[str, Any]) -> None:
+    found = set(references(document))
+    schemas = document["components"]["schemas"]
+
+    assert {f"#/components/schemas/{name}" for name in schemas} == found
+    assert "$defs" not in json.dumps(document)
+
+
+def test_routes(document: dict[str, Any]) -> None:
+    routes = {(path, method) for path, methods in document["paths"].items() for method in methods}
+    chat = document["paths"]["/v1/chat/completions"]["post"]
+
+    assert routes == {("/v1/chat/completions", "post"), ("/v1/models", "get"), ("/health", "get")}
+    assert chat["responses"]["200"]["content"].keys() == {"application/json", "text/event-stream"}
+    assert {"400", "404", "413", "429", "503"} < chat["responses"].keys()
+
+
+def test_the_example_is_a_request(document: dict[str, Any]) -> None:
+    body = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]
+
+    assert parse_chat_request(json.dumps(body["example"]).encode()).model == "demo"
+
+
+def test_keys() -> None:
+    closed = openapi_document(title="t", version="1", api_keys=True)
+    open_ = openapi_document(title="t", version="1", api_keys=False)
+
+    assert closed["components"]["securitySchemes"]["bearer"]["scheme"] == "bearer"
+    assert closed["paths"]["/v1/models"]["get"]["security"] == [{"bearer": []}]
+    assert "security" not in closed["paths"]["/health"]["get"]
+    assert "security" not in json.dumps(open_)
+    assert "401" not in open_["paths"]["/v1/models"]["get"]["responses"]
+
+
+def test_every_field_is_described(document: dict[str, Any]) -> None:
+    properties = document["components"]["schemas"]["ChatCompletionRequest"]["properties"]
+
+    assert properties.keys() == ChatCompletionRequest.model_fields.keys()
+    assert properties["temperature"]["anyOf"][0] == {"type": "number", "minimum": 0, "maximum": 2}

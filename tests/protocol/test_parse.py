@@ -1,0 +1,217 @@
+import json
+from typing import Any
+
+import pytest
+
+from dashinfer.errors import InvalidRequest
+from dashinfer.protocol.chat import MAX_BIASES, MAX_MESSAGES, ChatCompletionRequest
+from dashinfer.protocol.parse import parse_chat_request
+
+USER = {"role": "user", "content": "hi"}
+IMAGE = {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}
+
+
+def parse(**fields: Any) -> ChatCompletionRequest:
+    return parse_chat_request(json.dumps({"model": "m", "messages": [USER], **fields}).encode())
+
+
+def refusal(**fields: Any) -> InvalidRequest:
+    with pytest.raises(InvalidRequest) as caught:
+        parse(**fields)
+    error = caught.value
+
+    assert (error.status, error.type) == (400, "invalid_request_error")
+    assert "\n" not in error.message
+    assert len(error.message) < 300
+    return error
+
+
+def test_defaults() -> None:
+    request = parse()
+
+    assert request.n == 1
+    assert request.stop == []
+    assert request.token_limit is None
+    assert (request.stream, request.include_usage, request.logprobs) == (False, False, False)
+    assert (request.skip_special_tokens, request.add_generation_prompt, request.continue_final_message) == (True, True, False)
+    assert request.template_messages() == [USER]
+
+
+def test_every_field() -> None:
+    request = parse(
+        temperature=0, top_p=0.5, n=2, max_tokens=5, max_completion_tokens=7, stop="x", seed=-1, presence_penalty=-2,
+        frequency_penalty=2, logit_bias={"5": -100, "6": 1}, logprobs=True, top_logprobs=20, stream=True,
+        stream_options={"include_usage": True, "include_obfuscation": False}, user="u", top_k=-1, min_p=0.1,
+        repetition_penalty=1.1, min_tokens=2, stop_token_ids=[3], ignore_eos=True, skip_special_tokens=False,
+        chat_template_kwargs={"enable_thinking": False}, continue_final_message=True, store=False, metadata={"a": "b"},
+        service_tier="auto", safety_identifier="s", prompt_cache_key="k", parallel_tool_calls=True, tools=[],
+        tool_choice="none", response_format={"type": "text"}, modalities=["text"],
+    )  # fmt: skip
+
+    assert request.token_limit == 7
+    assert request.stop == ["x"]
+    assert request.logit_bias == {5: -100.0, 6: 1.0}
+    assert request.include_usage
+    assert not request.add_generation_prompt
+
+
+def test_nulls_are_fields_left_out() -> None:
+    names = [name for name in ChatCompletionRequest.model_fields if name not in ("model", "messages")]
+
+    assert parse(**dict.fromkeys(names), audio=None, functions=None) == parse()
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"temperature": 2.1}, "temperature", "is 2.1; it must be at most 2"),
+        ({"temperature": -1}, "temperature", "at least 0"),
+        ({"temperature": "1"}, "temperature", 'must be a number, not the string "1"'),
+        ({"temperature": True}, "temperature", "must be a number, not true"),
+        ({"top_p": 0}, "top_p", "more than 0"),
+        ({"top_p": 1.1}, "top_p", "at most 1"),
+        ({"n": 0}, "n", "at least 1"),
+        ({"n": 17}, "n", "at most 16"),
+        ({"max_tokens": 0}, "max_tokens", "at least 1"),
+        ({"max_tokens": 1.5}, "max_tokens", "an integer, not 1.5"),
+        ({"max_completion_tokens": -1}, "max_completion_tokens", "at least 1"),
+        ({"stop": ""}, "stop.0", "must not be empty"),
+        ({"stop": ["a", ""]}, "stop.1", "must not be empty"),
+        ({"stop": 3}, "stop", "a string or an array of strings"),
+        ({"stop": ["a"] * 17}, "stop", "more than 16 items"),
+        ({"stop": "a" * 1001}, "stop.0", "longer than 1000 characters"),
+        ({"seed": 2**63}, "seed", "at most 9223372036854775807"),
+        ({"presence_penalty": 2.5}, "presence_penalty", "at most 2"),
+        ({"frequency_penalty": -2.5}, "frequency_penalty", "at least -2"),
+        ({"logit_bias": {"a": 1}}, "logit_bias", "'a', which is no token id"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias", "no token id"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5", "at most 100"),
+        ({"logit_bias": [5]}, "logit_bias", "an object, not an array"),
+        ({"logit_bias": {str(i): 0 for i in range(MAX_BIASES + 1)}}, "logit_bias", "more than 1024 items"),
+        ({"top_logprobs": 2}, "top_logprobs", "needs `logprobs`"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "at most 20"),
+        ({"logprobs": 5}, "logprobs", "true or false, not 5"),
+        ({"stream": "yes"}, "stream", "true or false"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "needs `stream`"),
+        ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "not a field"),
+        ({"top_k": -2}, "top_k", "at least -1"),
+        ({"min_p": 1.5}, "min_p", "at most 1"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "more than 0"),
+        ({"min_tokens": 6, "max_tokens": 5}, "min_tokens", "is 6, more than the 5"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids.0", "at least 0"),
+        ({"chat_template_kwargs": [1]}, "chat_template_kwargs", "an object"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message", "excludes"),
+        ({"temprature": 1}, "temprature", "not a field this server knows"),
+        ({"x" * 5000: 1}, "x" * 100 + "...", "not a field"),
+        ({"a\nb": 1}, "'a\\nb'", "not a field"),
+        ({"model": 3}, "model", "a string, not 3"),
+        ({"model": ""}, "model", "must not be empty"),
+        ({"messages": []}, "messages", "must not be empty"),
+        ({"messages": "hi"}, "messages", 'an array, not the string "hi"'),
+        ({"messages": None}, "messages", "is required"),
+        ({"messages": ["hi"]}, "messages.0", "an object"),
+        ({"messages": [USER, {"role": "robot", "content": ""}]}, "messages.1.role", "must be one of system, developer"),
+        ({"messages": [{"content": "x"}]}, "messages.0.role", "must be one of"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content", "is required"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages.0.content", "a string or an array of parts, not null"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages.0.content", "must not be empty"),
+        ({"messages": [{"role": "user", "content": ["a"]}]}, "messages.0.content.0", "must be an object such as {"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text", "is required"),
+        ({"messages": [{**USER, "mood": 1}]}, "messages.0.mood", "not a field"),
+        ({"messages": [USER] * (MAX_MESSAGES + 1)}, "messages", "more than 4096 items"),
+    ],
+)
+def test_bad_fields_are_named(fields: dict[str, Any], param: str, words: str) -> None:
+    error = refusal(**fields)
+
+    assert error.param == param
+    assert words in error.message
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"audio": {"voice": "x"}}, "audio"),
+        ({"prediction": {"type": "content"}}, "prediction"),
+        ({"web_search_options": {}}, "web_search_options"),
+        ({"reasoning_effort": "low"}, "reasoning_effort"),
+        ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages.0.content.0"),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages.0.content.0"),
+        ({"messages": [{"role": "assistant", "content": "", "function_call": {"name": "f"}}]}, "messages.0.function_call"),
+    ],
+)
+def test_what_is_not_supported_is_said(fields: dict[str, Any], param: str) -> None:
+    error = refusal(**fields)
+
+    assert (error.param, error.code) == (param, "unsupported_parameter")
+
+
+def test_tool_choice_without_tools() -> None:
+    assert refusal(tool_choice="required").param == "tool_choice"
+    assert parse(tool_choice="auto").tool_choice == "auto"
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"", "empty"),
+        (b"{", "not valid JSON"),
+        (b"[]", "must be a JSON object, not an array"),
+        (b"null", "must be a JSON object, not null"),
+        (b"{} {}", "not valid JSON"),
+        (b'{"model": "\xff"}', "not UTF-8"),
+        (b'{"model": "\xed\xa0\x80"}', "not UTF-8"),
+        (b'{"model": "\\ud800"}', "surrogate"),
+        (b'{"model": "\\ud800\\u0041"}', "surrogate"),
+        (b'{"model": "\\udc00"}', "surrogate"),
+        (b'{"temperature": NaN}', "not valid JSON"),
+        (b'{"temperature": Infinity}', "not valid JSON"),
+        (b'{"temperature": 1e999}', "not valid JSON"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"chat_template_kwargs":' + b'{"a":' * 50_000, "nested too deeply"),
+    ],
+)
+def test_bad_bodies(body: bytes, words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words):
+        parse_chat_request(body)
+
+
+def test_whole_surrogate_pairs_are_characters() -> None:
+    body = b'{"model":"m","messages":[{"role":"user","content":"\\ud83d\\ude42"}]}'
+
+    assert parse_chat_request(body).template_messages() == [{"role": "user", "content": "🙂"}]
+
+
+def test_a_flood_of_errors_costs_one() -> None:
+    fields = {f"field{i}": i for i in range(100_000)}
+    messages = [{"role": "user", "content": [{"type": "text"}] * 1000}] * 1000
+
+    assert refusal(**fields).param == "field0"
+    assert refusal(messages=[{**USER, **fields}]).param == "messages.0.field0"
+    assert refusal(messages=messages).param == "messages.0.content.0.text"
+
+
+def test_a_tool_conversation_reaches_the_template() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    odd = {"id": "2", "type": "function", "function": {"name": "f", "arguments": "{broken"}}
+    echoed = {"role": "assistant", "content": None, "tool_calls": [call, odd], "refusal": None, "audio": None,
+              "function_call": None, "annotations": []}  # fmt: skip
+    request = parse(messages=[{**USER, "name": "Ann"}, echoed, {"role": "tool", "content": "4", "tool_call_id": "1"}])
+    user, assistant, tool = request.template_messages()
+
+    assert user == {**USER, "name": "Ann"}
+    assert assistant["content"] is None
+    assert [made["function"]["arguments"] for made in assistant["tool_calls"]] == [{"x": 1}, "{broken"]
+    assert assistant.keys() == {"role", "content", "tool_calls"}
+    assert tool == {"role": "tool", "content": "4", "tool_call_id": "1"}
+
+
+def test_text_parts() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+
+    assert parse(messages=[{"role": "user", "content": parts}]).template_messages() == [{"role": "user", "content": parts}]
