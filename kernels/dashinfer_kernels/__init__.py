@@ -1,1 +1,25 @@
-"""Ops of the engine. Each folder is one op: `reference.py` defines it, `launch.py` dispatches it by device."""
+"""The operations a decoder is built from, each behind one function that does not change with the device.
+
+An op is a folder: `reference.py` defines it in plain torch and is the specification, `cpu.py` is the fast CPU path where that
+differs, `launch.py` checks shapes and dispatches by device. Knows nothing of models, weights files, requests or scheduling.
+All ops are for inference: none of them records gradients on purpose, and callers run them under `torch.inference_mode()`.
+"""
+
+from dashinfer_kernels.activation.launch import gelu_mul, silu_mul
+from dashinfer_kernels.attention.batch import PagedBatch
+from dashinfer_kernels.attention.launch import paged_attention
+from dashinfer_kernels.linear.launch import Linear, pack_linear
+from dashinfer_kernels.norm.launch import add_rms_norm, rms_norm
+from dashinfer_kernels.rope.launch import rope_kv_write
+
+__all__ = [
+    "Linear",
+    "PagedBatch",
+    "add_rms_norm",
+    "gelu_mul",
+    "pack_linear",
+    "paged_attention",
+    "rms_norm",
+    "rope_kv_write",
+    "silu_mul",
+]

@@ -1,0 +1,143 @@
+"""Attention over the paged cache on CPU.
+
+Decoding sequences are computed together: one gather lays the keys of all of them out densely (its copy stays in the processor's
+cache, so it costs less than the read from memory that attention needs anyway), and two batched products do the rest. Reading
+blocks in place saves nothing at a few hundred tokens a sequence, and would depend on which blocks a sequence happens to hold.
+Prefilling sequences are computed one by one with `scaled_dot_product_attention`.
+
+Scores are float32 whatever the cache holds: rounding a score of 20 to bfloat16 would change its weight by six per cent.
+float16 is widened for values too, since few CPUs multiply it.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dashinfer_kernels.attention.batch import PagedBatch
+from dashinfer_kernels.attention.cpu_plan import DecodeGroup, PrefillSequence, make_plan
+
+# A single sequence of up to this many visible tokens takes the fused operator, which is fewer calls; it has no parallelism
+# over the context, so a longer one does not.
+_FUSED_DECODE = 512
+
+
+def paged_attention(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    batch: PagedBatch,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    num_heads, head_dim = q.shape[1:]
+    num_kv_heads = key_cache.shape[1]
+    key = (num_kv_heads, window, q.dtype, softcap is None)
+    plan = batch.plans.get(key)
+    if plan is None:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        prefill = _prefill_dtype(q.dtype, softcap)
+        plan = make_plan(batch, num_kv_heads, window, decode_dtype=wide, prefill_dtype=prefill, softcap=softcap is not None)
+        batch.plans[key] = plan
+    keys, values = key_cache.view(-1, batch.block_size * head_dim), value_cache.view(-1, batch.block_size * head_dim)
+
+    if len(plan.decodes) == 1 and not plan.prefills and plan.decodes[0].order is None:
+        return _decode(q, keys, values, plan.decodes[0], num_kv_heads, scale, softcap)
+    out = torch.empty(q.shape[0], num_heads * head_dim, dtype=q.dtype)
+    for group in plan.decodes:
+        order = slice(0, batch.num_decodes) if group.order is None else group.order
+        out[order] = _decode(q[order], keys, values, group, num_kv_heads, scale, softcap)
+    for sequence in plan.prefills:
+        _prefill(q, keys, values, sequence, out, num_kv_heads, scale, softcap)
+    return out
+
+
+def _prefill_dtype(dtype: torch.dtype, softcap: float | None) -> torch.dtype:
+    """What prefill multiplies in. The fused operator keeps float32 scores by itself; softcapped scores are ours to keep wide."""
+    keep = dtype != torch.float16 and softcap is None
+    return dtype if keep else torch.promote_types(dtype, torch.float32)
+
+
+def _decode(
+    q: Tensor, keys: Tensor, values: Tensor, group: DecodeGroup, num_kv_heads: int, scale: float, softcap: float | None
+) -> Tensor:
+    """[sequences, num_heads * head_dim] for one query a sequence."""
+    sequences, num_heads, head_dim = q.shape
+    if sequences == 1 and softcap is None and group.end - group.begin <= _FUSED_DECODE:
+        k, v = (
+            cache.index_select(0, group.rows).view(1, num_kv_heads, -1, head_dim)[:, :, group.begin : group.end]
+            for cache in (keys, values)
+        )
+        rows = q.reshape(1, num_kv_heads, -1, head_dim)
+        return F.scaled_dot_product_attention(rows, k, v, scale=scale).view(1, -1)
+
+    out = _decode_products(q, keys, values, group, num_kv_heads, scale, softcap, clean=False)
+    # Hidden slots have weight zero, and zero times whatever they hold is zero unless that is not finite. Looking at the
+    # result is cheaper than wiping those slots every time.
+    if not math.isfinite(out.sum(dtype=torch.promote_types(q.dtype, torch.float32)).item()):
+        out = _decode_products(q, keys, values, group, num_kv_heads, scale, softcap, clean=True)
+    return out
+
+
+def _decode_products(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    group: DecodeGroup,
+    num_kv_heads: int,
+    scale: float,
+    softcap: float | None,
+    clean: bool,
+) -> Tensor:
+    sequences, num_heads, head_dim = q.shape
+    batches = sequences * num_kv_heads
+    wide = group.bias.dtype
+    k = keys.index_select(0, group.rows).view(batches, group.width, head_dim)
+    if clean:
+        hidden = group.bias.transpose(1, 2) != 0
+        k.masked_fill_(hidden, 0)
+    rows = q.reshape(batches, num_heads // num_kv_heads, head_dim).to(wide)
+    scores = torch.bmm(rows, k.to(wide).transpose(1, 2))
+    if softcap is None:
+        torch.add(group.bias, scores, alpha=scale, out=scores)
+    else:
+        scores.mul_(scale / softcap).tanh_().mul_(softcap).add_(group.bias)
+    v = torch.index_select(values, 0, group.rows, out=k.view(group.rows.shape[0], -1)).view_as(k)
+    if clean:
+        v.masked_fill_(hidden, 0)
+    product = wide if q.dtype == torch.float16 else q.dtype
+    weights = torch.softmax(scores, -1).to(product)
+    return torch.bmm(weights, v.to(product)).view(sequences, -1).to(q.dtype)
+
+
+def _prefill(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    sequence: PrefillSequence,
+    out: Tensor,
+    num_kv_heads: int,
+    scale: float,
+    softcap: float | None,
+) -> None:
+    """Write the sequence's rows of `out`, [tokens, num_heads * head_dim]."""
+    num_heads, head_dim = q.shape[1:]
+    product = _prefill_dtype(q.dtype, softcap)
+    k, v = (cache.index_select(0, sequence.rows).view(1, num_kv_heads, -1, head_dim).to(product) for cache in (keys, values))
+    for tile in sequence.tiles:
+        queries = q[tile.queries].to(product).transpose(0, 1).unsqueeze(0)
+        seen_k, seen_v = k[:, :, tile.keys], v[:, :, tile.keys]
+        if softcap is None:
+            attended = F.scaled_dot_product_attention(
+                queries, seen_k, seen_v, attn_mask=tile.mask, is_causal=tile.mask is None, scale=scale, enable_gqa=True
+            )
+        else:
+            assert tile.mask is not None
+            rows = queries.reshape(num_kv_heads, -1, head_dim)
+            scores = torch.bmm(rows, seen_k[0].transpose(1, 2)).mul_(scale / softcap).tanh_().mul_(softcap)
+            scores.view(num_heads, -1, scores.shape[-1]).add_(tile.mask)
+            attended = torch.bmm(torch.softmax(scores, -1), seen_v[0]).view(1, num_heads, -1, head_dim)
+        out[tile.queries] = attended.squeeze(0).transpose(0, 1).reshape(-1, num_heads * head_dim).to(out.dtype)

@@ -1,0 +1,41 @@
+"""Public function of attention over the paged cache."""
+
+from torch import Tensor
+
+from dashinfer_kernels.attention import cpu, reference
+from dashinfer_kernels.attention.batch import PagedBatch
+
+
+def paged_attention(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    batch: PagedBatch,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Causal attention of a step's tokens over their sequences' cached keys and values, those of the step included.
+
+    Args:
+        q: [tokens, num_heads, head_dim]; num_heads is a multiple of num_kv_heads, and query heads that share a KV head are
+            neighbours.
+        key_cache: [num_blocks, num_kv_heads, block_size, head_dim], contiguous, the type of `q`. Slots that no position of
+            the batch maps to may hold anything, NaN included.
+        value_cache: the same shape and type.
+        batch: the step's layout.
+        scale: what scores are multiplied with, usually head_dim ** -0.5.
+        window: a token sees the last `window` positions, its own included; None: all.
+        softcap: scores become `softcap * tanh(scores / softcap)` before the mask; None: unchanged.
+
+    Returns:
+        [tokens, num_heads * head_dim], the type of `q`.
+    """
+    assert q.ndim == 3 and q.shape[0] == batch.num_tokens and q.shape[2] == key_cache.shape[3]
+    assert key_cache.shape == value_cache.shape and key_cache.is_contiguous() and value_cache.is_contiguous()
+    assert q.shape[1] % key_cache.shape[1] == 0 and key_cache.shape[2] == batch.block_size
+    assert q.dtype == key_cache.dtype == value_cache.dtype
+    assert window is None or window > 0
+    path = cpu if q.device.type == "cpu" else reference
+    return path.paged_attention(q, key_cache, value_cache, batch, scale=scale, window=window, softcap=softcap)

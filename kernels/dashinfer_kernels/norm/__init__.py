@@ -1,0 +1,1 @@
+"""Root-mean-square normalisation, alone or after adding to the residual stream."""

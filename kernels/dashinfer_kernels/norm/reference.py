@@ -1,0 +1,16 @@
+"""Definition of RMS normalisation (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, in at least float32, rounded once at the end."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm of `x + residual`, and that sum, which is rounded to the type of `x` first."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
