@@ -28,7 +28,7 @@ def test_what_a_file_leaves_out():
 
     assert (config.num_kv_heads, config.head_dim, config.norm_eps) == (8, 8, 1e-6)
     assert config.max_positions == config.native_positions == 2048
-    assert not (config.tie_word_embeddings or config.qkv_bias or config.output_bias or config.mlp_bias or config.qk_norm)
+    assert not any((config.tie_word_embeddings, config.qkv_bias, config.output_bias, config.mlp_bias, config.qk_norm))
     assert config.windows == (None,) * 4
     assert (config.rope.kind, config.rope.theta, config.rope.rotary_dim) == ("default", 10000.0, 8)
     assert config.eos_token_ids == ()
@@ -86,9 +86,7 @@ def test_sliding_windows(architecture, settings, windows):
 
 def test_both_spellings_of_rope_scaling_mean_the_same():
     old = parse(rope_theta=500.0, partial_rotary_factor=0.5, rope_scaling={"type": "linear", "factor": 4})
-    new = parse(
-        rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0, "partial_rotary_factor": 0.5}
-    )
+    new = parse(rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0, "partial_rotary_factor": 0.5})
 
     assert old == new
     assert (old.rope.kind, old.rope.theta, old.rope.factor, old.rope.rotary_dim) == ("linear", 500.0, 4.0, 4)

@@ -76,14 +76,14 @@ def test_the_weights_of_a_model_are_what_it_holds(tmp_path):
     parameters = sum(weight.numel() for weight in reference.parameters())
     config = ModelConfig.from_hf(toy.SIZES | {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16})
 
-    assert weight_bytes(config, "float32", 1) == 4 * parameters
-    assert weight_bytes(config, "bfloat16", 2) == parameters
+    assert weight_bytes(config, 4, 1) == 4 * parameters
+    assert weight_bytes(config, 2, 2) == parameters
 
 
 def test_the_head_of_a_tied_model_may_count_twice():
     config = ModelConfig.from_hf(toy.SIZES | {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True})
 
-    assert weight_bytes(config, "float16", 1, tied_copies=2) - weight_bytes(config, "float16", 1) == 2 * 97 * 48
+    assert weight_bytes(config, 2, 1, tied_copies=2) - weight_bytes(config, 2, 1) == 2 * 97 * 48
 
 
 def test_too_little_memory_says_what_to_change():

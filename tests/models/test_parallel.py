@@ -1,5 +1,7 @@
 """The shares of 2 and 4 ranks add up to the model of one."""
 
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -139,12 +141,24 @@ def test_kv_cache_sizes():
         assert total == 5 * kv_bytes_per_block(config, 16, torch.bfloat16, world_size)
 
 
-def test_a_real_process_group(tmp_path):
-    """The sum and the concatenation through torch.distributed itself, which a group of one in this process suffices for."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        x = torch.arange(6.0).view(2, 3)
-        assert torch.equal(Group().all_reduce(x.clone()), x)
-        assert torch.equal(Group().all_gather(x), x)
-    finally:
-        torch.distributed.destroy_process_group()
+RANK = """
+import sys, torch
+from dashinfer.models.parallel import Group
+rank = int(sys.argv[1])
+torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+group, x = Group(rank, 2), torch.arange(6.0).view(2, 3) + 10 * rank
+print(group.all_gather(x).tolist(), group.all_reduce(x).tolist())
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes(tmp_path):
+    """The sum and the concatenation through torch.distributed itself."""
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    outputs = [rank.communicate(timeout=120)[0].strip() for rank in ranks]
+
+    gathered = [[0.0, 1.0, 2.0, 10.0, 11.0, 12.0], [3.0, 4.0, 5.0, 13.0, 14.0, 15.0]]
+    assert outputs == [f"{gathered} {[[10.0, 12.0, 14.0], [16.0, 18.0, 20.0]]}"] * 2
