@@ -87,7 +87,9 @@ class ModelConfig:
         num_kv_heads = _count(config, "num_key_value_heads", family.num_kv_heads or num_heads, null=num_heads)
         num_layers = _count(config, "num_hidden_layers")
         if num_heads % num_kv_heads:
-            raise UnsupportedModel(f"config.json: {num_heads} attention heads cannot share {num_kv_heads} key-value heads evenly")
+            raise UnsupportedModel(
+                f"config.json: {num_heads} attention heads cannot share {num_kv_heads} key-value heads evenly"
+            )
         if config.get("head_dim") is None and family.head_dim is None and hidden_size % num_heads:
             raise UnsupportedModel(f"config.json: hidden_size {hidden_size} is no multiple of the {num_heads} attention heads")
         head_dim = _count(config, "head_dim", family.head_dim or hidden_size // num_heads, null=hidden_size // num_heads)
@@ -145,7 +147,8 @@ class ModelConfig:
             works = [str(size) for size in range(1, self.num_heads + 1) if self._divides(size)]
             raise UnsupportedModel(
                 f"--tensor-parallel {world_size} does not divide this model ({self.num_heads} attention heads, "
-                f"{self.num_kv_heads} key-value heads, intermediate size {self.intermediate_size}); these do: {', '.join(works)}"
+                f"{self.num_kv_heads} key-value heads, intermediate size {self.intermediate_size}); "
+                f"these do: {', '.join(works)}"
             )
 
     def _divides(self, world_size: int) -> bool:

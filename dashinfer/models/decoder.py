@@ -38,8 +38,15 @@ class DecoderLayer:
 
         self.input_norm = norm("input_layernorm", hidden)
         self.qkv = QKVLinear.load(
-            reader, f"{prefix}self_attn.", hidden, config.num_heads, config.num_kv_heads, head_dim, bias=config.qkv_bias, group=group
-        )  # fmt: skip
+            reader,
+            f"{prefix}self_attn.",
+            hidden,
+            config.num_heads,
+            config.num_kv_heads,
+            head_dim,
+            bias=config.qkv_bias,
+            group=group,
+        )
         self.output = RowParallelLinear.load(
             reader, f"{prefix}self_attn.o_proj.", config.num_heads * head_dim, hidden, bias=config.output_bias, group=group
         )
@@ -67,9 +74,7 @@ class DecoderLayer:
         self, normed: Tensor, residual: Tensor, batch: PagedBatch, cos_sin: Tensor, keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor]:
         """[tokens, hidden] each, the input after `input_norm` and before it; returns the MLP's output and the sum before it."""
-        q = rope_kv_write(
-            self.qkv(normed), batch.positions, cos_sin, keys, values, batch.slot_mapping, **self.heads
-        )  # fmt: skip
+        q = rope_kv_write(self.qkv(normed), batch.positions, cos_sin, keys, values, batch.slot_mapping, **self.heads)
         attended = paged_attention(q, keys, values, batch, scale=self.scale, window=self.window)
         normed, residual = add_rms_norm(self.output(attended), residual, self.mlp_norm, self.eps)
         return self.down(self.activate(self.gate_up(normed))), residual
@@ -107,7 +112,8 @@ class DecoderLM:
         self._norms_after = [*(layer.input_norm for layer in self.layers[1:]), self.final_norm]
         reader.finish(config.num_layers)
         parts = (self.embedding, *self.layers, self.final_norm, self.cos_sin)
-        self.weight_bytes = sum(part.nbytes for part in (*parts, self.head))
+        shared = config.tie_word_embeddings and reader.device.type != "cpu"
+        self.weight_bytes = sum(part.nbytes for part in parts) + (0 if shared else self.head.nbytes)
 
     @torch.inference_mode()
     def forward(self, input_ids: Tensor, batch: PagedBatch, kv_caches: list[tuple[Tensor, Tensor]]) -> Tensor:

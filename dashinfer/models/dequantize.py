@@ -2,8 +2,8 @@
 
 A format cuts a row into blocks of 32 or 256 weights with scales of their own. The functions here take blocks as
 [blocks, bytes of a block] uint8 and give [blocks, weights of a block] float32, with the very bits that `gguf.quants` gives;
-they are several times as fast, and loading a model from a .gguf file takes about as long as they do. Byte layouts: ggml-common.h
-of ggml.
+they are several times as fast, and loading a model from a .gguf file takes about as long as they do. The byte layouts are those
+of ggml-common.h in ggml.
 """
 
 from collections.abc import Callable

@@ -83,7 +83,9 @@ class GGUFSource:
         # Threads with a chunk each, rather than torch's threads within each of a chunk's small operations: the latter wait for
         # one another after every operation, for milliseconds where another process has one of the cores.
         self._threads = torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(min(self._threads, _MAX_THREADS), "gguf", initializer=torch.set_num_threads, initargs=(1,))
+        self._pool = ThreadPoolExecutor(
+            min(self._threads, _MAX_THREADS), "gguf", initializer=torch.set_num_threads, initargs=(1,)
+        )
         try:
             for path in paths:
                 self._open(path)
@@ -172,7 +174,8 @@ def _hf_name(name: str) -> str:
 def _parse(data: mmap.mmap, file: BinaryIO, path: str) -> tuple[dict[str, _Entry], str]:
     """The tensors by their GGUF names, and the architecture ("" where the file has none).
 
-    Layout: the GGUF specification in ggml's docs. Raises struct.error, IndexError, OverflowError or UnicodeDecodeError for a damaged file.
+    Layout: the GGUF specification in ggml's docs. A damaged file raises struct.error, IndexError, OverflowError or
+    UnicodeDecodeError.
     """
     if data[:4] != b"GGUF":
         raise ModelNotFound(f"{path} is not a GGUF file")

@@ -1,6 +1,7 @@
 """From a WorkerConfig to a model in memory: checks first, then reads."""
 
 import torch
+from dashinfer_kernels import pack_linear
 
 from dashinfer.errors import ModelNotFound
 from dashinfer.models.config import ModelConfig
@@ -38,11 +39,13 @@ def load_model(
     """
     model_config.check_world_size(group.world_size)
     max_length = model_config.resolve_max_length(config.max_length)
+    dtype = getattr(torch, config.data_type)
     on_cpu = device.type == "cpu"
-    needed = weight_bytes(model_config, config.data_type, group.world_size, tied_copies=2 if on_cpu else 1)
+    # a processor that cannot multiply the type keeps weights in another one: a layer of a single weight tells
+    itemsize = pack_linear(torch.zeros(1, 1, dtype=dtype, device=device)).nbytes
+    needed = weight_bytes(model_config, itemsize, group.world_size, tied_copies=2 if on_cpu else 1)
     free = available_memory() if on_cpu else torch.cuda.mem_get_info(device)[0]
     check_memory(config.files.name, needed, free, config.data_type, "memory" if on_cpu else "GPU memory")
-    dtype = getattr(torch, config.data_type)
     with WeightReader(_source(config, model_config), dtype=dtype, device=device, report=report) as reader:
         return ARCHITECTURES[model_config.architecture](model_config, reader, group, max_length)
 

@@ -10,24 +10,26 @@ from dashinfer.models.config import ModelConfig
 from dashinfer.models.shapes import EMBEDDING, tensor_shapes
 from dashinfer.types import DataType
 
-_BYTES: dict[DataType, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
+def weight_bytes(config: ModelConfig, itemsize: int, world_size: int, *, tied_copies: int = 1) -> int:
+    """Bytes of one rank's share of the weights, within a few percent for more than one rank.
 
-def weight_bytes(config: ModelConfig, data_type: DataType, world_size: int, *, tied_copies: int = 1) -> int:
-    """Bytes of one rank's share of the weights, within a few percent for more than one rank. `tied_copies` counts what a model
-    keeps of an embedding that is its head too: 2 where linear layers keep weights in a layout of their own."""
+    Args:
+        itemsize: bytes that a linear layer keeps for a weight.
+        tied_copies: of an embedding that is the head too; 2 where linear layers keep weights in a layout of their own.
+    """
     shapes = tensor_shapes(config)
     weights = sum(math.prod(shape) for shape in shapes.values())
     if config.tie_word_embeddings:
         weights += (tied_copies - 1) * math.prod(shapes[EMBEDDING])
-    return _BYTES[data_type] * -(-weights // world_size)
+    return itemsize * -(-weights // world_size)
 
 
 def check_memory(name: str, needed: int, available: int, data_type: DataType, where: str) -> None:
     """Raises InsufficientMemory, saying what to change, if `needed` bytes are more than the `available` ones."""
     if needed <= available:
         return
-    smaller = "use --data-type bfloat16, " if data_type == "float32" else "use "
+    smaller = "use " if data_type == "bfloat16" else "use --data-type bfloat16, "
     raise InsufficientMemory(
         f"{name}: the weights need {_size(needed)} in {data_type}, but only {_size(available)} of {where} is free; "
         f"{smaller}a smaller model, or free some memory"

@@ -77,7 +77,16 @@ class QKVLinear(ColumnParallelLinear):
 
     @classmethod
     def load(
-        cls, reader: WeightReader, prefix: str, hidden: int, heads: int, kv_heads: int, head_dim: int, *, bias: bool, group: Group
+        cls,
+        reader: WeightReader,
+        prefix: str,
+        hidden: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        bias: bool,
+        group: Group,
     ) -> "QKVLinear":
         """From `{prefix}q_proj`, `k_proj` and `v_proj`."""
         first, last = group.share(heads)

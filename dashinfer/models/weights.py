@@ -51,7 +51,8 @@ class Source(Protocol):
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def read_into(self, out: Tensor, part: Part) -> None:
-        """Fill `out`, [*part.local_shape] of any float type in host memory. Raises UnsupportedModel for a type it cannot read."""
+        """Fill `out`, [*part.local_shape] of any float type in host memory. Raises UnsupportedModel for a type that cannot
+        be read."""
         ...
 
     def close(self) -> None: ...
@@ -160,7 +161,9 @@ class SafetensorsSource:
         file = self._files[part.name]
         entry = file.get_slice(part.name)
         if (kind := entry.get_dtype()) not in _FLOATS:
-            raise UnsupportedModel(f"the tensor {part.name} is of the type {kind}; only floating point weights are supported yet")
+            raise UnsupportedModel(
+                f"the tensor {part.name} is of the type {kind}; only floating point weights are supported yet"
+            )
         if part.rows is None and part.columns is None:
             out.copy_(file.get_tensor(part.name))
             return

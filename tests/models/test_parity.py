@@ -4,6 +4,9 @@ import json
 
 import pytest
 import torch
+from dashinfer_kernels import PagedBatch
+
+from dashinfer.models.kv_cache import allocate_kv_cache
 
 from . import toy
 
@@ -122,3 +125,20 @@ def test_half_precision_stays_close_to_float32(data_type, tmp_path):
 
     assert logits.dtype == torch.float32
     assert (logits - exact).norm() < 0.05 * exact.norm()
+
+
+def test_a_step_of_several_sequences_equals_each_alone():
+    config = toy.SIZES | {"architectures": ["MistralForCausalLM"], "sliding_window": 11}
+    model = toy.load(toy.worker_config((), config, load_format="dummy"))
+    prompts = [PROMPT[:20], PROMPT[7:9], PROMPT[30:55]]
+    alone = [toy.Session(model, 96).run(prompt)[-1] for prompt in prompts]
+
+    caches = allocate_kv_cache(model.config, 12, toy.BLOCK_SIZE, torch.float32, torch.device("cpu"), 1)
+    tables = [[5, 2, 7], [0], [9, 3]]
+    for starts, lengths in (([0, 0], [19, 1]), ([19, 1, 0], [1, 1, 25])):
+        batch = PagedBatch.build(starts, lengths, tables[: len(starts)], block_size=toy.BLOCK_SIZE, device=torch.device("cpu"))
+        steps = zip(prompts, starts, lengths, strict=False)
+        ids = [token for prompt, start, length in steps for token in prompt[start : start + length]]
+        hidden = model.forward(torch.tensor(ids), batch, caches)
+
+    torch.testing.assert_close(model.logits(hidden[[0, 1, 26]]), torch.stack(alone), atol=1e-5, rtol=1e-5)

@@ -87,8 +87,6 @@ class Session:
 
     def run(self, tokens: list[int]) -> Tensor:
         """Logits of the next positions: [len(tokens), vocab]."""
-        batch = PagedBatch.build(
-            [self.length], [len(tokens)], [self.table], block_size=BLOCK_SIZE, device=torch.device("cpu")
-        )
+        batch = PagedBatch.build([self.length], [len(tokens)], [self.table], block_size=BLOCK_SIZE, device=torch.device("cpu"))
         self.length += len(tokens)
         return self.model.logits(self.model.forward(torch.tensor(tokens), batch, self.caches))
