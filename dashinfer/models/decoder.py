@@ -2,7 +2,7 @@
 
 Tokens of all sequences lie one after the other, [tokens, hidden]; which token belongs where is the `PagedBatch`'s business.
 Knows nothing of sampling, scheduling or files. Every layer ends in the residual sum that the next one's norm begins with, so
-the two are one op.
+the two are one op. The residual stream is float32 whatever the layers compute in.
 """
 
 import torch
@@ -34,7 +34,7 @@ class DecoderLayer:
         hidden, head_dim = config.hidden_size, config.head_dim
 
         def norm(name: str, size: int) -> Tensor:
-            return reader.read(Part(f"{prefix}{name}.weight", (size,)))
+            return reader.read(Part(f"{prefix}{name}.weight", (size,)), dtype=torch.float32)
 
         self.input_norm = norm("input_layernorm", hidden)
         self.qkv = QKVLinear.load(
@@ -72,12 +72,17 @@ class DecoderLayer:
 
     def __call__(
         self, normed: Tensor, residual: Tensor, batch: PagedBatch, cos_sin: Tensor, keys: Tensor, values: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """[tokens, hidden] each, the input after `input_norm` and before it; returns the MLP's output and the sum before it."""
+    ) -> Tensor:
+        """The MLP's output, which the caller adds to `residual`; the attention's is added here.
+
+        Args:
+            normed: [tokens, hidden], the input after `input_norm`.
+            residual: [tokens, hidden] float32, the input before it; changed in place.
+        """
         q = rope_kv_write(self.qkv(normed), batch.positions, cos_sin, keys, values, batch.slot_mapping, **self.heads)
         attended = paged_attention(q, keys, values, batch, scale=self.scale, window=self.window)
-        normed, residual = add_rms_norm(self.output(attended), residual, self.mlp_norm, self.eps)
-        return self.down(self.activate(self.gate_up(normed))), residual
+        normed = add_rms_norm(self.output(attended), residual, self.mlp_norm, self.eps)
+        return self.down(self.activate(self.gate_up(normed)))
 
     @property
     def nbytes(self) -> int:
@@ -99,11 +104,12 @@ class DecoderLM:
         embedding = load_vocab_share(reader, EMBEDDING, config.vocab_size, config.hidden_size, group)
         self.embedding = VocabParallelEmbedding(embedding, group)
         self.layers = [DecoderLayer(config, index, reader, group, max_length) for index in range(config.num_layers)]
-        self.final_norm = reader.read(Part(FINAL_NORM, (config.hidden_size,)))
+        self.final_norm = reader.read(Part(FINAL_NORM, (config.hidden_size,)), dtype=torch.float32)
         if not config.tie_word_embeddings:
             embedding = load_vocab_share(reader, HEAD, config.vocab_size, config.hidden_size, group)
         # of a tied embedding: shared where linear layers use weights as they are, a packed copy where they do not, as on CPU
-        self.head = VocabParallelHead(embedding, config.vocab_size, group)
+        exact = embedding if config.tie_word_embeddings and reader.device.type == "cpu" else None
+        self.head = VocabParallelHead(embedding, config.vocab_size, group, exact=exact)
         factors = None
         if ROPE_FACTORS in reader:
             factors = reader.read(Part(ROPE_FACTORS, (config.rope.rotary_dim // 2,)), dtype=torch.float32).cpu()
@@ -126,12 +132,13 @@ class DecoderLM:
         Returns:
             [tokens, hidden], after the final norm.
         """
-        residual = self.embedding(input_ids)
+        embedded = self.embedding(input_ids)
+        residual = embedded.to(torch.float32, copy=True)
         eps = self.config.norm_eps
-        normed = rms_norm(residual, self.layers[0].input_norm, eps)
+        normed = rms_norm(residual, self.layers[0].input_norm, eps, embedded.dtype)
         for layer, (keys, values), norm_after in zip(self.layers, kv_caches, self._norms_after, strict=True):
-            output, residual = layer(normed, residual, batch, self.cos_sin, keys, values)
-            normed, residual = add_rms_norm(output, residual, norm_after, eps)
+            output = layer(normed, residual, batch, self.cos_sin, keys, values)
+            normed = add_rms_norm(output, residual, norm_after, eps)
         return normed
 
     @torch.inference_mode()

@@ -167,19 +167,32 @@ class VocabParallelEmbedding:
         return self.weight.nbytes
 
 
-class VocabParallelHead:
-    """Hidden states [rows, hidden] -> logits [rows, vocab] float32, the same on every rank."""
+# Logits of 16-bit layers are rounded to 16 bits; those this close to the likeliest one, as a share of it, may have changed places.
+_NEARLY_BEST = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
 
-    def __init__(self, weight: Tensor, vocab: int, group: Group) -> None:
+
+class VocabParallelHead:
+    """Hidden states [rows, hidden] -> logits [rows, vocab] float32, the same on every rank.
+
+    Where a 16-bit product is rounded to 16 bits, the likeliest tokens of a row often end up equal or in the wrong order. With
+    `exact`, the same weights as they are, the few logits at the top are computed again in float32.
+    """
+
+    def __init__(self, weight: Tensor, vocab: int, group: Group, *, exact: Tensor | None = None) -> None:
         self.linear = pack_linear(weight)
         self.vocab = vocab
         self.group = group
+        self.exact = exact if exact is not None and exact.dtype in _NEARLY_BEST else None
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        logits = self.linear(hidden)
+        logits = self.linear(hidden).float()
+        if self.exact is not None:
+            best = logits.amax(-1, keepdim=True)
+            rows, tokens = torch.nonzero(logits >= best - best.abs() * _NEARLY_BEST[self.exact.dtype], as_tuple=True)
+            logits[rows, tokens] = (self.exact[tokens].float() * hidden[rows].float()).sum(-1)
         if self.group.world_size > 1:
             logits = self.group.all_gather(logits)[:, : self.vocab]
-        return logits.float()
+        return logits
 
     @property
     def nbytes(self) -> int:

@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, in at least float32, rounded once at the end."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(dtype)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The norm of `x + residual`, and that sum, which is rounded to the type of `x` first."""
-    total = x + residual
-    return rms_norm(total, weight, eps), total
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Adds `x` to `residual` in place, in the type of `residual`, and norms the sum to the type of `x`."""
+    residual += x
+    return rms_norm(residual, weight, eps, x.dtype)
