@@ -35,9 +35,14 @@ def test_an_entry_appears_whole(cache: Path) -> None:
 
 def test_a_failure_leaves_nothing(cache: Path) -> None:
     target = cache / "kind" / "entry"
-    with pytest.raises(KeyboardInterrupt), new_entry(target) as directory:
-        (directory / "file").write_text("x")
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with new_entry(target) as directory:
+            (directory / "file").write_text("x")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
 
     assert list(target.parent.iterdir()) == []
 
