@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -124,6 +125,7 @@ async def measure(
                 extra[target.label] |= {"command": command, "startup_seconds": seconds}
                 pids[target.label] = pid
         for run in runs:
+            tell(console, f"warming up {run.target.label}")
             await prepare(run, settings)
             known = f"{run.target.model}, {run.dialect}, {run.words} words a prompt"
             tell(console, f"{run.target.label}: {known}; says {run.answer!r}")
@@ -199,6 +201,8 @@ def main() -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=128)  # a log has no width to fit
+    # Trio turns SIGINT into an orderly end; SIGTERM is to end spawned servers just as well.
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
     status = 0
     try:
         status = run(make_parser().parse_args(), console)

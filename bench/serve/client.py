@@ -5,6 +5,7 @@ raises BenchError instead, before anything is measured.
 """
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -170,7 +171,7 @@ async def probe(client: httpx.AsyncClient, target: Target, limit: float) -> tupl
         sample = await ask(client, target, QUESTION, 2, extra, limit)
         if sample.error is None:
             usage = {key: value for key, value in extra.items() if key != "ignore_eos"}
-            answer = await ask(client, target, QUESTION, 32, usage, limit)
+            answer = await ask(client, replace(target, body={}), QUESTION, 32, usage, limit)  # as anyone would ask
             if answer.error is not None:
                 raise BenchError(f"{target.label} does not answer: {answer.error}")
             return name, answer.text

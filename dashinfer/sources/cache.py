@@ -7,6 +7,7 @@ succeed, and the later one wins or is thrown away. Knows nothing of what is kept
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,16 @@ def cache_directory() -> Path:
     return Path(os.path.expanduser(base)).absolute() / "dashinfer"
 
 
+_ABANDONED = 24 * 3600.0  # seconds
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Delete what a process that was killed has left of the same entry: it may be large."""
+    for left in target.parent.glob(f".{target.name}.*"):
+        if time.time() - left.stat().st_mtime > _ABANDONED:
+            shutil.rmtree(left, ignore_errors=True)
+
+
 @contextmanager
 def new_entry(target: Path) -> Iterator[Path]:
     """An empty temporary directory that becomes `target` at the end of the block, or vanishes if the block fails.
@@ -34,6 +45,7 @@ def new_entry(target: Path) -> Iterator[Path]:
     temporary = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(target)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         yield temporary
         try:

@@ -1,5 +1,7 @@
 """The command line: mistakes are one line, and nothing is measured."""
 
+import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -55,3 +57,34 @@ def test_the_command_fails_in_one_line(arguments: list[str], message: str) -> No
     assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+SERVER = """
+import http.server, os, signal, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        os.kill(os.getppid(), signal.SIGTERM)  # in the midst of the first request
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def test_sigterm_ends_what_was_started_too(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = shlex.join([sys.executable, "-c", SERVER, str(port)])
+    arguments = ["--url", f"http://127.0.0.1:{port}", "--model", "m", "--spawn", f"server={command}"]
+
+    result = subprocess.run(
+        [sys.executable, "-m", "bench.serve", *arguments, "--out", str(tmp_path / "out.json")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert result.returncode == 130
+    assert "Traceback" not in result.stderr
+    with socket.socket() as again:  # nobody listens any more
+        assert again.connect_ex(("127.0.0.1", port)) != 0
