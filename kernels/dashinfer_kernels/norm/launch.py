@@ -16,7 +16,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Returns:
         [tokens, hidden], the type of `x`; computed in at least float32.
     """
-    assert weight.shape == x.shape[-1:] and weight.dtype == x.dtype
+    assert weight.shape == x.shape[-1:]
+    assert weight.dtype == x.dtype
     return (cpu if x.device.type == "cpu" else reference).rms_norm(x, weight, eps)
 
 
@@ -32,5 +33,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     Returns:
         `(rms_norm(residual + x), residual + x)`, both [tokens, hidden].
     """
-    assert residual.shape == x.shape and weight.shape == x.shape[-1:] and weight.dtype == x.dtype == residual.dtype
+    assert residual.shape == x.shape
+    assert weight.shape == x.shape[-1:]
+    assert weight.dtype == x.dtype == residual.dtype
     return (cpu if x.device.type == "cpu" else reference).add_rms_norm(x, residual, weight, eps)

@@ -44,8 +44,12 @@ def rope_kv_write(
     tokens = qkv.shape[0]
     assert qkv.shape == (tokens, (num_heads + 2 * num_kv_heads) * head_dim)
     assert positions.shape == slot_mapping.shape == (tokens,)
-    assert cos_sin.shape[1] <= head_dim and cos_sin.shape[1] % 2 == 0 and cos_sin.dtype == torch.float32
-    assert key_cache.shape == value_cache.shape and key_cache.shape[1] == num_kv_heads and key_cache.shape[3] == head_dim
+    assert cos_sin.shape[1] <= head_dim
+    assert cos_sin.shape[1] % 2 == 0
+    assert cos_sin.dtype == torch.float32
+    assert key_cache.shape == value_cache.shape
+    assert key_cache.shape[1] == num_kv_heads
+    assert key_cache.shape[3] == head_dim
     assert (q_norm is None) == (k_norm is None)
     return (cpu if qkv.device.type == "cpu" else reference).rope_kv_write(
         qkv,
