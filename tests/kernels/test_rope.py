@@ -5,7 +5,7 @@ from torch import Tensor
 from dashinfer_kernels import rope_kv_write
 from dashinfer_kernels.rope import reference
 
-TOLERANCES = [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)]
+TOLERANCES = [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)]
 NUM_BLOCKS, BLOCK_SIZE = 9, 16
 
 
@@ -90,3 +90,15 @@ def test_no_tokens() -> None:
     q = rope_kv_write(torch.empty(0, 24), empty, table(8), keys, values, empty, num_heads=1, num_kv_heads=1, head_dim=8)
 
     assert q.shape == (0, 1, 8)
+
+
+def test_steps_do_not_mix() -> None:
+    """Layers of a step share what was derived from its tensors; the next step, and another table, do not."""
+    qkv, slots = torch.randn(1, 24), torch.tensor([4])
+    sizes = {"num_heads": 1, "num_kv_heads": 1, "head_dim": 8}
+    for position, cos_sin in [(3, table(8)), (3, table(8)), (7, table(8)), (7, table(4))]:
+        keys, values = torch.zeros(2, 1, 1, BLOCK_SIZE, 8)
+        q = rope_kv_write(qkv, torch.tensor([position]), cos_sin, keys, values, slots, **sizes)
+
+        expected = reference.rotate(qkv.view(1, 3, 8)[:, :1], torch.tensor([position]), cos_sin)
+        torch.testing.assert_close(q, expected)

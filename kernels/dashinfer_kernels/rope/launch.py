@@ -25,7 +25,8 @@ def rope_kv_write(
 
     Args:
         qkv: [tokens, (num_heads + 2 * num_kv_heads) * head_dim], contiguous; queries, then keys, then values.
-        positions: [tokens] int64, each token's place in its sequence.
+        positions: [tokens] int64, each token's place in its sequence. This, `cos_sin` and `slot_mapping` are not changed in
+            place between layers or steps: a new step brings new tensors.
         cos_sin: [max_positions, rotary_dim] float32, cosines in the first half; rotary_dim is even and at most head_dim,
             and dimensions beyond it are not rotated.
         key_cache: [num_blocks, num_kv_heads, block_size, head_dim], written in place.
