@@ -1,8 +1,8 @@
 """Rotation and cache write on CPU: queries and keys together, in float32, with as few torch calls as it takes.
 
 At one token the cost is the number of calls and not the arithmetic. So both halves are multiplied by the cosines, and the
-swapped halves by the signed sines, in one call each; the cache is written through one indexed store for keys and one for values;
-and what depends on the step alone is kept from one layer to the next.
+swapped halves by the signed sines, in one call each; the cache is written through one indexed store for keys and one for
+values; and what depends on the step alone is kept from one layer to the next.
 """
 
 from dataclasses import dataclass
