@@ -58,7 +58,9 @@ class PagedBatch:
         count = np.asarray(lengths, dtype=np.int64).reshape(-1)
         context = first + count
         sequences = len(first)
-        assert len(count) == sequences and (count > 0).all() and (first >= 0).all()
+        assert len(count) == sequences
+        assert (count > 0).all()
+        assert (first >= 0).all()
         needed = -(-context // block_size)
         tables = _tables(block_tables, int(needed.max(initial=0)))
         assert len(tables) == sequences
@@ -96,7 +98,8 @@ def _tables(block_tables: "Sequence[Sequence[int]] | np.ndarray | Tensor", width
     if isinstance(block_tables, Tensor):
         block_tables = block_tables.numpy()
     if isinstance(block_tables, np.ndarray):
-        assert block_tables.ndim == 2 and block_tables.shape[1] >= width
+        assert block_tables.ndim == 2
+        assert block_tables.shape[1] >= width
         return block_tables[:, :width].astype(np.int32, order="C")
     tables = np.zeros((len(block_tables), width), dtype=np.int32)
     for row, blocks in zip(tables, block_tables, strict=True):

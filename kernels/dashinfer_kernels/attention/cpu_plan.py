@@ -5,7 +5,7 @@ Knows the batch and sizes, never a key or a value. A *cache row* is one KV head'
 [sequences * num_kv_heads, tokens, head_dim].
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -34,11 +34,19 @@ class DecodeGroup:
     end: int
     bias: Tensor  # [sequences * num_kv_heads, 1, width], 0 where visible and -inf elsewhere
     sequences: int
+    buffers: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def width(self) -> int:
         """Gathered tokens a sequence, padding included."""
         return self.bias.shape[2]
+
+    def buffer(self, dtype: torch.dtype, block_elements: int) -> Tensor:
+        """[len(rows), block_elements] to gather into: one a type, so that layers share memory that is mapped and warm."""
+        held = self.buffers.get(dtype)
+        if held is None or held.shape[1] != block_elements:
+            held = self.buffers[dtype] = torch.empty(self.rows.shape[0], block_elements, dtype=dtype)
+        return held
 
 
 @dataclass

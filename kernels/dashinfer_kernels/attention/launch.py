@@ -32,9 +32,14 @@ def paged_attention(
     Returns:
         [tokens, num_heads * head_dim], the type of `q`.
     """
-    assert q.ndim == 3 and q.shape[0] == batch.num_tokens and q.shape[2] == key_cache.shape[3]
-    assert key_cache.shape == value_cache.shape and key_cache.is_contiguous() and value_cache.is_contiguous()
-    assert q.shape[1] % key_cache.shape[1] == 0 and key_cache.shape[2] == batch.block_size
+    assert q.ndim == 3
+    assert q.shape[0] == batch.num_tokens
+    assert q.shape[2] == key_cache.shape[3]
+    assert key_cache.shape == value_cache.shape
+    assert key_cache.is_contiguous()
+    assert value_cache.is_contiguous()
+    assert q.shape[1] % key_cache.shape[1] == 0
+    assert key_cache.shape[2] == batch.block_size
     assert q.dtype == key_cache.dtype == value_cache.dtype
     assert window is None or window > 0
     path = cpu if q.device.type == "cpu" else reference

@@ -1,11 +1,12 @@
 """Linear layers on CPU over weights in oneDNN's blocked layout.
 
-Measured for 1 to 128 rows, packed is never slower than `F.linear` in bfloat16 (half the time up to 16 rows) or float32 (a third),
-so the packed copy is the only one kept. Adding the residual inside the product (oneDNN's binary post-op) gains nothing.
+Measured for 1 to 128 rows, packed is never slower than `F.linear` (half the time or less up to 16 rows in bfloat16, at any
+number in float32), so the packed copy is the only one kept. Adding the residual inside the product (oneDNN's binary post-op)
+gains nothing.
 
-A type that the processor cannot multiply is packed as float32: float16 without AVX512-FP16 or its AMX form, where `F.linear` takes
-16 times as long from 16 rows up, and bfloat16 without AVX512. That costs twice the memory, keeps full precision and shows in
-`nbytes`.
+A type that the processor cannot multiply is packed as float32, which costs twice the memory, keeps full precision and shows in
+`nbytes`: bfloat16 without AVX512, and float16 without AVX512-FP16 or AVX-NE-CONVERT. `F.linear` in float16 is quicker there
+for one row, and five times slower from 16 rows up.
 """
 
 import torch

@@ -40,5 +40,5 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
         bias: [out_features], the type of `weight`, or None.
     """
     assert weight.ndim == 2
-    assert bias is None or bias.shape == weight.shape[:1] and bias.dtype == weight.dtype
+    assert bias is None or (bias.shape == weight.shape[:1] and bias.dtype == weight.dtype)
     return PackedLinear(weight, bias) if weight.device.type == "cpu" else PlainLinear(weight, bias)

@@ -25,7 +25,8 @@ def rope_kv_write(
 
     Args:
         qkv: [tokens, (num_heads + 2 * num_kv_heads) * head_dim], contiguous; queries, then keys, then values.
-        positions: [tokens] int64, each token's place in its sequence.
+        positions: [tokens] int64, each token's place in its sequence. This, `cos_sin` and `slot_mapping` are not changed in
+            place between layers or steps: a new step brings new tensors.
         cos_sin: [max_positions, rotary_dim] float32, cosines in the first half; rotary_dim is even and at most head_dim,
             and dimensions beyond it are not rotated.
         key_cache: [num_blocks, num_kv_heads, block_size, head_dim], written in place.
@@ -44,8 +45,12 @@ def rope_kv_write(
     tokens = qkv.shape[0]
     assert qkv.shape == (tokens, (num_heads + 2 * num_kv_heads) * head_dim)
     assert positions.shape == slot_mapping.shape == (tokens,)
-    assert cos_sin.shape[1] <= head_dim and cos_sin.shape[1] % 2 == 0 and cos_sin.dtype == torch.float32
-    assert key_cache.shape == value_cache.shape and key_cache.shape[1] == num_kv_heads and key_cache.shape[3] == head_dim
+    assert cos_sin.shape[1] <= head_dim
+    assert cos_sin.shape[1] % 2 == 0
+    assert cos_sin.dtype == torch.float32
+    assert key_cache.shape == value_cache.shape
+    assert key_cache.shape[1] == num_kv_heads
+    assert key_cache.shape[3] == head_dim
     assert (q_norm is None) == (k_norm is None)
     return (cpu if qkv.device.type == "cpu" else reference).rope_kv_write(
         qkv,

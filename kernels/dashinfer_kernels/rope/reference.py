@@ -1,4 +1,4 @@
-"""Definition of the rotary embedding (Su et al. 2021, arXiv:2104.09864, halves rotated against each other) and the cache write."""
+"""Definition of the rotary embedding (Su et al. 2021, arXiv:2104.09864; halves turn against each other) and the cache write."""
 
 import torch
 from torch import Tensor
