@@ -88,7 +88,8 @@ class Stack:
             for _ in range(shape.layers)
         ]
         self.head = linear(shape.vocab, shape.hidden)
-        self.norm = torch.ones(shape.hidden, dtype=dtype)
+        self.dtype = dtype
+        self.norm = torch.ones(shape.hidden)
         size = (num_blocks, shape.kv_heads, block_size, shape.head_dim)
         self.caches = [(torch.randn(size).to(dtype), torch.randn(size).to(dtype)) for _ in range(shape.layers)]
         angles = torch.arange(8192).unsqueeze(1) * 10000.0 ** (-torch.arange(0, 1, 2 / shape.head_dim))
@@ -97,8 +98,8 @@ class Stack:
     def step(self, x: Tensor, batch: ops.PagedBatch) -> Tensor:
         """Logits of each sequence's last token, from embeddings [tokens, hidden]."""
         shape, clock = self.shape, self.clock
-        residual = x
-        x = clock("norm", ops.rms_norm, x, self.norm, 1e-5)
+        residual = x.float()
+        x = clock("norm", ops.rms_norm, residual, self.norm, 1e-5, self.dtype)
         for (qkv, o, gate_up, down), (keys, values) in zip(self.layers, self.caches, strict=True):
             x = clock("linear", qkv, x)
             x = clock(
@@ -107,11 +108,11 @@ class Stack:
             )  # fmt: skip
             x = clock("attention", ops.paged_attention, x, keys, values, batch, scale=shape.head_dim**-0.5)
             x = clock("linear", o, x)
-            x, residual = clock("norm", ops.add_rms_norm, x, residual, self.norm, 1e-5)
+            x = clock("norm", ops.add_rms_norm, x, residual, self.norm, 1e-5)
             x = clock("linear", gate_up, x)
             x = clock("activation", ops.silu_mul, x)
             x = clock("linear", down, x)
-            x, residual = clock("norm", ops.add_rms_norm, x, residual, self.norm, 1e-5)
+            x = clock("norm", ops.add_rms_norm, x, residual, self.norm, 1e-5)
         last = batch.query_starts[1:].long() - 1
         return clock("head", self.head, x.index_select(0, last))
 
@@ -135,7 +136,7 @@ def measure(stack: Stack, case: str, block_size: int, order: list[int], seconds:
     tables = [list(itertools.islice(blocks, pages)) for _ in range(sequences)]
     starts = [0 if prefill else tokens - 1] * sequences
     lengths = [tokens if prefill else 1] * sequences
-    x = torch.randn(sum(lengths), stack.shape.hidden).to(stack.norm.dtype)
+    x = torch.randn(sum(lengths), stack.shape.hidden).to(stack.dtype)
 
     def run() -> float:
         before = time.perf_counter()

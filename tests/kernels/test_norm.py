@@ -36,14 +36,28 @@ def test_float16_squares_do_not_overflow() -> None:
     torch.testing.assert_close(rms_norm(x, torch.ones(64, dtype=torch.float16), 1e-6), torch.ones_like(x))
 
 
+def test_the_result_may_be_narrower_than_the_input() -> None:
+    x, weight = torch.randn(3, 37), torch.randn(37)
+
+    torch.testing.assert_close(rms_norm(x, weight, 1e-5, torch.bfloat16), rms_norm(x, weight, 1e-5).bfloat16())
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
-def test_add_rms_norm_returns_norm_and_sum(dtype: torch.dtype, tolerance: float) -> None:
-    x, residual = torch.randn(7, 96).to(dtype), torch.randn(7, 96).to(dtype)
-    weight, kept = torch.randn(96).to(dtype), residual.clone()
+def test_add_rms_norm_adds_in_place_and_norms_the_sum(dtype: torch.dtype, tolerance: float) -> None:
+    x, residual, weight = torch.randn(7, 96).to(dtype), torch.randn(7, 96), torch.randn(96)
+    total = residual + x
 
-    normed, total = add_rms_norm(x, residual, weight, 1e-5)
+    normed = add_rms_norm(x, residual, weight, 1e-5)
 
-    assert torch.equal(total, x + residual)
-    assert torch.equal(residual, kept)
+    assert normed.dtype == dtype
+    assert torch.equal(residual, total)
     expected = reference.rms_norm(total.double(), weight.double(), 1e-5)
     torch.testing.assert_close(normed.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_small_additions_to_a_large_residual_are_not_lost() -> None:
+    residual, small = torch.full((1, 8), 256.0), torch.full((1, 8), 0.25, dtype=torch.bfloat16)
+    for _ in range(16):
+        add_rms_norm(small, residual, torch.ones(8), 1e-5)
+
+    assert residual.eq(260).all()
