@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -139,6 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"dashinfer_serve: error: {error}", file=sys.stderr)
         status = error.exit_code
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # all that one could still change is the exit status
     if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
         # A download that was abandoned has threads of its own, and the interpreter would wait for all they still have to fetch.
         sys.stdout.flush()

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 WATCHDOG = 5.0  # seconds from the cancellation of everything to the end of the process
 FAREWELL = 2.0  # seconds for answers that say why, once the engine is gone
+LAST_BYTES = 0.1  # seconds at a second signal, for requests whose clients have everything but whose tasks have yet to end
 _HEAD_START = 0.3  # seconds that finding the model has the interpreter to itself before the HTTP stack is imported
 
 
@@ -80,6 +81,7 @@ class Server:
         self._backend = backend
         self._engine: RunnableEngine | None = None
         self._engine_scope = trio.CancelScope()
+        self._asked_to_end = False
 
     async def serve(self) -> None:
         """Everything, until it ends.
@@ -93,11 +95,14 @@ class Server:
         watchdog.daemon = True
         try:
             with listen.bind(self._config.host, self._config.port) as sockets, make_display() as display:
-                async with trio.open_nursery() as self._root:
-                    await self._root.start(self._watch_signals)
-                    self._root.start_soon(self._arm_when_cancelled, watchdog)
-                    self._root.start_soon(self._load, display, listen.url(sockets))
-                    self._root.start_soon(self._serve_http, sockets)
+                # Signals are taken to the very end, or one that comes while the workers stop would kill this process instead.
+                async with trio.open_nursery() as outside:
+                    await outside.start(self._watch_signals)
+                    async with trio.open_nursery() as self._root:
+                        self._root.start_soon(self._arm_when_cancelled, watchdog)
+                        self._root.start_soon(self._load, display, listen.url(sockets))
+                        self._root.start_soon(self._serve_http, sockets)
+                    outside.cancel_scope.cancel()
         finally:
             watchdog.cancel()
 
@@ -153,14 +158,18 @@ class Server:
     async def _watch_signals(self, *, task_status: trio.TaskStatus[None]) -> None:
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
             task_status.started()
-            number = await anext(signals)
-            if self._service.state == "loading":
-                self._end(128 + number)
-                return
-            async with trio.open_nursery() as ending:
-                ending.start_soon(self._drain)
-                number = await anext(signals)
-                self._end(128 + number)
+            async for number in signals:
+                if self.exit_code is not None:
+                    continue  # it is ending, and the watchdog sees to it
+                if self._service.state == "loading":
+                    self._end(128 + number)
+                elif not self._asked_to_end:
+                    self._asked_to_end = True
+                    self._root.start_soon(self._drain)
+                else:
+                    with trio.move_on_after(LAST_BYTES):
+                        await self._service.idle()
+                    self._end(128 + number if self._service.in_flight else 0)
 
     async def _drain(self) -> None:
         assert self._engine is not None, "only what serves is drained"

@@ -58,6 +58,19 @@ def test_what_does_not_finish_is_told_and_cut(tmp_path: Path) -> None:
     assert any("did not finish within 0.2 s" in line for line in server.said)
 
 
+def test_a_signal_after_the_last_request_changes_nothing(tmp_path: Path) -> None:
+    with running(server_command(tmp_path)) as server:
+        server.wait_ready()
+        with server.stream("forever", max_tokens=1000) as pieces:
+            server.signal(signal.SIGTERM)
+            "".join(pieces)
+        for _ in range(5):
+            server.signal(signal.SIGTERM)
+        status = server.end()
+
+    assert status == 0
+
+
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     with running(server_command(tmp_path, "--drain-timeout", "1000")) as server:
         server.wait_ready()
