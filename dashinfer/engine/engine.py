@@ -93,7 +93,6 @@ class Engine:
                     await self._drive(self._scheduler)
         except (WorkerError, StartupError) as error:
             self.state = "failed"
-            logger.error("%s", error)
             self._fail_open_requests(InternalError("the model's worker process failed; the request is lost"))
             with trio.move_on_after(FAREWELL):
                 await self.drained()
