@@ -1,0 +1,51 @@
+"""The head's logits near the top: what a 16-bit product rounds away comes back."""
+
+import pytest
+import torch
+
+from dashinfer.models.parallel import Group, VocabParallelHead
+
+VOCAB_SIZE, HIDDEN = 512, 64
+
+
+@pytest.fixture
+def weight() -> torch.Tensor:
+    return torch.randn(VOCAB_SIZE, HIDDEN, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+
+def nearly_tied(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and hidden states [32, hidden] whose two best logits are closer than bfloat16 can tell."""
+    weight = weight.clone()
+    weight[7] = weight[3] + torch.where(torch.arange(HIDDEN) == 5, 0.0078125, 0.0).bfloat16()
+    hidden = weight[3].float() * 0.5 + 0.01 * torch.randn(32, HIDDEN, generator=torch.Generator().manual_seed(1))
+    return weight, hidden.bfloat16()
+
+
+def test_near_ties_come_out_in_the_right_order(weight):
+    weight, hidden = nearly_tied(weight)
+    expected = (hidden.float() @ weight.float().T).argmax(-1)
+    rounded = VocabParallelHead(weight, VOCAB_SIZE, Group())(hidden).argmax(-1)
+    exact = VocabParallelHead(weight, VOCAB_SIZE, Group(), exact=weight)(hidden).argmax(-1)
+
+    assert (rounded != expected).any(), "the case is meant to be one that rounding gets wrong"
+    assert torch.equal(exact, expected)
+
+
+def test_the_other_logits_are_left_alone(weight):
+    hidden = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(2)).bfloat16()
+    rounded = VocabParallelHead(weight, VOCAB_SIZE, Group())(hidden)
+    exact = VocabParallelHead(weight, VOCAB_SIZE, Group(), exact=weight)(hidden)
+
+    changed = rounded != exact
+    assert changed.sum() < 40
+    torch.testing.assert_close(exact, hidden.float() @ weight.float().T, rtol=2**-7, atol=2**-7)
+
+
+def test_logits_that_are_not_finite_stay_so(weight):
+    hidden = torch.full((2, HIDDEN), torch.nan).bfloat16()
+
+    assert VocabParallelHead(weight, VOCAB_SIZE, Group(), exact=weight)(hidden).isnan().all()
+
+
+def test_float32_needs_no_help(weight):
+    assert VocabParallelHead(weight.float(), VOCAB_SIZE, Group(), exact=weight.float()).exact is None
