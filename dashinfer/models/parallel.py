@@ -169,6 +169,8 @@ class VocabParallelEmbedding:
 
 # Logits of 16-bit layers are rounded to 16 bits; those this close to the likeliest one, as a share of it, may have changed places.
 _NEARLY_BEST = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
+# Computed again at a time: a handful a row as a rule, but every token where all are equal.
+_CANDIDATES = 4096
 
 
 class VocabParallelHead:
@@ -188,8 +190,9 @@ class VocabParallelHead:
         logits = self.linear(hidden).float()
         if self.exact is not None:
             best = logits.amax(-1, keepdim=True)
-            rows, tokens = torch.nonzero(logits >= best - best.abs() * _NEARLY_BEST[self.exact.dtype], as_tuple=True)
-            logits[rows, tokens] = (self.exact[tokens].float() * hidden[rows].float()).sum(-1)
+            close = torch.nonzero(logits >= best - best.abs() * _NEARLY_BEST[self.exact.dtype])
+            for rows, tokens in (part.unbind(1) for part in close.split(_CANDIDATES)):
+                logits[rows, tokens] = (self.exact[tokens].float() * hidden[rows].float()).sum(-1)
         if self.group.world_size > 1:
             logits = self.group.all_gather(logits)[:, : self.vocab]
         return logits

@@ -47,5 +47,12 @@ def test_logits_that_are_not_finite_stay_so(weight):
     assert VocabParallelHead(weight, VOCAB_SIZE, Group(), exact=weight)(hidden).isnan().all()
 
 
+def test_a_row_where_all_tokens_are_equal():
+    weight = torch.ones(8192, HIDDEN).bfloat16()
+    hidden = torch.ones(3, HIDDEN).bfloat16()
+
+    assert VocabParallelHead(weight, 8192, Group(), exact=weight)(hidden).eq(HIDDEN).all()
+
+
 def test_float32_needs_no_help(weight):
     assert VocabParallelHead(weight.float(), VOCAB_SIZE, Group(), exact=weight.float()).exact is None
