@@ -19,8 +19,8 @@ from dashinfer.types import Ready, StepPlan, StepResult, WorkerConfig
 from dashinfer.worker.sampler import Sampler
 from dashinfer.worker.slots import Slots
 
-BLOCK_SIZE = {"cpu": 32, "cuda": 16}
-STEP_TOKENS = {"cpu": 512, "cuda": 8192}
+BLOCK_SIZE = {"cpu": 16, "cuda": 16}
+STEP_TOKENS = {"cpu": 1024, "cuda": 8192}
 MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.9}  # of what is available once the weights are there
 ACTIVATION_BYTES_PER_TOKEN = 32  # times hidden size: a step's temporary tensors, generously
 
