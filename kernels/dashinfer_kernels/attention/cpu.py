@@ -135,7 +135,7 @@ def _prefill(
     k, v = (cache.index_select(0, sequence.rows).view(1, num_kv_heads, -1, head_dim).to(product) for cache in (keys, values))
     for tile in sequence.tiles:
         if tile.bias is not None:
-            out[tile.queries] = _short_prefill(q[tile.queries], k[0, :, tile.keys], v[0, :, tile.keys], tile.bias, scale)
+            out[tile.queries] = _prefill_in_memory(q[tile.queries], k[0, :, tile.keys], v[0, :, tile.keys], tile.bias, scale)
             continue
         queries = q[tile.queries].to(product).transpose(0, 1).unsqueeze(0)
         seen_k, seen_v = k[:, :, tile.keys], v[:, :, tile.keys]
@@ -152,15 +152,14 @@ def _prefill(
         out[tile.queries] = attended.squeeze(0).transpose(0, 1).reshape(-1, num_heads * head_dim).to(out.dtype)
 
 
-def _short_prefill(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+def _prefill_in_memory(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
     """Two products with their scores in memory: a third faster than the fused operator while the scores fit into the cache.
 
-    q [tokens, num_heads, head_dim], k and v [num_kv_heads, tokens, head_dim], bias [tokens, tokens] float32; returns
+    q [tokens, num_heads, head_dim], k and v [num_kv_heads, keys, head_dim], bias [tokens, keys] float32; returns
     [tokens, num_heads * head_dim].
     """
-    tokens, num_heads, head_dim = q.shape
-    shared = num_heads // k.shape[0]
+    shared = q.shape[1] // k.shape[0]
     rows = q.to(bias.dtype).transpose(0, 1)
     scores = torch.bmm(rows, k.to(bias.dtype).repeat_interleave(shared, 0).transpose(1, 2))
     weights = torch.softmax(torch.add(bias, scores, alpha=scale, out=scores), -1).to(v.dtype)
-    return torch.bmm(weights, v.repeat_interleave(shared, 0)).transpose(0, 1).reshape(tokens, -1)
+    return torch.bmm(weights, v.repeat_interleave(shared, 0)).transpose(0, 1).reshape(q.shape[0], -1)

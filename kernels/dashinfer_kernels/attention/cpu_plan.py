@@ -20,8 +20,9 @@ _PADDING_TOKENS = 1024
 _GROUP_TOKENS = 32768
 # Queries of a long masked prefill are computed in tiles of this many, so that the mask stays small.
 TILE = 256
-# A plain causal prompt of up to this many tokens is computed with its scores in memory.
-SHORT_PROMPT = 256
+# A tile of up to this many scores a head is computed with them in memory, which is faster while they fit into the cache.
+SCORES_IN_MEMORY = 256 * 512
+KEYS_IN_MEMORY = 1024
 # Softcapped scores are materialised in float32, so their tiles are smaller.
 SOFTCAP_TILE = 64
 
@@ -58,7 +59,7 @@ class Tile:
     queries: slice  # rows of q
     keys: slice  # of the gathered tokens
     mask: Tensor | None  # [queries, keys] additive; None: plain causal from the first key on
-    bias: Tensor | None = None  # [queries, keys] float32, the same as `mask` None says, for a prompt that is short
+    bias: Tensor | None = None  # [queries, keys] float32 additive, in place of `mask`: a tile with its scores in memory
 
 
 @dataclass
@@ -118,8 +119,6 @@ def make_plan(
 
     prefilling = np.arange(batch.num_decodes, batch.num_sequences)
     step = SOFTCAP_TILE if softcap else TILE
-    # A mask that is anchored at its last column serves every tile: only the distance to the last visible key matters.
-    widest = 0
     spans = []
     query_starts = np.concatenate(([0], np.cumsum(batch.host_lengths)))
     for sequence in prefilling:
@@ -133,29 +132,26 @@ def make_plan(
             high = min(length, low + step)
             oldest = 0 if window is None else max(0, start + low + 1 - window)
             tiles.append((slice(row + low, row + high), slice(oldest - offset, start + high - offset), False))
-            widest = max(widest, start + high - oldest)
         spans.append(tiles)
-    anchored = _anchored_mask(step, widest, window, prefill_dtype) if widest else None
+    in_memory = decode_dtype == torch.float32 and prefill_dtype != torch.float16 and not softcap
 
-    def mask(queries: slice, keys: slice) -> Tensor:
-        assert anchored is not None
-        return anchored[step - (queries.stop - queries.start) :, widest - (keys.stop - keys.start) :]
+    def is_small(queries: slice, keys: slice) -> bool:
+        scores = _length(queries) * _length(keys)
+        return in_memory and scores <= SCORES_IN_MEMORY and _length(keys) <= KEYS_IN_MEMORY
 
-    shorter = [int(length) for length in batch.host_lengths[prefilling] if length <= SHORT_PROMPT]
-    widened = decode_dtype == torch.float32 and prefill_dtype != torch.float16
-    causal_bias = _anchored_mask(max(shorter), max(shorter), None, decode_dtype) if shorter and widened else None
+    tiles = [tile for sequence in spans for tile in sequence]
+    small = _Masks([tile[:2] for tile in tiles if is_small(*tile[:2])], window, decode_dtype)
+    large = _Masks([tile[:2] for tile in tiles if not (tile[2] or is_small(*tile[:2]))], window, prefill_dtype)
 
-    def bias(queries: slice) -> Tensor | None:
-        length = queries.stop - queries.start
-        return causal_bias[:length, :length] if causal_bias is not None and length <= SHORT_PROMPT else None
+    def make_tile(queries: slice, keys: slice, causal: bool) -> Tile:
+        if is_small(queries, keys):
+            return Tile(queries, keys, None, small.of(queries, keys))
+        return Tile(queries, keys, None if causal else large.of(queries, keys))
 
     prefills = [
         PrefillSequence(
             rows=cache_rows(prefilling[i : i + 1], int(num_blocks[sequence])),
-            tiles=[
-                Tile(queries, keys, None, bias(queries)) if causal else Tile(queries, keys, mask(queries, keys))
-                for queries, keys, causal in spans[i]
-            ],
+            tiles=[make_tile(*tile) for tile in spans[i]],
         )
         for i, sequence in enumerate(prefilling)
     ]
@@ -182,6 +178,22 @@ def _group(num_blocks: np.ndarray, block_size: int) -> list[np.ndarray]:
         groups.append([index])
         padding = 0
     return [np.array(group) for group in groups]
+
+
+def _length(span: slice) -> int:
+    return span.stop - span.start
+
+
+class _Masks:
+    """One mask that serves every tile it was made for: anchored at its last row and column, since only distances matter."""
+
+    def __init__(self, tiles: list[tuple[slice, slice]], window: int | None, dtype: torch.dtype) -> None:
+        self._queries = max((_length(queries) for queries, _ in tiles), default=0)
+        self._keys = max((_length(keys) for _, keys in tiles), default=0)
+        self._mask = _anchored_mask(self._queries, self._keys, window, dtype)
+
+    def of(self, queries: slice, keys: slice) -> Tensor:
+        return self._mask[self._queries - _length(queries) :, self._keys - _length(keys) :]
 
 
 def _anchored_mask(queries: int, keys: int, window: int | None, dtype: torch.dtype) -> Tensor:
