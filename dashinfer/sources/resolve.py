@@ -3,6 +3,7 @@
 Owns the choice between the kinds of sources; each kind has a file of its own. Knows nothing of what the models are.
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def resolve(model: str, *, load_format: str = "auto", report: ReportProgress = _
     """
     if model == "demo":
         return resolve_demo(report=report)
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))  # unlike Path's own, no error for a user who is not known
     if path.is_dir():
         return resolve_directory(path, load_format=load_format, report=report)
     if path.is_file():
