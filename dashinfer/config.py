@@ -5,10 +5,12 @@ Knows every setting's name, default, choices and meaning; knows nothing of what 
 """
 
 import dataclasses
+import difflib
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from dashinfer.errors import ConfigurationError
@@ -32,22 +34,32 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * 1024 ** " kmgt".index(match[2].lower() or " "))
 
 
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a whole number") from None
+
+
 def _positive(text: str) -> int:
-    value = int(text)
+    value = _whole(text)
     if value < 1:
         raise ValueError(f"{value} is not at least 1")
     return value
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a number") from None
     if not 0 < value < float("inf"):
         raise ValueError(f"{text} is not a number of seconds above 0")
     return value
 
 
 def _port(text: str) -> int:
-    value = int(text)
+    value = _whole(text)
     if not 0 <= value <= 65535:
         raise ValueError(f"{value} is not a port number (0 to 65535)")
     return value
@@ -111,7 +123,7 @@ class ServerConfig:
         None, "name in the API (default: last part of --model)", group=_SERVER, parse=str, metavar="NAME"
     )
     max_queue: int = _setting(
-        256, "most requests that wait for a place; one more gets a 429", group=_SERVER, parse=_positive, metavar="N"
+        256, "most requests that may wait for a place to run; one more gets a 429", group=_SERVER, parse=_positive, metavar="N"
     )
     drain_timeout: float = _setting(
         30.0,
@@ -150,6 +162,18 @@ class ServerConfig:
     disable_prefix_cache: bool = _setting(False, "compute every prompt from its first token", group=_ENGINE)
 
     def __post_init__(self) -> None:
+        if self.mode == "vlm":
+            raise ConfigurationError(
+                "--mode vlm is not supported yet: this version serves language models (--mode llm or auto)"
+            )
+        if self.tensor_parallel > 1:
+            raise ConfigurationError(
+                f"--tensor-parallel {self.tensor_parallel} is not supported yet: this version serves --tensor-parallel 1"
+            )
+        if self.quant_type is not None:
+            raise ConfigurationError(
+                f"--quant-type {self.quant_type} is not supported yet: leave it out, or serve a quantised .gguf file"
+            )
         if self.min_pixels > self.max_pixels:
             raise ConfigurationError(f"--min-pixels {self.min_pixels} is more than --max-pixels {self.max_pixels}")
         if self.block_size is not None and self.block_size & (self.block_size - 1):
@@ -164,11 +188,19 @@ class ServerConfig:
 
     @property
     def model_name(self) -> str:
-        """The model's name in the API."""
+        """The model's name in the API: as set, or the last part of --model (`..` is the directory it stands for)."""
         if self.served_model_name:
             return self.served_model_name
         name = self.model.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
+        if name in ("", ".", "..") or name.startswith("~"):
+            name = Path(os.path.expanduser(self.model)).resolve().name or "model"
         return name.removesuffix(".gguf")
+
+
+def did_you_mean(word: str, known: Iterable[str], *, most: int = 1) -> str:
+    """` (did you mean X?)`, or nothing where no known word is near."""
+    near = difflib.get_close_matches(word, known, n=most, cutoff=0.7)
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
 def choices(field: dataclasses.Field) -> tuple[str, ...] | None:
@@ -181,7 +213,7 @@ def parse_setting(field: dataclasses.Field, text: str) -> Any:
     """One setting from text. Raises ValueError with a message for people."""
     if (allowed := choices(field)) is not None:
         if text not in allowed:
-            raise ValueError(f"{text!r} is not one of {', '.join(allowed)}")
+            raise ValueError(f"{text!r} is not one of {', '.join(allowed)}" + did_you_mean(text, allowed))
         return text
     if field.type is bool:
         known = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": False}
@@ -191,25 +223,45 @@ def parse_setting(field: dataclasses.Field, text: str) -> Any:
     return field.metadata["parse"](text)
 
 
-def from_environment(environment: Mapping[str, str] = os.environ) -> ServerConfig:
-    """Settings from `DASHINFER_MODEL`, `DASHINFER_MAX_BATCH` and so on; a `DASHINFER_` name that is no setting raises.
+_PREFIX = "DASHINFER_"
+_RESERVED = {"DASHINFER_CACHE"}  # where downloads are kept; read by sources
+# What Kubernetes tells each container of services named `dashinfer` or `dashinfer-...`.
+_OF_KUBERNETES = re.compile(r"DASHINFER_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
+_ADDRESS = re.compile(r"(tcp|udp|sctp)://.*")
+
+
+def environment_settings(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Settings that `DASHINFER_MODEL`, `DASHINFER_MAX_BATCH` and so on give, by their names in `ServerConfig`.
 
     Raises:
-        ConfigurationError: an unknown name, a bad value, or no model.
+        ConfigurationError: a `DASHINFER_` name that is no setting, or a bad value.
     """
-    prefix = "DASHINFER_"
-    fields = {prefix + field.name.upper(): field for field in dataclasses.fields(ServerConfig)}
-    reserved = {"DASHINFER_CACHE"}  # where downloads are kept; read by sources
+    fields = {_PREFIX + field.name.upper(): field for field in dataclasses.fields(ServerConfig)}
     values: dict[str, Any] = {}
     for name, text in environment.items():
-        if not name.startswith(prefix) or name in reserved:
+        if not name.startswith(_PREFIX) or name in _RESERVED or _OF_KUBERNETES.fullmatch(name):
+            continue
+        if name.endswith("_PORT") and _ADDRESS.fullmatch(text):  # Kubernetes again
             continue
         if name not in fields:
-            raise ConfigurationError(f"{name} is not a setting; known are {', '.join(sorted(fields))}")
+            near = did_you_mean(name, fields, most=2)
+            raise ConfigurationError(
+                f"the variable {name} is not a setting" + (near or f"; known are {', '.join(sorted(fields))}")
+            )
         try:
             values[fields[name].name] = parse_setting(fields[name], text)
         except ValueError as error:
             raise ConfigurationError(f"{name}: {error}") from None
+    return values
+
+
+def from_environment(environment: Mapping[str, str] = os.environ) -> ServerConfig:
+    """All settings from the environment.
+
+    Raises:
+        ConfigurationError: an unknown name, a bad value, or no model.
+    """
+    values = environment_settings(environment)
     if "model" not in values:
         raise ConfigurationError("DASHINFER_MODEL is not set; try DASHINFER_MODEL=demo")
     return ServerConfig(**values)

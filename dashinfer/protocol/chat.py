@@ -19,6 +19,7 @@ MAX_STOP_LENGTH = 1000  # characters
 MAX_CHOICES = 16
 MAX_TOP_LOGPROBS = 20
 MAX_BIASES = 1024
+LEAST_REPETITION_PENALTY, GREATEST_REPETITION_PENALTY = 0.01, 100.0  # beyond them float32 logits overflow
 
 _TOKEN_ID = re.compile(r"\d{1,10}")
 
@@ -94,7 +95,7 @@ class ChatCompletionRequest(RequestModel):
     # Beyond OpenAI
     top_k: int | None = Field(default=None, ge=-1, description="0 and -1 are off")
     min_p: float | None = Field(default=None, ge=0, le=1)
-    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+    repetition_penalty: float | None = Field(default=None, ge=LEAST_REPETITION_PENALTY, le=GREATEST_REPETITION_PENALTY)
     min_tokens: int = Field(default=0, ge=0, description="no stop token before that many tokens")
     stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] = Field(default_factory=list, max_length=256)
     ignore_eos: bool = Field(default=False, description="go on after the model's end of turn")

@@ -3,11 +3,14 @@
 Knows nothing of sampling or of HTTP.
 """
 
-import json
 from typing import Annotated, Any, Literal
 
+import msgspec
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
+
+MAX_PARTS = 1024  # of one content
+MAX_TOOL_CALLS = 128  # of one message
 
 
 class RequestModel(BaseModel):
@@ -53,7 +56,10 @@ CONTENT_TAGS = frozenset({"text", "parts"})
 Content = Annotated[
     Annotated[str, Tag("text")]
     | Annotated[
-        list[Annotated[TextPart, BeforeValidator(_supported_part)]], Field(min_length=1), Field(fail_fast=True), Tag("parts")
+        list[Annotated[TextPart, BeforeValidator(_supported_part)]],
+        Field(min_length=1, max_length=MAX_PARTS),
+        Field(fail_fast=True),
+        Tag("parts"),
     ],
     Discriminator(_content_kind),
 ]
@@ -104,7 +110,7 @@ class AssistantMessage(RequestModel):
     name: str | None = None
     refusal: str | None = None
     reasoning_content: str | None = Field(default=None, description="what the model thought, for templates that show it")
-    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOL_CALLS), Field(fail_fast=True)] | None = None
     annotations: Any = Field(default=None, description="ignored")
     audio: Unsupported = None
     function_call: Unsupported = None
@@ -122,6 +128,7 @@ Message = Annotated[
 ]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
+_decode = msgspec.json.Decoder().decode
 _HIDDEN = ("refusal", "annotations", "audio", "function_call")
 
 
@@ -138,8 +145,10 @@ def template_message(message: Message) -> dict[str, Any]:
 
 
 def _arguments(text: str) -> Any:
+    """What is no JSON, by the same rules as a body, stays text; so does an escaped half of a character, which nothing can
+    encode."""
     try:
-        parsed = json.loads(text)
-    except (ValueError, RecursionError):
+        parsed = _decode(text)
+    except (msgspec.DecodeError, RecursionError):
         return text
     return parsed if isinstance(parsed, dict) else text

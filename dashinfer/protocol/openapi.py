@@ -48,7 +48,7 @@ def _errors(*statuses: int) -> dict[str, Any]:
     return {str(status): {"description": _ERRORS[status], "content": _json("ErrorResponse")} for status in statuses}
 
 
-def openapi_document(*, title: str, version: str, api_keys: bool, model: str | None = None) -> dict[str, Any]:
+def openapi_document(*, title: str, version: str, api_keys: bool, model: str) -> dict[str, Any]:
     """The document as JSON types.
 
     Args:
@@ -68,7 +68,7 @@ def openapi_document(*, title: str, version: str, api_keys: bool, model: str | N
         "tags": ["chat"],
         "requestBody": {
             "required": True,
-            "content": _json("ChatCompletionRequest", example={"model": model or "demo", **_EXAMPLE}),
+            "content": _json("ChatCompletionRequest", example={"model": model, **_EXAMPLE}),
         },
         "responses": {
             "200": {

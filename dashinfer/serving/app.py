@@ -5,16 +5,18 @@ from `Service`; identity, keys and logging are the edge's (`edge.py`).
 """
 
 import logging
+from typing import Any
 
 import msgspec
 import trio
 from quart import Response, request
 from quart_trio import QuartTrio
+from quart_trio.wrappers import TrioRequest
 from werkzeug.exceptions import HTTPException
 
 from dashinfer.errors import InvalidRequest, MethodNotAllowed, NotFound, PayloadTooLarge, RequestError
 from dashinfer.protocol.openapi import openapi_document
-from dashinfer.protocol.stream import error_body, model_list_body
+from dashinfer.protocol.stream import error_body, health_body, model_list_body
 from dashinfer.serving import chat, docs
 from dashinfer.serving.auth import KeyRing
 from dashinfer.serving.edge import SCOPE_KEY, Edge, RequestRecord, error_headers, internal_error
@@ -22,13 +24,26 @@ from dashinfer.serving.service import Service
 
 logger = logging.getLogger(__name__)
 
-MAX_BODY = 64 * 1024 * 1024  # bytes; images come as base64 inside the JSON
+# Bytes. Decoding JSON holds the interpreter's lock, which stops every stream: for this much under a second at the worst. Text
+# that fills a long context takes a tenth of it; images, which come as base64 inside the JSON, will need more.
+MAX_BODY = 8 * 1024 * 1024
+MAX_OTHER_BODY = 16 * 1024  # bytes that are kept of a body nobody reads
 BODY_TIMEOUT = 120  # seconds a client may take to send its body
 
+CHAT_PATH = "/v1/chat/completions"
 OPEN_PATHS = ("/", "/health", "/openapi.json", *docs.OPEN_PATHS)
 
 _JSON = {"content-type": "application/json"}
 _EVENTS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
+class _Request(TrioRequest):
+    """Keeps a large body only where somebody reads one: the framework collects it before the route is known."""
+
+    def __init__(self, method: str, scheme: str, path: str, *rest: Any, max_content_length: int, **named: Any) -> None:
+        if (method, path) != ("POST", CHAT_PATH):
+            max_content_length = min(max_content_length, MAX_OTHER_BODY)
+        super().__init__(method, scheme, path, *rest, max_content_length=max_content_length, **named)
 
 
 def _record() -> RequestRecord:
@@ -64,10 +79,16 @@ def _unexpected(error: Exception) -> Response:
 def create_app(service: Service) -> QuartTrio:
     """The ASGI application. It serves from the first moment: `/health` tells whether there is a model yet."""
     app = QuartTrio(__name__, static_folder=None)
+    app.request_class = _Request
     app.config.update(MAX_CONTENT_LENGTH=MAX_BODY, BODY_TIMEOUT=BODY_TIMEOUT, RESPONSE_TIMEOUT=None)
     app.url_map.merge_slashes = False
     document = msgspec.json.encode(
-        openapi_document(title="DashInfer", version=service.version, api_keys=bool(service.config.api_keys))
+        openapi_document(
+            title="DashInfer",
+            version=service.version,
+            api_keys=bool(service.config.api_keys),
+            model=service.config.model_name,
+        )
     )
 
     @app.get("/")
@@ -77,8 +98,8 @@ def create_app(service: Service) -> QuartTrio:
     @app.get("/health")
     async def health() -> Response:
         if (state := service.state) == "ready":
-            return Response(msgspec.json.encode({"status": "ok", "mode": service.mode}), headers=_JSON)
-        return Response(msgspec.json.encode({"status": state}), 503, headers=_JSON)
+            return Response(health_body("ok", service.mode), headers=_JSON)
+        return Response(health_body(state, service.mode), 503, headers=_JSON)
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -87,7 +108,7 @@ def create_app(service: Service) -> QuartTrio:
         body = model_list_body(model=service.config.model_name, created=service.created, max_length=engine.info.max_length)
         return Response(body, headers=_JSON)
 
-    @app.post("/v1/chat/completions")
+    @app.post(CHAT_PATH)
     async def chat_completions() -> Response:
         service.require()  # before the body is read: it may be large
         record = _record()

@@ -20,7 +20,7 @@ from dashinfer.serving.backend import Backend, ModelBackend, RunnableEngine
 from dashinfer.serving.cli import version
 from dashinfer.serving.edge import ASGIApp, Receive, Scope, Send
 from dashinfer.serving.progress import LogDisplay, report_progress
-from dashinfer.serving.run import FAREWELL
+from dashinfer.serving.run import LAST_WORDS
 from dashinfer.serving.service import Service, TextModel
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class Application:
             reason = log.describe(error)
             service.fail(reason)
             logger.error("%s; ending the process", reason, exc_info=error if service.config.log_level == "debug" else None)
-            with trio.move_on_after(FAREWELL):
+            with trio.move_on_after(LAST_WORDS):
                 await service.idle()
             os.kill(os.getpid(), signal.SIGTERM)
 

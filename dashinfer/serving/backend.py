@@ -3,13 +3,15 @@
 Nothing is imported before it is needed: what starts the worker comes first, the rest while the worker loads.
 """
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Protocol
 
 import trio
 
 from dashinfer.config import ServerConfig
 from dashinfer.engine.api import EngineAPI
+from dashinfer.errors import UnsupportedModel
 from dashinfer.serving.service import TextModel
 from dashinfer.sources import ModelSource, ReportProgress
 from dashinfer.types import ModelFiles, Progress, Ready
@@ -39,13 +41,28 @@ class Backend(Protocol):
         ...
 
 
+def _check(config: ServerConfig, model: Mapping[str, Any]) -> None:
+    """The worker's own checks of a config.json, here as well: before weights are fetched.
+
+    Raises:
+        UnsupportedModel, ConfigurationError: the model, or --max-length with it, cannot be served.
+    """
+    from dashinfer.models.config import ModelConfig
+
+    try:
+        shape = ModelConfig.from_hf(model)
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise UnsupportedModel(f"config.json makes no sense: {error!r}") from error
+    shape.resolve_max_length(config.max_length)
+
+
 class ModelBackend:
     """The real one."""
 
     def resolve(self, config: ServerConfig, report: ReportProgress) -> ModelSource:
         from dashinfer.sources.resolve import resolve
 
-        return resolve(config.model, load_format=config.load_format, report=report)
+        return resolve(config.model, load_format=config.load_format, report=report, check=partial(_check, config))
 
     def engine(self, config: ServerConfig, files: ModelFiles, on_progress: Callable[[Progress], None]) -> RunnableEngine:
         from dashinfer.engine.engine import Engine

@@ -18,13 +18,13 @@ from typing import Any
 import trio
 
 from dashinfer.engine.api import EngineAPI, Generation, TokenOutput
-from dashinfer.errors import ContextLengthExceeded, ModelNotServed, RequestError
+from dashinfer.errors import ModelNotServed, QueueFull, RequestError
 from dashinfer.protocol import stream
 from dashinfer.protocol.chat import ChatCompletionRequest
 from dashinfer.protocol.parse import parse_chat_request
-from dashinfer.protocol.sampling import sampling_params
+from dashinfer.protocol.sampling import no_room, sampling_params
 from dashinfer.serving.service import Service, TextModel
-from dashinfer.text.detokenizer import IncrementalDetokenizer
+from dashinfer.text.detokenizer import IncrementalDetokenizer, StopString
 from dashinfer.types import FinishReason, SamplingParams
 
 KEEP_ALIVE = 15.0  # seconds of silence after which a stream sends a comment, so that proxies do not cut it
@@ -40,6 +40,7 @@ class Prepared:
     request: ChatCompletionRequest
     prompt: list[int]
     params: list[SamplingParams]
+    stop: list[StopString]
 
 
 def _new_seed() -> int:
@@ -67,10 +68,7 @@ def prepare(service: Service, engine: EngineAPI, text: TextModel, body: bytes) -
         kwargs=request.chat_template_kwargs,
     )
     if len(rendered) > engine.info.max_length * _MAX_CHARACTERS_PER_TOKEN:
-        raise ContextLengthExceeded(
-            f"the prompt of {len(rendered)} characters is longer than {engine.info.max_length} tokens can hold",
-            param="messages",
-        )
+        raise no_room(engine.info.max_length, f"{len(rendered)} characters")
     prompt = text.tokenizer.encode(rendered, add_special_tokens=False)
     params = sampling_params(
         request,
@@ -81,13 +79,14 @@ def prepare(service: Service, engine: EngineAPI, text: TextModel, body: bytes) -
         max_length=engine.info.max_length,
         new_seed=_new_seed,
     )
-    return Prepared(request, prompt, params)
+    return Prepared(request, prompt, params, [StopString(text) for text in request.stop])
 
 
 class _Choice:
     """One choice's way from tokens to text."""
 
-    def __init__(self, index: int, request: ChatCompletionRequest, text: TextModel) -> None:
+    def __init__(self, index: int, prepared: Prepared, text: TextModel) -> None:
+        request = prepared.request
         self.index = index
         self.tokens = 0
         self.finish: FinishReason | None = None
@@ -97,7 +96,7 @@ class _Choice:
         self._entries: list[dict[str, Any]] = []
         self._detokenizer = IncrementalDetokenizer(
             text.tokenizer,
-            stop=request.stop,
+            stop=prepared.stop,
             skip_special_tokens=request.skip_special_tokens,
             continues=request.continue_final_message,
         )
@@ -165,7 +164,7 @@ class ChatCompletion:
         self.request = prepared.request
         self._prompt_tokens = len(prepared.prompt)
         self._generation = generation
-        self._choices = [_Choice(index, prepared.request, text) for index in range(len(prepared.params))]
+        self._choices = [_Choice(index, prepared, text) for index in range(len(prepared.params))]
         self._identity: dict[str, Any] = {
             "id": "chatcmpl-" + secrets.token_hex(12),
             "created": int(time.time()),
@@ -254,6 +253,8 @@ async def start(service: Service, body: bytes, stack: ExitStack) -> ChatCompleti
     if len(body) <= INLINE_BYTES:
         prepared = prepare(service, engine, text, body)
     else:
+        if (waiting := service.thread_limiter.statistics().tasks_waiting) >= service.config.max_queue:
+            raise QueueFull(f"{waiting} long requests are waiting already; try again later")
         prepared = await trio.to_thread.run_sync(
             prepare, service, engine, text, body, abandon_on_cancel=True, limiter=service.thread_limiter
         )

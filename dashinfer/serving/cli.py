@@ -1,4 +1,4 @@
-"""`dashinfer_serve`: flags to a `ServerConfig`, errors to one line and an exit status.
+"""`dashinfer_serve`: flags, and variables for those not given, to a `ServerConfig`; errors to one line and an exit status.
 
 The flags are made from the fields of `ServerConfig`, so there is one place where a setting is defined. Nothing heavy is
 imported before the flags are known to be good: `--help` and a mistyped flag answer at once.
@@ -6,18 +6,17 @@ imported before the flags are known to be good: `--help` and a mistyped flag ans
 
 import argparse
 import dataclasses
-import difflib
 import os
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dashinfer.config import ServerConfig, choices, parse_setting
+from dashinfer.config import ServerConfig, choices, did_you_mean, environment_settings, parse_setting
 from dashinfer.errors import ConfigurationError, StartupError
 
 _HOW_TO_START = (
@@ -61,13 +60,7 @@ def _reader(field: dataclasses.Field) -> Callable[[str], Any]:
         try:
             return parse_setting(field, text)
         except ValueError as error:
-            message = str(error)
-            if message.startswith("invalid literal"):
-                message = f"{text!r} is not a whole number"
-            elif message.startswith("could not convert"):
-                message = f"{text!r} is not a number"
-            near = difflib.get_close_matches(text, choices(field) or (), n=1)
-            raise argparse.ArgumentTypeError(message + (f" (did you mean {near[0]}?)" if near else "")) from None
+            raise argparse.ArgumentTypeError(str(error)) from None
 
     return read
 
@@ -84,7 +77,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="dashinfer_serve",
         description="Serve a model behind an OpenAI-compatible API.",
-        epilog="First try: dashinfer_serve --model demo",
+        epilog="First try: dashinfer_serve --model demo. A setting without a flag is taken from the environment: "
+        "DASHINFER_API_KEYS for --api-keys, which keeps keys out of the list of processes, and so on.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
@@ -102,11 +96,11 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_arguments(arguments: Sequence[str]) -> ServerConfig:
-    """Settings from command-line arguments.
+def parse_arguments(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> ServerConfig:
+    """Settings from command-line arguments, and from `DASHINFER_*` variables where there is no flag.
 
     Raises:
-        ConfigurationError: an unknown flag, a bad value, or no model.
+        ConfigurationError: an unknown flag or variable, a bad value, or no model.
         SystemExit: after `--help` or `--version`.
     """
     parser = make_parser()
@@ -116,9 +110,10 @@ def parse_arguments(arguments: Sequence[str]) -> ServerConfig:
         if not word.startswith("-"):
             raise ConfigurationError(f"unexpected argument {word!r}; a model is given as --model {word}")
         flags = [flag for action in parser._actions for flag in action.option_strings]
-        near = difflib.get_close_matches(word.replace("_", "-"), flags, n=2, cutoff=0.7)
-        raise ConfigurationError(f"unknown flag {word}; " + (f"did you mean {' or '.join(near)}?" if near else "see --help"))
-    values = vars(known)
+        raise ConfigurationError(
+            f"unknown flag {word}" + (did_you_mean(word.replace("_", "-"), flags, most=2) or "; see --help")
+        )
+    values = environment_settings(environment) | vars(known)
     if "model" not in values:
         raise ConfigurationError(_HOW_TO_START)
     return ServerConfig(**values)

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WATCHDOG = 5.0  # seconds from the cancellation of everything to the end of the process
-FAREWELL = 2.0  # seconds for answers that say why, once the engine is gone
+FAREWELL = 2.0  # seconds for answers that say why, once the engine is cut off
+LAST_WORDS = 0.5  # seconds for the same once the engine has failed: it has waited for the requests it had, not for newer ones
 LAST_BYTES = 0.1  # seconds at a second signal, for requests whose clients have everything but whose tasks have yet to end
 _HEAD_START = 0.3  # seconds that finding the model has the interpreter to itself before the HTTP stack is imported
 
@@ -134,8 +135,8 @@ class Server:
                 raise WorkerError("the engine ended by itself")
         except Exception as error:
             self._service.fail(log.describe(error))
-            with trio.move_on_after(FAREWELL):
-                await self._service.idle()  # those who wait for tokens are being told
+            with trio.move_on_after(LAST_WORDS):
+                await self._service.idle()
             raise
 
     async def _serve_http(self, sockets: list[socket.socket]) -> None:

@@ -11,6 +11,9 @@ from typing import Any
 
 from dashinfer.types import ModelFiles
 
+# Raises where a config.json is of a model that cannot be served; called before weights are fetched.
+CheckConfig = Callable[[dict[str, Any]], None]
+
 # (stage, done, total, unit): total is 0 while it is unknown, unit "B" for bytes
 ReportProgress = Callable[[str, int, int, str], None]
 

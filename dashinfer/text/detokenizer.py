@@ -14,34 +14,38 @@ from collections.abc import Sequence
 from dashinfer.text.tokenizer import Tokenizer
 
 
-class _Matcher:
-    """Follows one stop string through a text (Knuth, Morris, Pratt 1977). `state`: characters of it that match just now."""
+class StopString:
+    """A stop string and the table that finds it in a text (Knuth, Morris, Pratt 1977). It does not change, so that the choices
+    of a request share one."""
 
-    def __init__(self, stop: str) -> None:
-        assert stop
-        self.stop = stop
-        self.state = 0
-        self._fallback = [0] * len(stop)
+    def __init__(self, text: str) -> None:
+        """Takes time in proportion to the text's length."""
+        assert text
+        self.text = text
+        # For each length of a match: the longest shorter one that ends at the same character.
+        self._fallback = [0] * len(text)
         length = 0
-        for i in range(1, len(stop)):
-            while length and stop[i] != stop[length]:
-                length = self._fallback[length - 1]
-            length += stop[i] == stop[length]
+        for i in range(1, len(text)):
+            length = self.advance(length, text[i])
             self._fallback[i] = length
 
-    def advance(self, character: str) -> bool:
-        """Whether the stop string ends with this character. Not to be called again after that."""
-        while self.state and character != self.stop[self.state]:
-            self.state = self._fallback[self.state - 1]
-        self.state += character == self.stop[self.state]
-        return self.state == len(self.stop)
+    def advance(self, length: int, character: str) -> int:
+        """How many of its characters match after `character`, when `length`, which is not all of them, matched before."""
+        while length and character != self.text[length]:
+            length = self._fallback[length - 1]
+        return length + (character == self.text[length])
 
 
 class IncrementalDetokenizer:
     """Attributes: stopped: the stop string that was found, or None."""
 
     def __init__(
-        self, tokenizer: Tokenizer, *, stop: Sequence[str] = (), skip_special_tokens: bool = True, continues: bool = False
+        self,
+        tokenizer: Tokenizer,
+        *,
+        stop: Sequence[StopString] = (),
+        skip_special_tokens: bool = True,
+        continues: bool = False,
     ) -> None:
         """`continues`: the text goes on from an open message (`continue_final_message`), so a leading space belongs to it."""
         self.stopped: str | None = None
@@ -49,7 +53,8 @@ class IncrementalDetokenizer:
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._drop_space = tokenizer.drops_first_space and not continues
-        self._matchers = [_Matcher(text) for text in stop]
+        self._stop = stop
+        self._matched = [0] * len(stop)  # characters of each stop string that match just now
         self._held = ""  # decoded, and perhaps the begin of a stop string
 
     def push(self, token_ids: Sequence[int]) -> str:
@@ -75,17 +80,21 @@ class IncrementalDetokenizer:
         if self._drop_space and text:
             text = text.removeprefix(" ")
             self._drop_space = False
-        if not self._matchers or not text:
+        if not self._stop or not text:
             return text
         known = len(self._held)
         text = self._held + text
         for end in range(known, len(text)):
             character = text[end]
-            ended = [matcher.stop for matcher in self._matchers if matcher.advance(character)]
+            ended = []
+            for i, stop in enumerate(self._stop):
+                self._matched[i] = stop.advance(self._matched[i], character)
+                if self._matched[i] == len(stop.text):
+                    ended.append(stop.text)
             if ended:
                 self.stopped = max(ended, key=len)
                 self._held = ""
                 return text[: end + 1 - len(self.stopped)]
-        safe = len(text) - max(matcher.state for matcher in self._matchers)
+        safe = len(text) - max(self._matched)
         self._held = text[safe:]
         return text[:safe]

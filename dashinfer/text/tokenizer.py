@@ -109,9 +109,10 @@ class Tokenizer:
     @classmethod
     def from_source(cls, source: ModelSource) -> "Tokenizer":
         """With the ends of a turn that generation_config.json names, or else config.json. Raises: UnsupportedModel."""
-        for config in (source.generation_config, source.files.config, source.files.config.get("text_config") or {}):
-            if (value := config.get("eos_token_id")) is not None:
-                return cls(source.tokenizer, eos_token_ids=value if isinstance(value, list) else [value])
+        for config in (source.generation_config, source.files.config, source.files.config.get("text_config")):
+            if isinstance(config, Mapping) and (value := config.get("eos_token_id")) is not None:
+                ends = value if isinstance(value, list) else [value]
+                return cls(source.tokenizer, eos_token_ids=[token for token in ends if type(token) is int])
         return cls(source.tokenizer)
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:

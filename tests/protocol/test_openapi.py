@@ -58,8 +58,8 @@ def test_the_example_is_a_request(document: dict[str, Any]) -> None:
 
 
 def test_keys() -> None:
-    closed = openapi_document(title="t", version="1", api_keys=True)
-    open_ = openapi_document(title="t", version="1", api_keys=False)
+    closed = openapi_document(title="t", version="1", api_keys=True, model="demo")
+    open_ = openapi_document(title="t", version="1", api_keys=False, model="demo")
 
     assert closed["components"]["securitySchemes"]["bearer"]["scheme"] == "bearer"
     assert closed["paths"]["/v1/models"]["get"]["security"] == [{"bearer": []}]

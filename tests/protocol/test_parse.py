@@ -7,6 +7,8 @@ from dashinfer.errors import InvalidRequest
 from dashinfer.protocol.chat import MAX_BIASES, MAX_MESSAGES, ChatCompletionRequest
 from dashinfer.protocol.parse import parse_chat_request
 
+TEXT = {"type": "text", "text": "x"}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
 USER = {"role": "user", "content": "hi"}
 IMAGE = {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}
 
@@ -96,7 +98,9 @@ def test_nulls_are_fields_left_out() -> None:
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "not a field"),
         ({"top_k": -2}, "top_k", "at least -1"),
         ({"min_p": 1.5}, "min_p", "at most 1"),
-        ({"repetition_penalty": 0}, "repetition_penalty", "more than 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "at least 0.01"),
+        ({"repetition_penalty": 1e-300}, "repetition_penalty", "is 1e-300; it must be at least 0.01"),
+        ({"repetition_penalty": 101}, "repetition_penalty", "at most 100"),
         ({"min_tokens": 6, "max_tokens": 5}, "min_tokens", "is 6, more than the 5"),
         ({"stop_token_ids": [-1]}, "stop_token_ids.0", "at least 0"),
         ({"chat_template_kwargs": [1]}, "chat_template_kwargs", "an object"),
@@ -117,6 +121,8 @@ def test_nulls_are_fields_left_out() -> None:
         ({"messages": [{"role": "user", "content": []}]}, "messages.0.content", "must not be empty"),
         ({"messages": [{"role": "user", "content": ["a"]}]}, "messages.0.content.0", "must be an object such as {"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text", "is required"),
+        ({"messages": [{"role": "user", "content": [TEXT] * 1025}]}, "messages.0.content", "more than 1024 items"),
+        ({"messages": [{"role": "assistant", "tool_calls": [CALL] * 129}]}, "messages.0.tool_calls", "more than 128 items"),
         ({"messages": [{**USER, "mood": 1}]}, "messages.0.mood", "not a field"),
         ({"messages": [USER] * (MAX_MESSAGES + 1)}, "messages", "more than 4096 items"),
     ],
@@ -197,16 +203,16 @@ def test_a_flood_of_errors_costs_one() -> None:
 
 
 def test_a_tool_conversation_reaches_the_template() -> None:
-    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    half = {"id": "3", "type": "function", "function": {"name": "f", "arguments": '{"x": "\\ud800"}'}}
     odd = {"id": "2", "type": "function", "function": {"name": "f", "arguments": "{broken"}}
-    echoed = {"role": "assistant", "content": None, "tool_calls": [call, odd], "refusal": None, "audio": None,
+    echoed = {"role": "assistant", "content": None, "tool_calls": [CALL, odd, half], "refusal": None, "audio": None,
               "function_call": None, "annotations": []}  # fmt: skip
     request = parse(messages=[{**USER, "name": "Ann"}, echoed, {"role": "tool", "content": "4", "tool_call_id": "1"}])
     user, assistant, tool = request.template_messages()
 
     assert user == {**USER, "name": "Ann"}
     assert assistant["content"] is None
-    assert [made["function"]["arguments"] for made in assistant["tool_calls"]] == [{"x": 1}, "{broken"]
+    assert [made["function"]["arguments"] for made in assistant["tool_calls"]] == [{"x": 1}, "{broken", '{"x": "\\ud800"}']
     assert assistant.keys() == {"role", "content", "tool_calls"}
     assert tool == {"role": "tool", "content": "4", "tool_call_id": "1"}
 

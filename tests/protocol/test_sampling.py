@@ -107,3 +107,40 @@ def test_top_k_of_the_whole_vocabulary_is_off() -> None:
     assert made(top_k=999)[0].top_k == 999
     assert made(top_k=2**70)[0].top_k == 0
     assert made(top_k=-1)[0].top_k == 0
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-300, 1e-50, 9e-6])
+def test_a_temperature_that_float32_cannot_divide_by_is_greedy(value: float) -> None:
+    assert made(temperature=value)[0].temperature == 0.0
+    assert made({"temperature": value})[0].temperature == 0.0
+
+
+@pytest.mark.parametrize("value", [1e-300, 1e-50])
+def test_top_p_stays_above_zero_in_float32(value: float) -> None:
+    assert made(top_p=value)[0].top_p == 1e-6
+    assert made({"top_p": value})[0].top_p == 1e-6
+
+
+@pytest.mark.parametrize("value", [1e-300, 0.009, 101.0, 1e300, 10**400])
+def test_a_repetition_penalty_out_of_bounds_in_the_models_file_is_ignored(value: float) -> None:
+    assert made({"repetition_penalty": value}) == made()
+
+
+@pytest.mark.parametrize("value", [10**400, 1e300, float("inf")])
+def test_a_huge_top_k_in_the_models_file_is_off(value: float) -> None:
+    assert made({"top_k": value})[0].top_k == 0
+
+
+def test_ends_outside_of_the_vocabulary_are_left_out() -> None:
+    request = ChatCompletionRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": "x"}]})
+    (params,) = sampling_params(
+        request,
+        generation_config={},
+        eos_token_ids=(-1, 2, 9, 10, 10**12),
+        vocab_size=10,
+        prompt_tokens=1,
+        max_length=100,
+        new_seed=lambda: 0,
+    )
+
+    assert params.stop_token_ids == (2, 9)

@@ -155,6 +155,9 @@ class FakeEngine:
             await self.crash.wait()
             self.lost = InternalError("the engine lost this request")
             self.state = "failed"
+            self.release.set()
+            with trio.move_on_after(2):  # as the real one: those it has are told
+                await self.drained()
             raise WorkerError("rank 0 died with signal 9")
         except trio.Cancelled:
             self.lost = EngineUnavailable("the server shut down before the request was done")

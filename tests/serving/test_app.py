@@ -33,7 +33,7 @@ async def test_before_the_model_is_loaded(run_server: RunServer) -> None:
         health = await server.client.get("/health")
         answers = [await server.client.get("/v1/models"), await server.chat("say no", stream=True)]
 
-    assert (health.status_code, health.json()) == (503, {"status": "loading"})
+    assert (health.status_code, health.json()) == (503, {"status": "loading", "mode": None})
     for answer in answers:
         assert answer.status_code == 503
         assert answer.headers["retry-after"] == "5"
@@ -46,7 +46,7 @@ async def test_a_failed_engine_shows_at_once(run_server: RunServer) -> None:
         health = await server.client.get("/health")
         answer = await server.chat("say no")
 
-    assert (health.status_code, health.json()) == (503, {"status": "failed"})
+    assert (health.status_code, health.json()) == (503, {"status": "failed", "mode": "llm"})
     assert answer.status_code == 503
 
 
@@ -164,9 +164,55 @@ async def test_body_too_large(run_server: RunServer, monkeypatch: pytest.MonkeyP
 
 async def test_a_large_body_that_fits(run_server: RunServer) -> None:
     async with run_server() as server:
-        answer = await server.chat("say yes", chat_template_kwargs={"padding": "a" * (20 * 2**20)})
+        answer = await server.chat("say yes", chat_template_kwargs={"padding": "a" * (7 * 2**20)})
 
     assert answer.status_code == 200
+
+
+async def test_a_body_that_nobody_reads_is_not_kept(run_server: RunServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[int] = []
+    append = app._Request.body_class.append
+
+    def record(self: object, data: bytes) -> None:
+        append(self, data)
+        kept.append(len(self._data))
+
+    monkeypatch.setattr(app._Request.body_class, "append", record)
+
+    async def pieces():
+        for _ in range(64):
+            yield b"x" * 2**16
+
+    async with run_server() as server:
+        answer = await server.client.post("/v1/nothing", content=pieces())
+
+    assert answer.status_code == 404
+    assert kept
+    assert max(kept) < app.MAX_OTHER_BODY + 2**17
+
+
+async def test_those_who_wait_for_a_thread_are_counted(run_server: RunServer) -> None:
+    answers = []
+    async with run_server(max_queue=1) as server:
+        limiter = server.service.thread_limiter
+
+        async def ask() -> None:
+            answers.append(await server.chat("say yes", metadata={"padding": "a" * 10_000}))
+
+        await limiter.acquire_on_behalf_of("one")
+        await limiter.acquire_on_behalf_of("two")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            nursery.start_soon(ask)
+            with trio.fail_after(10):
+                while not answers:
+                    await trio.lowlevel.checkpoint()
+            limiter.release_on_behalf_of("one")
+            limiter.release_on_behalf_of("two")
+
+    refused, answered = answers
+    assert (refused.status_code, answered.status_code) == (429, 200)
+    assert error_of(refused)["code"] == "queue_full"
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -220,7 +266,7 @@ async def test_request_ids(run_server: RunServer) -> None:
 
 
 async def test_docs_need_nothing_from_elsewhere(run_server: RunServer) -> None:
-    async with run_server(api_keys=("sk-1",)) as server:
+    async with run_server(api_keys=("sk-1",), served_model_name="mine") as server:
         home = await server.client.get("/")
         page = await server.client.get("/docs")
         files = {
@@ -234,6 +280,8 @@ async def test_docs_need_nothing_from_elsewhere(run_server: RunServer) -> None:
     assert "default-src 'none'" in page.headers["content-security-policy"]
     assert all(name in page.text and answer.status_code == 200 for name, answer in files.items())
     assert len(files["swagger-ui-bundle.js"].content) > 1_000_000
+    body = document.json()["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]
+    assert body["example"]["model"] == "mine"
     assert set(document.json()["paths"]) == {"/health", "/v1/models", "/v1/chat/completions"}
     assert outside.status_code in (401, 404)
 

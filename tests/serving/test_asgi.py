@@ -59,7 +59,7 @@ def test_loading_does_not_hold_the_start_up(tmp_path: Path) -> None:
         server.signal(signal.SIGTERM)
         status = server.end()
 
-    assert (health.status_code, health.json()) == (503, {"status": "loading"})
+    assert (health.status_code, health.json()) == (503, {"status": "loading", "mode": None})
     assert status == 0
 
 

@@ -31,18 +31,18 @@ def test_defaults_are_the_documented_ones() -> None:
 def test_every_flag() -> None:
     config = cli.parse_arguments(
         shlex.split(
-            "--model m --mode vlm --host ::1 --port 0 --tensor-parallel 4 --max-batch 64 --max-length 16384 "
+            "--model m --mode llm --host ::1 --port 0 --tensor-parallel 1 --max-batch 64 --max-length 16384 "
             "--data-type float16 --api-keys sk-key1,sk-key2 --log-level debug --vision-engine transformers --min-pixels 1 "
-            "--max-pixels 2 --quant-type fp8 --served-model-name name --max-queue 3 --drain-timeout 1.5 --step-timeout 9 "
+            "--max-pixels 2 --served-model-name name --max-queue 3 --drain-timeout 1.5 --step-timeout 9 "
             "--device cpu --load-format dummy --kv-cache-memory 4GiB --block-size 32 --max-step-tokens 100 "
             "--disable-prefix-cache"
         )
     )
 
     assert config == ServerConfig(
-        model="m", mode="vlm", host="::1", port=0, tensor_parallel=4, max_batch=64, max_length=16384, data_type="float16",
+        model="m", mode="llm", host="::1", port=0, tensor_parallel=1, max_batch=64, max_length=16384, data_type="float16",
         api_keys=("sk-key1", "sk-key2"), log_level="debug", vision_engine="transformers", min_pixels=1, max_pixels=2,
-        quant_type="fp8", served_model_name="name", max_queue=3, drain_timeout=1.5, step_timeout=9.0, device="cpu",
+        served_model_name="name", max_queue=3, drain_timeout=1.5, step_timeout=9.0, device="cpu",
         load_format="dummy", kv_cache_memory=4 * 2**30, block_size=32, max_step_tokens=100, disable_prefix_cache=True,
     )  # fmt: skip
 
@@ -61,8 +61,8 @@ def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None
     ("arguments", "message"),
     [
         ([], "dashinfer_serve --model demo"),
-        (["--modle", "demo"], "unknown flag --modle; did you mean --mode or --model?"),
-        (["--model", "demo", "--max_batch=3"], "unknown flag --max_batch; did you mean --max-batch?"),
+        (["--modle", "demo"], "unknown flag --modle (did you mean --mode or --model?)"),
+        (["--model", "demo", "--max_batch=3"], "unknown flag --max_batch (did you mean --max-batch?)"),
         (["demo"], "--model demo"),
         (["--model"], "--model: expected one argument"),
         (["--model", "demo", "--port", "80000"], "80000 is not a port number"),
@@ -72,6 +72,10 @@ def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None
         (["--model", "demo", "--block-size", "17"], "not a power of two"),
         (["--model", "demo", "--api-keys", ","], "no key given"),
         (["--model", " "], "--model is empty"),
+        (["--model", "demo", "--drain-timeout", "soon"], "--drain-timeout: 'soon' is not a number"),
+        (["--model", "demo", "--mode", "vlm"], "--mode vlm is not supported yet"),
+        (["--model", "demo", "--tensor-parallel", "4"], "this version serves --tensor-parallel 1"),
+        (["--model", "demo", "--quant-type", "fp8"], "--quant-type fp8 is not supported yet"),
     ],
 )
 def test_a_bad_command_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,6 +92,16 @@ def test_a_bad_command_is_one_line(arguments: list[str], message: str, capsys: p
 def test_bad_flags_raise_for_callers() -> None:
     with pytest.raises(ConfigurationError, match="unknown flag"):
         cli.parse_arguments(["--nothing"])
+
+
+def test_variables_stand_for_flags_that_are_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {"DASHINFER_MODEL": "other", "DASHINFER_API_KEYS": "sk-1, sk-2", "DASHINFER_MAX_BATCH": "64"}
+    config = cli.parse_arguments(["--model", "demo", "--max-batch", "8"], environment)
+
+    assert config == ServerConfig(model="demo", api_keys=("sk-1", "sk-2"), max_batch=8)
+    assert cli.parse_arguments([], environment).model == "other"
+    monkeypatch.setenv("DASHINFER_API_KEYS", "sk-3")
+    assert cli.parse_arguments(["--model", "demo"]).api_keys == ("sk-3",)
 
 
 def test_as_a_process() -> None:

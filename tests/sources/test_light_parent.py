@@ -17,6 +17,7 @@ for name in ("dashinfer.sources", "dashinfer.text", "dashinfer.protocol"):
     for module in pkgutil.iter_modules(package.__path__, name + "."):
         if module.name != "dashinfer.sources.package_index":
             importlib.import_module(module.name)
+import dashinfer.models.config
 heavy = {"torch", "transformers", "numpy", "gguf", "huggingface_hub", "urllib.request", "trio", "quart"}
 print(sorted(heavy & sys.modules.keys()))
 """

@@ -1,7 +1,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dashinfer.text.detokenizer import IncrementalDetokenizer
+from dashinfer.text.detokenizer import IncrementalDetokenizer, StopString
 from dashinfer.text.tokenizer import Tokenizer
 
 PIECES = [
@@ -50,7 +50,7 @@ def chunked(draw: st.DrawFn, ids: list[int]) -> list[list[int]]:
 def check(data: st.DataObject, tokenizer: Tokenizer, ids: list[int], stops: list[str], skip: bool) -> None:
     whole = tokenizer.decode(ids, skip_special_tokens=skip)
     expected, stop = first_stop(whole, stops)
-    detokenizer = IncrementalDetokenizer(tokenizer, stop=stops, skip_special_tokens=skip)
+    detokenizer = IncrementalDetokenizer(tokenizer, stop=[StopString(stop) for stop in stops], skip_special_tokens=skip)
     shown = ""
     for chunk in data.draw(chunked(ids)):
         shown += detokenizer.push(chunk)
@@ -100,7 +100,7 @@ def test_an_unfinished_character_is_flushed(tokenizer: Tokenizer) -> None:
 
 
 def test_text_of_a_stop_string_that_never_finished_is_shown(byte_level: Tokenizer) -> None:
-    detokenizer = IncrementalDetokenizer(byte_level, stop=["STOP"])
+    detokenizer = IncrementalDetokenizer(byte_level, stop=[StopString("STOP")])
 
     assert detokenizer.push(byte_level.encode("go STO")) == "go "
     assert detokenizer.push(byte_level.encode("NE ST")) == "STONE "
@@ -109,7 +109,7 @@ def test_text_of_a_stop_string_that_never_finished_is_shown(byte_level: Tokenize
 
 
 def test_nothing_after_a_stop_string(byte_level: Tokenizer) -> None:
-    detokenizer = IncrementalDetokenizer(byte_level, stop=["STOP"])
+    detokenizer = IncrementalDetokenizer(byte_level, stop=[StopString("STOP")])
 
     assert detokenizer.push(byte_level.encode("go STOP and on")) == "go "
     assert detokenizer.stopped == "STOP"
@@ -124,7 +124,7 @@ def test_the_first_space_is_spelling_unless_the_text_continues(sentencepiece: To
 
 
 def test_the_cost_of_a_push_does_not_grow(byte_level: Tokenizer) -> None:
-    detokenizer = IncrementalDetokenizer(byte_level, stop=["a" * 1000])
+    detokenizer = IncrementalDetokenizer(byte_level, stop=[StopString("a" * 1000)])
     for _ in range(200):
         detokenizer.push(byte_level.encode("aaaa b"))
 

@@ -87,6 +87,14 @@ def test_ends_come_from_generation_config_first(byte_level_files: TokenizerFiles
     assert Tokenizer.from_source(ModelSource(files, byte_level_files)).eos_token_ids == (*own, 7)
 
 
+@pytest.mark.parametrize("value", [["</s>", None, [1], 5, True], 5])
+def test_ends_of_a_turn_that_are_no_ids_are_left_out(byte_level_files: TokenizerFiles, value: object) -> None:
+    files = ModelFiles(name="m", format="safetensors", weights=(), config={"eos_token_id": value, "text_config": "none"})
+    own = Tokenizer(byte_level_files).eos_token_ids
+
+    assert Tokenizer.from_source(ModelSource(files, byte_level_files)).eos_token_ids == (*own, 5)
+
+
 def test_tokens_that_only_the_configuration_names(byte_level_files: TokenizerFiles) -> None:
     added = {"600": {"content": "<|eot|>", "special": True, "lstrip": False}}
     tokenizer = Tokenizer(

@@ -1,0 +1,84 @@
+"""Settings from the environment, and what they are checked for."""
+
+from pathlib import Path
+
+import pytest
+
+from dashinfer.config import ServerConfig, from_environment
+from dashinfer.errors import ConfigurationError
+
+KUBERNETES = {
+    "DASHINFER_SERVICE_HOST": "10.0.0.1",
+    "DASHINFER_SERVICE_PORT": "8000",
+    "DASHINFER_SERVICE_PORT_HTTP": "8000",
+    "DASHINFER_PORT": "tcp://10.0.0.1:8000",
+    "DASHINFER_PORT_8000_TCP": "tcp://10.0.0.1:8000",
+    "DASHINFER_PORT_8000_TCP_PROTO": "tcp",
+    "DASHINFER_PORT_8000_TCP_PORT": "8000",
+    "DASHINFER_PORT_8000_TCP_ADDR": "10.0.0.1",
+    "DASHINFER_SMALL_SERVICE_HOST": "10.0.0.2",
+    "DASHINFER_SMALL_PORT": "udp://10.0.0.2:53",
+    "DASHINFER_SMALL_PORT_53_UDP": "udp://10.0.0.2:53",
+}
+
+
+def test_settings_from_variables() -> None:
+    environment = {
+        "DASHINFER_MODEL": "m",
+        "DASHINFER_PORT": "8080",
+        "DASHINFER_KV_CACHE_MEMORY": "2GiB",
+        "DASHINFER_DISABLE_PREFIX_CACHE": "true",
+        "DASHINFER_CACHE": "/somewhere",
+        "HOME": "/root",
+    }
+
+    assert from_environment(environment) == ServerConfig(
+        model="m", port=8080, kv_cache_memory=2 * 2**30, disable_prefix_cache=True
+    )
+
+
+def test_variables_of_kubernetes_are_no_settings() -> None:
+    assert from_environment({"DASHINFER_MODEL": "m", **KUBERNETES}) == ServerConfig(model="m")
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({}, "DASHINFER_MODEL is not set"),
+        ({"DASHINFER_MAX_BATCH": "many"}, "DASHINFER_MAX_BATCH: 'many' is not a whole number"),
+        ({"DASHINFER_PORT": "http"}, "DASHINFER_PORT: 'http' is not a whole number"),
+        ({"DASHINFER_STEP_TIMEOUT": "long"}, "DASHINFER_STEP_TIMEOUT: 'long' is not a number"),
+        ({"DASHINFER_DATA_TYPE": "bfloat"}, "did you mean bfloat16?"),
+        ({"DASHINFER_MAXBATCH": "1"}, "DASHINFER_MAXBATCH is not a setting (did you mean DASHINFER_MAX_BATCH"),
+        ({"DASHINFER_XYZZY": "1"}, "DASHINFER_XYZZY is not a setting; known are DASHINFER_API_KEYS, "),
+        ({"DASHINFER_MODEL": "m", "DASHINFER_TENSOR_PARALLEL": "2"}, "--tensor-parallel 2 is not supported yet"),
+    ],
+)
+def test_a_bad_environment_is_said(variables: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        from_environment(variables)
+
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_name_in_the_api(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    place = tmp_path / "parent" / "child"
+    place.mkdir(parents=True)
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("HOME", str(tmp_path / "parent"))
+    names = {
+        "org/Name-1B": "Name-1B",
+        "models/small.gguf": "small",
+        "models/name/": "name",
+        ".": "child",
+        "./": "child",
+        "..": "parent",
+        "../child/..": "parent",
+        "~": "parent",
+        "~/child": "child",
+        "/": "model",
+    }
+
+    assert {model: ServerConfig(model=model).model_name for model in names} == names
+    assert ServerConfig(model=".", served_model_name="mine").model_name == "mine"
