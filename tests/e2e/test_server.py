@@ -79,6 +79,8 @@ def test_a_seed_repeats_an_answer_and_another_changes_it(client):
         )
         return response.choices[0].message.content
 
+    ask(0)  # from here on the prompt's first blocks come from the cache, which rounds a little differently than computing them
+
     assert ask(1) == ask(1)
     assert ask(1) != ask(2)
 
