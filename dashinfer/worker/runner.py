@@ -53,7 +53,7 @@ class Runner:
             - step_tokens * model_config.hidden_size * ACTIVATION_BYTES_PER_TOKEN,
         )
         self._kv_caches = allocate_kv_cache(model_config, num_blocks, self._block_size, dtype, device, config.world_size)
-        self._slots = Slots(config.max_batch, max_length, self._block_size)
+        self._slots = Slots(config.max_batch, max_length, self._block_size, model_config.vocab_size)
         self._sampler = Sampler(self._slots)
         self.ready = Ready(
             architecture=model_config.architecture,
@@ -96,10 +96,10 @@ class Runner:
             return StepResult(plan.step, [])
         if len(rows) < len(hidden):
             hidden = hidden[rows]
-        tokens, logprobs = self._sampler(self._model.logits(hidden), samplers)
+        tokens, logprobs, failed = self._sampler(self._model.logits(hidden), samplers)
         for chunk, token in zip(samplers, tokens, strict=True):
             self._slots.tokens[chunk.slot, chunk.start + chunk.length] = token
-        return StepResult(plan.step, tokens, logprobs)
+        return StepResult(plan.step, tokens, logprobs, failed)
 
 
 def select_device(name: str) -> torch.device:
