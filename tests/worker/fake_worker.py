@@ -2,7 +2,7 @@
 
 The mode says how it behaves: `good` serves the fake rank's tokens, `slow` takes 50 ms a step; `refuse` fails to load; `crash`
 breaks while loading; `die` ends at its third step; `killed` kills itself there; `hang` never answers it; `stopped` stops the
-whole process there; `garbage` sends no frame there.
+whole process there; `garbage` sends no frame there; `overflow` gives no finite logits after the token 49.
 """
 
 import os
@@ -62,6 +62,7 @@ def serve(connection: worker.Connection) -> None:
         block_size=READY.block_size,
         max_batch=config.max_batch,
         max_step_tokens=READY.max_step_tokens,
+        poison=49 if MODE == "overflow" else None,
     )
     while True:
         plan = connection.inbox.get()
