@@ -14,7 +14,7 @@ import sys
 import threading
 import traceback
 
-from dashinfer.errors import StartupError
+from dashinfer.errors import StartupError, WorkerError
 from dashinfer.types import Alive, Failed, FromParent, FromWorker, Progress, Start, StepPlan
 from dashinfer.worker.frames import encode, worker_reader
 
@@ -49,8 +49,12 @@ class Connection:
                 data = b""
             if not data:
                 os._exit(0)
-            for message in reader.feed(data):
-                self.inbox.put(message)
+            try:
+                for message in reader.feed(data):
+                    self.inbox.put(message)
+            except WorkerError as error:  # nothing more can be understood, and the main thread would wait for ever
+                self.send(Failed("", str(error)))
+                os._exit(1)
 
     def _beat(self) -> None:
         silence = threading.Event()

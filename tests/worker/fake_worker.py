@@ -2,7 +2,8 @@
 
 The mode says how it behaves: `good` serves the fake rank's tokens, `slow` takes 50 ms a step; `refuse` fails to load; `crash`
 breaks while loading; `die` ends at its third step; `killed` kills itself there; `hang` never answers it; `stopped` stops the
-whole process there; `garbage` sends no frame there; `overflow` gives no finite logits after the token 49.
+whole process there; `loading` never gets ready; `lost` dies while loading; `uneven` has fewer blocks in higher ranks;
+`realtime` kills itself there with a signal that has no name; `talk` writes a line that does not end there; `garbage` sends no frame there; `overflow` gives no finite logits after the token 49.
 """
 
 import os
@@ -12,6 +13,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import msgspec
 
 from dashinfer.errors import UnsupportedModel
 from dashinfer.types import Progress, Ready, StepPlan
@@ -45,6 +48,11 @@ def misbehave(connection: worker.Connection) -> None:
             time.sleep(3600)
         case "stopped":
             os.kill(os.getpid(), signal.SIGSTOP)
+        case "realtime":
+            os.kill(os.getpid(), signal.SIGRTMIN + 1)
+        case "talk":
+            sys.stderr.write("x" * 100_000)
+            sys.stderr.flush()
         case "garbage":
             connection._socket.sendall(b"\xff" * 64)
 
@@ -55,8 +63,14 @@ def serve(connection: worker.Connection) -> None:
         raise UnsupportedModel("this model is not supported")
     if MODE == "crash":
         raise RuntimeError("something broke")
+    if MODE == "lost":
+        print("out of something", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
     connection.send(Progress("weights", 1, 2))
-    connection.send(READY)
+    if MODE == "loading":
+        time.sleep(3600)
+    num_blocks = READY.num_blocks - 5 * config.rank if MODE == "uneven" else READY.num_blocks
+    connection.send(msgspec.structs.replace(READY, num_blocks=num_blocks))
     rank = FakeRank(
         num_blocks=READY.num_blocks,
         block_size=READY.block_size,
