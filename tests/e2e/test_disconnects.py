@@ -93,7 +93,7 @@ async def test_clients_that_leave_at_random_moments(demo, text):
         stats = engine.stats()
 
         assert (stats.running, stats.waiting, stats.used_blocks) == (0, 0, 0)
-        assert stats.cached_blocks > stats.total_blocks // 2  # what the clients left behind stays useful
+        assert stats.cached_blocks > 0  # beginnings of prompts that were computed before their clients left
         assert stats.prompt_tokens > REQUESTS
         # The pool is full long before the end: what is still growing then would be a leak.
         assert resident[-1] - resident[1] < 40, resident
