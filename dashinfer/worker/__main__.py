@@ -5,6 +5,7 @@ in the middle of a step if need be, so that no rank outlives its parent; one say
 Signals that a terminal or a service manager sends to the whole group are left to the parent.
 """
 
+import gc
 import logging
 import os
 import queue
@@ -95,6 +96,9 @@ def serve(connection: Connection) -> None:
         connection.send(Progress(stage, done, total, unit))
 
     runner = Runner(start.config, model_config, report)
+    # What is there now stays: the collector need not look at it again, in the midst of a step.
+    gc.collect()
+    gc.freeze()
     connection.send(runner.ready)
     while True:
         plan = connection.inbox.get()
