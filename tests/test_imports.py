@@ -15,12 +15,20 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = (ROOT, ROOT / "kernels")
 
-SHARED = ["dashinfer", "dashinfer.errors", "dashinfer.types", "dashinfer.config", "dashinfer.worker", "dashinfer.worker.frames"]
+SHARED = [
+    "dashinfer",
+    "dashinfer.errors",
+    "dashinfer.types",
+    "dashinfer.config",
+    "dashinfer.gguf_header",
+    "dashinfer.worker",
+    "dashinfer.worker.frames",
+]
 # From the bottom to the top; names in one set are one layer, and may import each other.
 PARENT: list[set[str]] = [
     {"dashinfer", "dashinfer.errors"},
     {"dashinfer.types"},
-    {"dashinfer.config"},
+    {"dashinfer.config", "dashinfer.gguf_header"},
     {
         "dashinfer.sources",
         "dashinfer.protocol",
@@ -37,7 +45,7 @@ PARENT: list[set[str]] = [
     {"dashinfer.serving"},
 ]
 CHILD: list[set[str]] = [
-    {"dashinfer", "dashinfer.errors", "dashinfer.types", "dashinfer.config"},
+    {"dashinfer", "dashinfer.errors", "dashinfer.types", "dashinfer.config", "dashinfer.gguf_header"},
     {"dashinfer_kernels"},
     {"dashinfer.models"},
     {"dashinfer.worker"},  # all of it but frames and supervisor, which are the parent's

@@ -96,7 +96,8 @@ class Runner:
         Raises:
             InsufficientMemory: there was not enough of it for the step's temporary tensors.
         """
-        with torch.inference_mode(), self._out_of_memory("in a step; lower --max-step-tokens, --max-batch or --kv-cache-memory"):
+        advice = "lower --max-step-tokens, --max-batch or --kv-cache-memory"
+        with torch.inference_mode(), self._out_of_memory(f"in a step; {advice}"):
             return self._execute(plan)
 
     def _execute(self, plan: StepPlan) -> StepResult:

@@ -125,10 +125,10 @@ class Rank:
                     case Progress() | StepResult():
                         on_message(message)
 
-    async def _receive(self, timeout: float) -> bytes | None:
-        """Some bytes; none at the stream's end; None if there were none for `timeout` seconds."""
+    async def _receive(self, patience: float) -> bytes | None:
+        """Some bytes; none at the stream's end; None if there were none for `patience` seconds."""
         assert self._stream is not None
-        with trio.move_on_after(timeout):
+        with trio.move_on_after(patience):
             try:
                 return await self._stream.receive_some()
             except trio.BrokenResourceError:

@@ -99,6 +99,7 @@ async def test_clients_that_leave_at_random_moments(demo, text):
         assert resident[-1] - resident[1] < 40, resident
 
         async with httpx.AsyncClient(base_url=url, timeout=60) as client:
-            body = {"model": "demo", "messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
+            messages = [{"role": "user", "content": "What is the capital of France?"}]
+            body = {"model": "demo", "messages": messages, "temperature": 0}
             answer = await client.post("/v1/chat/completions", json=body)
     assert "Paris" in answer.json()["choices"][0]["message"]["content"]

@@ -121,7 +121,7 @@ async def test_a_full_queue_refuses_and_keeps_what_it_has():
         with engine.submit([1], [params(40)]) as first:
             await first.receive()
             with engine.submit([2], [params(2)]):
-                with pytest.raises(QueueFull, match="^1 of at most 1 requests are waiting already") as refusal:
+                with pytest.raises(QueueFull, match=r"^1 of at most 1 requests are waiting already") as refusal:
                     engine.submit([3], [params(2)])
 
                 assert refusal.value.retry_after == 1
@@ -170,10 +170,11 @@ async def test_a_request_without_finite_logits_fails_alone():
         results[tuple(prompt)] = await generate(engine, prompt, params(10))
 
     async def failing(prompt: list[int]) -> None:
-        with engine.submit(prompt, [params(10)] * 2) as generation:  # both choices fail in one step
-            with pytest.raises(InternalError, match="no finite logits; try --data-type float32 or bfloat16"):
-                while await generation.receive():
-                    pass
+        message = "no finite logits; try --data-type float32 or bfloat16"
+        both = [params(10)] * 2  # fail in one step
+        with engine.submit(prompt, both) as generation, pytest.raises(InternalError, match=message):
+            while await generation.receive():
+                pass
 
     async with running("overflow") as engine, trio.open_nursery() as requests:
         for prompt in healthy:

@@ -1,9 +1,10 @@
 """A worker process without a model, for tests of what supervises it: `python fake_worker.py MODE FD`.
 
-The mode says how it behaves: `good` serves the fake rank's tokens, `slow` takes 50 ms a step; `refuse` fails to load; `crash`
-breaks while loading; `die` ends at its third step; `killed` kills itself there; `hang` never answers it; `stopped` stops the
-whole process there; `loading` never gets ready; `lost` dies while loading; `uneven` has fewer blocks in higher ranks;
-`realtime` kills itself there with a signal that has no name; `talk` writes a line that does not end there; `garbage` sends no frame there; `overflow` gives no finite logits after the token 49.
+The mode says how it behaves: `good` serves the fake rank's tokens, `slow` takes 50 ms a step, `overflow` gives no finite logits
+after the token 49. While loading `refuse` fails, `crash` breaks, `lost` dies and `loading` never ends; of `uneven` ranks the
+later ones have fewer blocks. At its third step `die` ends, `killed` kills itself, `realtime` does so with a signal that has no
+name, `hang` never answers, `stopped` stops the whole process, `talk` writes a line that does not end, and `garbage` sends no
+frame.
 """
 
 import os

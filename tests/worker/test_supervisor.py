@@ -122,7 +122,7 @@ async def test_a_rank_that_dies_while_loading_ends_the_group():
 
 
 async def test_a_program_that_is_not_there(children):
-    with trio.fail_after(30), pytest.raises(StartupError, match="the process of rank 0 cannot be started: .*No such file"):
+    with trio.fail_after(30), pytest.raises(StartupError, match=r"the process of rank 0 cannot be started: .*No such file"):
         await WorkerGroup([config()], command=["/no/such/program"]).run(on_progress=print, on_result=print)
 
     assert children() == []
