@@ -23,7 +23,7 @@ class SamplingParams(Struct, frozen=True, omit_defaults=True):
 
     max_tokens: int
     seed: int  # always set: the parent draws one where the request has none
-    temperature: float = 1.0  # 0 is greedy
+    temperature: float = 1.0  # 0, and what is too close to it to divide by, is greedy
     top_k: int = 0  # 0 is off
     top_p: float = 1.0
     min_p: float = 0.0
@@ -149,6 +149,7 @@ class StepResult(Struct, tag="result", frozen=True):
     step: int
     tokens: list[int]
     logprobs: dict[int, TokenLogprobs] = {}  # by index into `tokens`, for those that asked
+    failed: list[int] = []  # indexes into `tokens` of those that mean nothing: the model gave no finite logits for them
 
 
 FromParent = Start | StepPlan

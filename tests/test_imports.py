@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = (ROOT, ROOT / "kernels")
 
 SHARED = [
-    *("dashinfer", "dashinfer.errors", "dashinfer.types", "dashinfer.config", "dashinfer.worker", "dashinfer.worker.frames"),
+    *("dashinfer", "dashinfer.errors", "dashinfer.types", "dashinfer.config", "dashinfer.gguf_header"),
+    *("dashinfer.worker", "dashinfer.worker.frames"),
     # A model's shape needs no torch, so the parent refuses what cannot be served before its weights are fetched.
     *("dashinfer.models", "dashinfer.models.config", "dashinfer.models.rope_config"),
 ]
@@ -24,7 +25,7 @@ SHARED = [
 PARENT: list[set[str]] = [
     {"dashinfer", "dashinfer.errors"},
     {"dashinfer.types"},
-    {"dashinfer.config"},
+    {"dashinfer.config", "dashinfer.gguf_header"},
     {"dashinfer.models"},
     {
         "dashinfer.sources",
@@ -42,7 +43,7 @@ PARENT: list[set[str]] = [
     {"dashinfer.serving"},
 ]
 CHILD: list[set[str]] = [
-    {"dashinfer", "dashinfer.errors", "dashinfer.types", "dashinfer.config"},
+    {"dashinfer", "dashinfer.errors", "dashinfer.types", "dashinfer.config", "dashinfer.gguf_header"},
     {"dashinfer_kernels"},
     {"dashinfer.models"},
     {"dashinfer.worker"},  # all of it but frames and supervisor, which are the parent's

@@ -45,7 +45,7 @@ class Generation(Protocol):
         """All outputs that are ready, at least one. An empty list once every choice has finished or was stopped.
 
         Raises:
-            InternalError: the engine lost the request.
+            InternalError: the engine lost the request, or the model gave no finite logits for it.
             EngineUnavailable: the server shut down before the request was done.
         """
         ...
@@ -64,7 +64,7 @@ class EngineAPI(Protocol):
 
         Raises, at once and not on entering:
             EngineUnavailable: not ready, draining or failed.
-            QueueFull: `max_queue` requests wait already.
+            QueueFull: `max_queue` requests wait already, none of which can start before others end.
             ContextLengthExceeded: the prompt leaves no room for one token.
             InvalidRequest: an empty prompt, or a token id outside of the vocabulary.
         """

@@ -5,10 +5,10 @@ the workers whenever there is work for two, so that the next step is theirs alre
 """
 
 import logging
-import math
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Many
+from dataclasses import dataclass
 
 import trio
 
@@ -35,10 +35,16 @@ logger = logging.getLogger("dashinfer.engine")
 PLANS_AHEAD = 2  # one that runs, one that follows
 LOAD_TIMEOUT = 3600.0  # seconds until every rank is ready
 FAREWELL = 2.0  # seconds that requests have to report a failure to their clients
+LONG_STEP = 30.0  # seconds after which a step that still runs is worth a warning
+LATE = 1.0  # seconds past a deadline: noticed later than that, it passed while this process itself was stopped
 
 
 class Engine:
-    """Implements `dashinfer.engine.api.EngineAPI`. `run` is its life."""
+    """Implements `dashinfer.engine.api.EngineAPI`. `run` is its life.
+
+    A rank whose process lives and whose step does not end is given until `step_timeout`: a long step of a large model on a slow
+    machine cannot be told from a hang. The engine stays ready meanwhile, and warns once.
+    """
 
     def __init__(
         self,
@@ -71,7 +77,9 @@ class Engine:
 
         Raises:
             StartupError: the model cannot be served.
-            WorkerError: a rank died or hung. Every open request has been told.
+            WorkerError: a rank died or hung.
+
+        Whatever ends it, every open request has been told.
         """
         try:
             with one_error():
@@ -91,9 +99,10 @@ class Engine:
                         self.state = "ready"
                     task_status.started(self.info)
                     await self._drive(self._scheduler)
-        except (WorkerError, StartupError) as error:
+        except Exception as error:  # a broken invariant of ours too: what its requests are told must not be `shutting down`
             self.state = "failed"
-            self._fail_open_requests(InternalError("the model's worker process failed; the request is lost"))
+            culprit = "the model's worker process" if isinstance(error, WorkerError | StartupError) else "the engine"
+            self._fail_open_requests(InternalError(f"{culprit} failed; the request is lost"))
             with trio.move_on_after(FAREWELL):
                 await self.drained()
             raise
@@ -124,9 +133,9 @@ class Engine:
             )
         if max(prompt) >= self.info.vocab_size or min(prompt) < 0:
             raise InvalidRequest(f"a token id is outside of the vocabulary of {self.info.vocab_size}", param="messages")
-        waiting = len(self._scheduler.waiting)
-        if waiting and waiting + len(params) - self._scheduler.num_free_slots > self._config.max_queue:
-            raise QueueFull(f"{waiting} requests are waiting already; try again later")
+        queued = self._num_queued(self._scheduler)
+        if queued >= self._config.max_queue:
+            raise QueueFull(f"{queued} of at most {self._config.max_queue} requests are waiting already; try again later")
         assert all(len(prompt) + each.max_tokens <= self.info.max_length for each in params)
         return SequenceGroup(prompt, params, on_enter=self._enter, on_exit=self._exit, on_stop=self._end)
 
@@ -145,6 +154,11 @@ class Engine:
             generated_tokens=self._generated_tokens,
         )
 
+    def _num_queued(self, scheduler: Scheduler) -> int:
+        """Requests of which nothing has run yet, and nothing can before others end. Preempted ones have run."""
+        groups = {id(group): group for group in map(self._groups.__getitem__, scheduler.stuck())}
+        return sum(not any(sequence.admitted for sequence in group.sequences) for group in groups.values())
+
     # -- the loop
 
     async def _run_workers(self, *, task_status: trio.TaskStatus[Ready]) -> None:
@@ -156,30 +170,51 @@ class Engine:
 
     async def _drive(self, scheduler: Scheduler) -> None:
         """Keep the workers supplied and the requests informed."""
-        deadlines: deque[float] = deque()  # of the steps that the workers have
+        steps: deque[_RunningStep] = deque()  # that the workers have
         while True:
             self._wake = trio.Event()
             while self._results:
                 self._apply(scheduler, self._results.popleft())
-                deadlines.popleft()
-                if deadlines:  # the next step has only begun
-                    deadlines[0] = self._step_deadline()
+                steps.popleft()
+                if steps:  # the next step has only begun
+                    steps[0].begun = trio.current_time()
             while scheduler.num_planned < PLANS_AHEAD and (plan := scheduler.schedule()) is not None:
                 await self._workers.send(plan)
-                deadlines.append(self._step_deadline())
+                steps.append(_RunningStep(plan.step, trio.current_time()))
             if not self._results:
-                with trio.move_on_at(deadlines[0] if deadlines else math.inf) as waiting:
-                    await self._wake.wait()
-                if waiting.cancelled_caught and not self._results:
-                    raise WorkerError(f"the workers hang: no result of a step for {self._config.step_timeout:g} s")
+                await self._wait(steps[0] if steps else None)
 
-    def _step_deadline(self) -> float:
-        return trio.current_time() + self._config.step_timeout
+    async def _wait(self, step: "_RunningStep | None") -> None:
+        """Until work or results have come, or it is time to warn of the running step. Raises WorkerError at its deadline."""
+        if step is None:
+            await self._wake.wait()
+            return
+        end = step.begun + self._config.step_timeout
+        with trio.move_on_at(end if step.warned else min(end, step.begun + LONG_STEP)):
+            await self._wake.wait()
+        now = trio.current_time()
+        if self._wake.is_set():
+            return
+        if now > end + LATE:
+            # The whole server was stopped, by Ctrl-Z or with its machine. The workers were too: the step starts afresh.
+            step.begun = now
+        elif now >= end:
+            raise WorkerError(f"the workers hang: no result of a step for {self._config.step_timeout:g} s")
+        elif not step.warned and now >= step.begun + LONG_STEP:
+            step.warned = True
+            logger.warning("step %d has been running for %.0f s", step.number, now - step.begun)
 
     def _apply(self, scheduler: Scheduler, result: StepResult) -> None:
         for update in scheduler.apply(result):
+            group = self._groups.get(update.sequence)
+            if group is None:
+                continue  # another choice of the request failed in this very step
+            if update.failed:
+                group.fail(InternalError("the model gave no finite logits; try --data-type float32 or bfloat16"))
+                for sequence in group.sequences:
+                    self._end(sequence)
+                continue
             self._generated_tokens += 1
-            group = self._groups[update.sequence]
             if update.finish:
                 del self._groups[update.sequence]
             group.deliver(update)
@@ -212,6 +247,13 @@ class Engine:
     def _fail_open_requests(self, error: RequestError) -> None:
         for group in set(self._groups.values()):
             group.fail(error)
+
+
+@dataclass
+class _RunningStep:
+    number: int
+    begun: float  # trio's time at which the workers had nothing before it to do
+    warned: bool = False
 
 
 def worker_config(config: ServerConfig, files: ModelFiles, rank: int, world_size: int) -> WorkerConfig:

@@ -14,6 +14,7 @@ import heapq
 from array import array
 from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 
 from dashinfer.engine.blocks import BlockPool, extend_hashes
 from dashinfer.engine.sequence import Sequence
@@ -22,12 +23,13 @@ from dashinfer.types import Chunk, Enter, FinishReason, StepPlan, StepResult, To
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """A sequence gained a token; with `finish` it also ended."""
+    """A sequence gained a token; with `finish` it also ended. With `failed` it ended without one: the model gave nothing."""
 
     sequence: Sequence
     token: int
     logprobs: TokenLogprobs | None
     finish: FinishReason | None
+    failed: bool = False
 
 
 class Scheduler:
@@ -57,6 +59,18 @@ class Scheduler:
     @property
     def num_free_slots(self) -> int:
         return len(self._free_slots)
+
+    def stuck(self) -> list[Sequence]:
+        """The waiting sequences that the next plans cannot admit: slots or blocks are lacking, for them or one before them."""
+        slots, blocks, reserve = len(self._free_slots), self.pool.num_available, len(self.running)
+        admissible = 0
+        for sequence in self.waiting:
+            blocks -= self._blocks_for(sequence.length)
+            if admissible == slots or blocks < reserve:
+                break
+            admissible += 1
+            reserve += 1
+        return list(islice(self.waiting, admissible, None))
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence, which must fit into the pool at its full length."""
@@ -91,6 +105,10 @@ class Scheduler:
             if sequence.ended:
                 continue
             sequence.in_flight -= 1
+            if index in result.failed:
+                self._end(sequence)
+                updates.append(Update(sequence, token, None, None, failed=True))
+                continue
             sequence.tokens.append(token)
             finish: FinishReason | None = None
             if token in sequence.params.stop_token_ids:

@@ -71,7 +71,6 @@ class ModelConfig:
     rope: RopeConfig
     max_positions: int  # the longest sequence that can be asked for
     native_positions: int  # the longest one that is served without asking
-    eos_token_ids: tuple[int, ...]
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
@@ -101,7 +100,6 @@ class ModelConfig:
         positions = _count(config, "max_position_embeddings", family.max_position_embeddings)
         rope = RopeConfig.from_hf(config, head_dim=head_dim, max_position_embeddings=positions)
         attention_bias = bool(config.get("attention_bias", False))
-        eos = config.get("eos_token_id")
         return cls(
             architecture=architecture,
             vocab_size=_count(config, "vocab_size"),
@@ -123,7 +121,6 @@ class ModelConfig:
             max_positions=rope.reach(positions),
             # dynamic scaling changes every rotation, so a model keeps its own length unless a longer one is asked for
             native_positions=positions if rope.kind == "dynamic" else rope.reach(positions),
-            eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
         )
 
     def resolve_max_length(self, requested: int | None) -> int:

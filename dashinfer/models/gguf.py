@@ -1,14 +1,11 @@
 """GGUF files as a source of weights under Hugging Face's names, one tensor at a time, unpacked by several threads.
 
-Reads the container itself: `gguf.GGUFReader` makes an object of each of the vocabulary's entries, which takes seconds, while
-all that is wanted here is where the tensors lie. The metadata is turned into a config elsewhere; only the architecture matters
-here, since files of `llama` store the rows of queries and keys in another order.
+The metadata is turned into a config elsewhere; only the architecture matters here, since files of `llama` store the rows of
+queries and keys in another order.
 """
 
-import mmap
 import os
 import re
-import struct
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +16,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
 from dashinfer.errors import ModelNotFound, UnsupportedModel
+from dashinfer.gguf_header import TensorInfo, read_header
 from dashinfer.models.dequantize import dequantize
 from dashinfer.models.weights import Part
 
@@ -41,10 +39,6 @@ _LAYER_NAMES = {
 }
 _CHUNK = 1 << 18  # weights unpacked at a time: few enough to stay in a core's cache between the steps of unpacking
 _MAX_THREADS = 8  # more would wait for Python's lock
-
-_STRING, _ARRAY = 8, 9
-_SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 
 @dataclass(frozen=True)
@@ -71,8 +65,8 @@ class GGUFSource:
         head_dim: of the model; rows of queries and keys are reordered by heads.
 
     Raises:
-        ModelNotFound: a file is missing, cut short or none of GGUF.
-        UnsupportedModel: a version of GGUF, or a type of tensor, that is not known.
+        ModelNotFound: a file is missing.
+        UnsupportedModel: it is none of GGUF, cut short or damaged; or a version, or a type of tensor, is not known.
     """
 
     def __init__(self, paths: tuple[str, ...], *, head_dim: int) -> None:
@@ -100,18 +94,10 @@ class GGUFSource:
         except OSError as error:
             raise ModelNotFound(f"{path}: {error.strerror}") from None
         self._files.append(file)
-        if (size := Path(path).stat().st_size) == 0:
-            raise ModelNotFound(f"{path} is empty")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            try:
-                entries, architecture = _parse(data, file, path)
-            except (struct.error, IndexError, OverflowError, UnicodeDecodeError):
-                raise ModelNotFound(f"{path} is damaged or incomplete; download it again") from None
-        for name, entry in entries.items():
-            if entry.offset + entry.nbytes > size:
-                raise ModelNotFound(f"{path} is incomplete: it ends before the tensor {name}; download it again")
-            self._entries[_hf_name(name)] = entry
-        self._architecture = architecture or self._architecture
+        header = read_header(Path(path), lists=False)
+        self._architecture = header.metadata.get("general.architecture", self._architecture)
+        for name, info in header.tensors.items():
+            self._entries[_hf_name(name)] = _entry(file, name, info)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entries[name].shape
@@ -171,78 +157,12 @@ def _hf_name(name: str) -> str:
     return name
 
 
-def _parse(data: mmap.mmap, file: BinaryIO, path: str) -> tuple[dict[str, _Entry], str]:
-    """The tensors by their GGUF names, and the architecture ("" where the file has none).
-
-    Layout: the GGUF specification in ggml's docs. A damaged file raises struct.error, IndexError, OverflowError or
-    UnicodeDecodeError.
-    """
-    if data[:4] != b"GGUF":
-        raise ModelNotFound(f"{path} is not a GGUF file")
-    (version,) = _U32.unpack_from(data, 4)
-    if version not in (2, 3):
-        reason = "is big-endian" if version & 0xFFFF == 0 else f"has GGUF version {version}"
-        raise UnsupportedModel(f"{path} {reason}; little-endian versions 2 and 3 are supported")
-    tensors, pairs = struct.unpack_from("<QQ", data, 8)
-    offset, alignment, architecture = 24, 32, ""
-    for _ in range(pairs):
-        key, offset = _string(data, offset)
-        (kind,) = _U32.unpack_from(data, offset)
-        offset += 4
-        if key == "general.architecture" and kind == _STRING:
-            architecture = _string(data, offset)[0]
-        elif key == "general.alignment" and _SCALAR_BYTES.get(kind) == 4:
-            (alignment,) = _U32.unpack_from(data, offset)
-        offset = _skip(data, offset, kind)
-    found: list[tuple[str, int, tuple[int, ...], int]] = []
-    for _ in range(tensors):
-        name, offset = _string(data, offset)
-        (dimensions,) = _U32.unpack_from(data, offset)
-        if dimensions > 4:
-            raise IndexError(dimensions)
-        *lengths, kind, start = struct.unpack_from(f"<{dimensions}QIQ", data, offset + 4)
-        offset += 4 + dimensions * 8 + 12
-        found.append((name, kind, tuple(reversed(lengths)), start))
-    base = -(-offset // alignment) * alignment if alignment else offset
-    return {name: _entry(file, name, kind, shape, base + start) for name, kind, shape, start in found}, architecture
-
-
-def _entry(file: BinaryIO, name: str, kind: int, shape: tuple[int, ...], offset: int) -> _Entry:
+def _entry(file: BinaryIO, name: str, info: TensorInfo) -> _Entry:
+    kind, shape = info.type, tuple(reversed(info.shape))
     try:
         known = GGMLQuantizationType(kind)
     except ValueError:
         raise UnsupportedModel(f"the GGUF tensor {name} has the unknown type {kind}; a newer `gguf` may know it") from None
     if len(shape) not in (1, 2) or shape[-1] % GGML_QUANT_SIZES[known][0]:
         raise UnsupportedModel(f"the GGUF tensor {name} has the shape {list(shape)}, which is not supported for {known.name}")
-    return _Entry(file, known, shape, offset)
-
-
-def _string(data: mmap.mmap, offset: int) -> tuple[str, int]:
-    """The string at `offset`, and where it ends."""
-    (length,) = _U64.unpack_from(data, offset)
-    end = offset + 8 + length
-    if end > len(data):
-        raise IndexError(end)
-    return data[offset + 8 : end].decode(), end
-
-
-def _skip(data: mmap.mmap, offset: int, kind: int) -> int:
-    """Where the metadata value of this kind that starts at `offset` ends."""
-    if kind in _SCALAR_BYTES:
-        return offset + _SCALAR_BYTES[kind]
-    if kind == _STRING:
-        return offset + 8 + _U64.unpack_from(data, offset)[0]
-    if kind != _ARRAY:
-        raise IndexError(kind)
-    inner, count = struct.unpack_from("<IQ", data, offset)
-    offset += 12
-    if inner in _SCALAR_BYTES:
-        return offset + count * _SCALAR_BYTES[inner]
-    if inner == _STRING:  # the vocabulary: this loop is most of the time that parsing takes
-        unpack_from = _U64.unpack_from
-        for _ in range(count):
-            offset += 8 + unpack_from(data, offset)[0]
-        return offset
-    for _ in range(count):
-        offset = _skip(data, offset, inner)
-    return offset
+    return _Entry(file, known, shape, info.offset)

@@ -7,47 +7,44 @@ from dashinfer.errors import ModelNotFound
 from dashinfer.models.config import ModelConfig
 from dashinfer.models.decoder import DecoderLM
 from dashinfer.models.gguf import GGUFSource
-from dashinfer.models.memory import available_memory, check_memory, weight_bytes
+from dashinfer.models.memory import check_memory, weight_bytes
 from dashinfer.models.parallel import Group
 from dashinfer.models.shapes import tensor_shapes
 from dashinfer.models.weights import DummySource, ReportProgress, SafetensorsSource, Source, WeightReader
 from dashinfer.types import WorkerConfig
 
-CausalLM = DecoderLM
-
-ARCHITECTURES: dict[str, type[CausalLM]] = {
-    "LlamaForCausalLM": DecoderLM,
-    "MistralForCausalLM": DecoderLM,
-    "Qwen2ForCausalLM": DecoderLM,
-    "Qwen3ForCausalLM": DecoderLM,
-}
-
 
 def load_model(
-    config: WorkerConfig, model_config: ModelConfig, *, device: torch.device, group: Group, report: ReportProgress
-) -> CausalLM:
+    config: WorkerConfig,
+    model_config: ModelConfig,
+    *,
+    max_length: int,
+    device: torch.device,
+    free: int,
+    group: Group,
+    report: ReportProgress,
+) -> DecoderLM:
     """One rank's share of the model, on `device`.
 
     Args:
+        max_length: of the longest sequence, in tokens.
+        free: bytes that the rank may take on the device.
         report: called with ("weights", bytes read, bytes in all, "B"), about a hundred times.
 
     Raises:
-        ConfigurationError: `max_length` is more than the model has positions for.
         UnsupportedModel: the world size, the weights' format, type or shape, or a tensor is missing.
         ModelNotFound: a file is missing or damaged.
         InsufficientMemory: the weights do not fit.
     """
     model_config.check_world_size(group.world_size)
-    max_length = model_config.resolve_max_length(config.max_length)
     dtype = getattr(torch, config.data_type)
     on_cpu = device.type == "cpu"
     # a processor that cannot multiply the type keeps weights in another one: a layer of a single weight tells
     itemsize = pack_linear(torch.zeros(1, 1, dtype=dtype, device=device)).nbytes
     needed = weight_bytes(model_config, itemsize, group.world_size, tied_copies=2 if on_cpu else 1)
-    free = available_memory() if on_cpu else torch.cuda.mem_get_info(device)[0]
     check_memory(config.files.name, needed, free, config.data_type, "memory" if on_cpu else "GPU memory")
     with WeightReader(_source(config, model_config), dtype=dtype, device=device, report=report) as reader:
-        return ARCHITECTURES[model_config.architecture](model_config, reader, group, max_length)
+        return DecoderLM(model_config, reader, group, max_length)
 
 
 def _source(config: WorkerConfig, model_config: ModelConfig) -> Source:

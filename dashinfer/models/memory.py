@@ -31,12 +31,13 @@ def check_memory(name: str, needed: int, available: int, data_type: DataType, wh
         return
     smaller = "use " if data_type == "bfloat16" else "use --data-type bfloat16, "
     raise InsufficientMemory(
-        f"{name}: the weights need {_size(needed)} in {data_type}, but only {_size(available)} of {where} is free; "
+        f"{name}: the weights need {format_size(needed)} in {data_type}, but only {format_size(available)} of {where} is free; "
         f"{smaller}a smaller model, or free some memory"
     )
 
 
-def _size(count: int) -> str:
+def format_size(count: int) -> str:
+    """For messages: `1.5 GiB`, or `300 MiB`."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 

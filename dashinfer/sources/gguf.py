@@ -15,9 +15,9 @@ from typing import Any
 import msgspec
 
 from dashinfer.errors import ModelNotFound, UnsupportedModel
+from dashinfer.gguf_header import TensorInfo, read_floats, read_header
 from dashinfer.sources import ModelSource, ReportProgress, TokenizerFiles
 from dashinfer.sources.cache import cache_directory, new_entry
-from dashinfer.sources.gguf_header import TensorInfo, read_floats, read_header
 from dashinfer.sources.gguf_tokenizer import CONTROL, adds_bos, tokenizer_json
 from dashinfer.types import ModelFiles
 

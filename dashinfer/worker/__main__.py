@@ -5,6 +5,7 @@ in the middle of a step if need be, so that no rank outlives its parent; one say
 Signals that a terminal or a service manager sends to the whole group are left to the parent.
 """
 
+import gc
 import logging
 import os
 import queue
@@ -14,7 +15,7 @@ import sys
 import threading
 import traceback
 
-from dashinfer.errors import StartupError
+from dashinfer.errors import StartupError, WorkerError
 from dashinfer.types import Alive, Failed, FromParent, FromWorker, Progress, Start, StepPlan
 from dashinfer.worker.frames import encode, worker_reader
 
@@ -49,8 +50,12 @@ class Connection:
                 data = b""
             if not data:
                 os._exit(0)
-            for message in reader.feed(data):
-                self.inbox.put(message)
+            try:
+                for message in reader.feed(data):
+                    self.inbox.put(message)
+            except WorkerError as error:  # nothing more can be understood, and the main thread would wait for ever
+                self.send(Failed("", str(error)))
+                os._exit(1)
 
     def _beat(self) -> None:
         silence = threading.Event()
@@ -91,6 +96,9 @@ def serve(connection: Connection) -> None:
         connection.send(Progress(stage, done, total, unit))
 
     runner = Runner(start.config, model_config, report)
+    # What is there now stays: the collector need not look at it again, in the midst of a step.
+    gc.collect()
+    gc.freeze()
     connection.send(runner.ready)
     while True:
         plan = connection.inbox.get()

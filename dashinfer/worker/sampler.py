@@ -4,9 +4,13 @@ A row's token is a function of its own logits, its own parameters, its seed and 
 time change it. Randomness is one uniform number per token, hashed from seed and position, that is looked up in the cumulative
 distribution over the vocabulary in the order of token ids. Cuts are thresholds on values, so ties are kept together and the
 result does not depend on how a sort breaks them.
+
+Requests may ask for the extreme: whatever finite logits a model gives, and whatever the parameters, a row gets a token. Logits
+that are not finite (an overflow in float16) are the model's failure; their rows are reported and do not disturb the others.
 """
 
 import hashlib
+import math
 import struct
 
 import numpy as np
@@ -17,6 +21,7 @@ from dashinfer.types import Chunk, SamplingParams, TokenLogprobs
 from dashinfer.worker.slots import Slots
 
 FIRST_CANDIDATES = 512  # likeliest tokens looked at for top_p before the whole vocabulary is sorted
+LEAST_TEMPERATURE = 1e-5  # below it a row is greedy: nothing but the likeliest token and its exact ties has a chance there
 
 
 def uniform(seed: int, position: int) -> float:
@@ -31,7 +36,7 @@ class Sampler:
     def __init__(self, slots: Slots) -> None:
         self._slots = slots
 
-    def __call__(self, logits: Tensor, chunks: list[Chunk]) -> tuple[list[int], dict[int, TokenLogprobs]]:
+    def __call__(self, logits: Tensor, chunks: list[Chunk]) -> tuple[list[int], dict[int, TokenLogprobs], list[int]]:
         """Sample the token after each chunk.
 
         Args:
@@ -39,19 +44,23 @@ class Sampler:
             chunks: those that sample, in the order of the rows.
 
         Returns:
-            A token id a row, and the log-probabilities of those rows that asked for them.
+            A token id a row; the log-probabilities of those rows that asked for them; and the rows without finite logits,
+            whose token is some id of the vocabulary.
         """
         params = [self._slots.params(chunk.slot) for chunk in chunks]
         wanted = {row: each.logprobs for row, each in enumerate(params) if each.logprobs is not None}
         raw = logits[list(wanted)].log_softmax(-1) if wanted else None
         for row, (chunk, each) in enumerate(zip(chunks, params, strict=True)):
             self._adjust(logits[row], chunk, each)
-        tokens = self._draw(logits, chunks, params)
+        peaks, likeliest = logits.max(-1)  # a peak is NaN where any of the row is
+        tokens = self._draw(logits, peaks, likeliest, chunks, params)
+        failed = [row for row, peak in enumerate(peaks.tolist()) if not math.isfinite(peak)]
         logprobs = {}
         if raw is not None:
             for (row, count), line in zip(wanted.items(), raw, strict=True):
-                logprobs[row] = _token_logprobs(line, tokens[row], count)
-        return tokens, logprobs
+                if row not in failed:
+                    logprobs[row] = _token_logprobs(line, tokens[row], count)
+        return tokens, logprobs, failed
 
     def _adjust(self, row: Tensor, chunk: Chunk, params: SamplingParams) -> None:
         """Bias and penalties, in place. `row` is [vocabulary]."""
@@ -66,21 +75,24 @@ class Sampler:
         if params.repetition_penalty != 1:
             seen = torch.from_numpy(tokens[:length]).to(row.device)
             values = row[seen]
-            row[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+            penalised = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+            row[seen] = penalised.clamp(max=torch.finfo(row.dtype).max)  # a penalty near 0 overflows
         output = tokens[prompt_length:length]
         if len(output) and (params.presence_penalty or params.frequency_penalty):
             unique, counts = np.unique(output, return_counts=True)
             penalty = params.presence_penalty + params.frequency_penalty * counts
             row[torch.from_numpy(unique).to(row.device)] -= torch.from_numpy(penalty).to(row.device, row.dtype)
 
-    def _draw(self, logits: Tensor, chunks: list[Chunk], params: list[SamplingParams]) -> list[int]:
-        tokens = logits.argmax(-1)
-        rows = [row for row, each in enumerate(params) if each.temperature > 0]
+    def _draw(
+        self, logits: Tensor, peaks: Tensor, tokens: Tensor, chunks: list[Chunk], params: list[SamplingParams]
+    ) -> list[int]:
+        """`peaks` and `tokens` are each row's greatest logit and its place, [chunks]; the latter is overwritten."""
+        rows = [row for row, each in enumerate(params) if each.temperature >= LEAST_TEMPERATURE]
         if rows:
             drawn = [params[row] for row in rows]
             temperatures = torch.tensor([each.temperature for each in drawn], device=logits.device)
-            scaled = logits[rows] / temperatures[:, None]
-            probabilities = scaled.softmax(-1)
+            # below the peak first: divided by a small temperature, the logits themselves could overflow
+            probabilities = logits[rows].sub_(peaks[rows, None]).div_(temperatures[:, None]).softmax(-1)
             for index, each in enumerate(drawn):
                 if each.top_k or each.top_p < 1 or each.min_p:
                     _cut(probabilities[index], each)
@@ -107,7 +119,9 @@ def _cut(probabilities: Tensor, params: SamplingParams) -> None:
             if not params.top_k and likeliest.sum() < params.top_p:
                 likeliest = probabilities.sort(descending=True).values
             before = likeliest.cumsum(0) - likeliest  # a token stays while those before it have not reached top_p
-            threshold = torch.maximum(threshold, likeliest[before < params.top_p * mass][-1])
+            stays = before < params.top_p * mass
+            stays[0] = True  # even where top_p times the mass is too small for a float32
+            threshold = torch.maximum(threshold, likeliest[stays][-1])
     if params.min_p:
         threshold = torch.maximum(threshold, params.min_p * probabilities.max())
     probabilities[probabilities < threshold] = 0

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import trio
 
@@ -25,8 +25,10 @@ from dashinfer.worker.frames import encode, parent_reader
 logger = logging.getLogger("dashinfer.worker")
 
 HEARTBEAT_TIMEOUT = 30.0  # seconds of silence; a rank speaks once a second
+HEARTBEAT_GRACE = 3.0  # seconds more: the silence may have been this process's own, stopped by Ctrl-Z or with its machine
 EXIT_TIMEOUT = 3.0  # seconds that a rank has to end after its socket closed
 LAST_WORDS = 20  # lines of a rank's stderr that an error carries
+LONGEST_LINE = 8192  # bytes of a rank's output that are logged at once
 
 COMMAND = (sys.executable, "-P", "-m", "dashinfer.worker")
 
@@ -50,19 +52,10 @@ class Rank:
         """Start the process, report readiness, and pass on its messages until it is cancelled.
 
         Raises:
-            StartupError: the rank could not load; the class that it named.
+            StartupError: the rank could not be started, or could not load; the class that it named.
             WorkerError: it died, fell silent, or sent something that is no frame.
         """
-        ours, theirs = socket.socketpair()
-        with theirs:
-            process = await trio.lowlevel.open_process(
-                [*self._command, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-            )
-        self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+        process = await self._start()
         try:
             with one_error():
                 async with trio.open_nursery() as nursery:
@@ -73,6 +66,24 @@ class Rank:
         finally:
             with trio.CancelScope(shield=True):
                 await self._reap(process)
+
+    async def _start(self) -> trio.Process:
+        ours, theirs = socket.socketpair()
+        with theirs, ExitStack() as unless_started:
+            unless_started.callback(ours.close)
+            try:
+                process = await trio.lowlevel.open_process(
+                    [*self._command, str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                )
+            except OSError as error:
+                raise errors.StartupError(f"the process of {self._name} cannot be started: {error}") from None
+            unless_started.pop_all()
+        self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+        return process
 
     async def send(self, message: FromParent) -> None:
         """Send one message.
@@ -94,12 +105,11 @@ class Rank:
         assert self._stream is not None
         reader = parent_reader()
         while True:
-            with trio.move_on_after(HEARTBEAT_TIMEOUT) as silence:
-                try:
-                    data = await self._stream.receive_some()
-                except trio.BrokenResourceError:
-                    data = b""
-            if silence.cancelled_caught:
+            data = await self._receive(HEARTBEAT_TIMEOUT)
+            if data is None:
+                logger.warning("%s: no sign of life for %.0f s", self._name, HEARTBEAT_TIMEOUT)
+                data = await self._receive(HEARTBEAT_GRACE)
+            if data is None:
                 raise errors.WorkerError(f"{self._name} hangs: no sign of life for {HEARTBEAT_TIMEOUT:.0f} s")
             if not data:
                 await trio.sleep(EXIT_TIMEOUT)  # the watcher of the exit has more to say
@@ -115,11 +125,20 @@ class Rank:
                     case Progress() | StepResult():
                         on_message(message)
 
+    async def _receive(self, patience: float) -> bytes | None:
+        """Some bytes; none at the stream's end; None if there were none for `patience` seconds."""
+        assert self._stream is not None
+        with trio.move_on_after(patience):
+            try:
+                return await self._stream.receive_some()
+            except trio.BrokenResourceError:
+                return b""
+        return None
+
     async def _watch_exit(self, process: trio.Process) -> None:
         status = await process.wait()
-        with trio.move_on_after(1):  # let the last lines arrive
-            await trio.sleep(0.1)
-        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
+        await trio.sleep(0.1)  # let the last lines arrive
+        how = f"was killed by {_signal_name(-status)}" if status < 0 else f"ended with exit status {status}"
         words = f"; its last words: {' | '.join(self._last_words)}" if self._last_words else ""
         raise errors.WorkerError(f"{self._name} {how}{words}")
 
@@ -129,8 +148,11 @@ class Rank:
         pending = b""
         async for data in process.stdout:
             *lines, pending = (pending + data).split(b"\n")
+            if len(pending) > LONGEST_LINE:
+                lines.append(pending)
+                pending = b""
             for line in lines:
-                self._log_line(line)
+                self._log_line(line[:LONGEST_LINE])
         if pending:
             self._log_line(pending)
 
@@ -174,7 +196,8 @@ class WorkerGroup:
         on_result: Callable[[StepResult], None],
         task_status: trio.TaskStatus[Ready] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Run all ranks; started with what rank 0 found once every one is ready. The end of any of them ends the group.
+        """Run all ranks; started, once every one is ready, with what the one with the fewest blocks found: no plan may name a
+        block that a rank does not have. The end of any of them ends the group.
 
         Raises:
             StartupError, WorkerError: as `Rank.run`, of the first rank that failed.
@@ -190,23 +213,30 @@ class WorkerGroup:
             if isinstance(message, StepResult):
                 raise errors.WorkerError("a rank other than 0 sent a result")
 
-        ready: dict[int, Ready] = {}
+        ready: list[Ready] = []
 
         async def start(index: int, rank: Rank) -> None:
-            ready[index] = await nursery.start(rank.run, from_follower if index else from_leader)
+            ready.append(await nursery.start(rank.run, from_follower if index else from_leader))
 
         with one_error():
             async with trio.open_nursery() as nursery:
                 async with trio.open_nursery() as starting:
                     for index, rank in enumerate(self._ranks):
                         starting.start_soon(start, index, rank)
-                task_status.started(ready[0])
+                task_status.started(min(ready, key=lambda each: each.num_blocks))
 
     async def send(self, plan: StepPlan) -> None:
         """Send a plan, encoded once, to every rank."""
         frame = encode(plan)
         for rank in self._ranks:
             await rank.send_frame(frame)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # most real-time signals have no name
+        return f"signal {number}"
 
 
 @contextmanager

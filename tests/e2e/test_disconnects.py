@@ -27,6 +27,11 @@ def resident_megabytes(pid: int) -> float:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
+def children() -> set[int]:
+    """Process ids of this process's children."""
+    return {int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
+
+
 @asynccontextmanager
 async def http_server(demo, text, config: ServerConfig):
     """An engine on the demo model and its address."""
@@ -67,8 +72,9 @@ async def test_clients_that_leave_at_random_moments(demo, text):
     config = ServerConfig(model="demo", max_batch=AT_ONCE, kv_cache_memory=192 * 2**20, max_queue=1000)
     moments = random.Random(7)
     resident: list[float] = []
+    others = children()  # such as the server of other tests
     async with http_server(demo, text, config) as (engine, url):
-        (worker,) = (int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split())
+        (worker,) = children() - others
         limits = httpx.Limits(max_connections=AT_ONCE, max_keepalive_connections=0)
         async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
             for first in range(0, REQUESTS, 50):
@@ -87,12 +93,13 @@ async def test_clients_that_leave_at_random_moments(demo, text):
         stats = engine.stats()
 
         assert (stats.running, stats.waiting, stats.used_blocks) == (0, 0, 0)
-        assert stats.cached_blocks <= stats.total_blocks
-        assert stats.prompt_tokens > 0
+        assert stats.cached_blocks > 0  # beginnings of prompts that were computed before their clients left
+        assert stats.prompt_tokens > REQUESTS
         # The pool is full long before the end: what is still growing then would be a leak.
         assert resident[-1] - resident[1] < 40, resident
 
         async with httpx.AsyncClient(base_url=url, timeout=60) as client:
-            body = {"model": "demo", "messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
+            messages = [{"role": "user", "content": "What is the capital of France?"}]
+            body = {"model": "demo", "messages": messages, "temperature": 0}
             answer = await client.post("/v1/chat/completions", json=body)
     assert "Paris" in answer.json()["choices"][0]["message"]["content"]

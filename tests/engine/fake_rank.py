@@ -26,9 +26,16 @@ def continuation(prompt: list[int], params: SamplingParams) -> list[int]:
 
 
 class FakeRank:
-    """Executes plans as `dashinfer.worker.runner` does."""
+    """Executes plans as `dashinfer.worker.runner` does.
 
-    def __init__(self, *, num_blocks: int, block_size: int, max_batch: int, max_step_tokens: int) -> None:
+    Args:
+        poison: a token; after it the "model" gives no finite logits.
+    """
+
+    def __init__(
+        self, *, num_blocks: int, block_size: int, max_batch: int, max_step_tokens: int, poison: int | None = None
+    ) -> None:
+        self.poison = poison
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.max_step_tokens = max_step_tokens
@@ -55,16 +62,19 @@ class FakeRank:
                 assert place not in written, "two sequences write to one place in one step"
                 written.add(place)
                 self.cache[place] = prefix[: position + 1]
-        tokens = []
+        tokens: list[int] = []
+        failed: list[int] = []
         for chunk in plan.chunks:
             end = chunk.start + chunk.length
             prefix = tuple(self.tokens[chunk.slot][position] for position in range(end))
             for position in range(end):
                 assert self.cache.get(self._place(chunk.slot, position)) == prefix[: position + 1]
             if chunk.sample:
+                if prefix[-1] == self.poison:
+                    failed.append(len(tokens))
                 self.tokens[chunk.slot][end] = next_token(prefix)
                 tokens.append(self.tokens[chunk.slot][end])
-        return StepResult(plan.step, tokens)
+        return StepResult(plan.step, tokens, failed=failed)
 
     def _place(self, slot: int, position: int) -> tuple[int, int]:
         return self.tables[slot][position // self.block_size], position % self.block_size

@@ -1,13 +1,15 @@
 """The engine with a real worker process whose model is fake: every token is known beforehand."""
 
 import sys
-from contextlib import asynccontextmanager
+import time
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
 import trio
 
 from dashinfer.config import ServerConfig
+from dashinfer.engine import engine as engine_module
 from dashinfer.engine.engine import Engine
 from dashinfer.errors import (
     ContextLengthExceeded,
@@ -119,11 +121,69 @@ async def test_a_full_queue_refuses_and_keeps_what_it_has():
         with engine.submit([1], [params(40)]) as first:
             await first.receive()
             with engine.submit([2], [params(2)]):
-                with pytest.raises(QueueFull) as refusal:
+                with pytest.raises(QueueFull, match=r"^1 of at most 1 requests are waiting already") as refusal:
                     engine.submit([3], [params(2)])
 
-                assert refusal.value.retry_after is not None
+                assert refusal.value.retry_after == 1
                 assert engine.stats().waiting == 1
+
+
+async def test_the_queue_counts_requests_of_which_nothing_runs_and_not_choices():
+    async with running("slow", max_batch=1, max_queue=1) as engine:
+        with engine.submit([1], [params(40)] * 3) as first:  # one choice runs, two wait
+            await first.receive()
+            with engine.submit([2], [params(2)] * 5):
+                with pytest.raises(QueueFull):
+                    engine.submit([3], [params(2)])
+
+                assert engine.stats().waiting == 7
+
+
+async def test_the_queue_is_bounded_where_blocks_are_scarce_and_not_slots():
+    async with running("slow", max_batch=8, max_queue=1) as engine:
+        with ExitStack() as stack:
+            for number in range(5):  # of 16 blocks each in the end, out of 64
+                generation = stack.enter_context(engine.submit([number] * 40, [params(24)]))
+            await generation.receive()
+            stack.enter_context(engine.submit([6] * 40, [params(24)]))
+            with pytest.raises(QueueFull):
+                engine.submit([7], [params(1)])
+
+            assert (engine.stats().running, engine.stats().waiting) == (5, 1)
+
+
+async def test_requests_that_arrive_together_are_taken_as_far_as_there_are_places():
+    async with running("slow", max_batch=4, max_queue=1) as engine:
+        with ExitStack() as stack:
+            for number in range(5):
+                stack.enter_context(engine.submit([number], [params(4)]))
+            with pytest.raises(QueueFull):
+                engine.submit([6], [params(4)])
+
+
+async def test_a_request_without_finite_logits_fails_alone():
+    """The fake model fails after the token 49."""
+    healthy = [[number] for number in range(40) if 49 not in continuation([number], params(10))][:3]
+    results = {}
+
+    async def request(prompt: list[int]) -> None:
+        results[tuple(prompt)] = await generate(engine, prompt, params(10))
+
+    async def failing(prompt: list[int]) -> None:
+        message = "no finite logits; try --data-type float32 or bfloat16"
+        both = [params(10)] * 2  # fail in one step
+        with engine.submit(prompt, both) as generation, pytest.raises(InternalError, match=message):
+            while await generation.receive():
+                pass
+
+    async with running("overflow") as engine, trio.open_nursery() as requests:
+        for prompt in healthy:
+            requests.start_soon(request, prompt)
+        requests.start_soon(failing, [1, 49])
+        requests.start_soon(failing, [2, 49])
+
+    assert results == {tuple(prompt): continuation(prompt, params(10)) for prompt in healthy}
+    assert (engine.stats().running, engine.stats().waiting, engine.stats().used_blocks) == (0, 0, 0)
 
 
 async def test_bad_prompts_are_refused():
@@ -178,6 +238,47 @@ async def test_a_hanging_step_is_a_failure():
             with pytest.raises(InternalError):
                 await generate(engine, [1], params(20))
 
+    assert engine.state == "failed"
+
+
+async def test_a_long_step_is_warned_of_once(monkeypatch, caplog):
+    monkeypatch.setattr(engine_module, "LONG_STEP", 0.1)
+    engine = new_engine("hang", step_timeout=0.5)
+    with trio.fail_after(30), pytest.raises(WorkerError), one_error():
+        async with trio.open_nursery() as nursery:
+            await nursery.start(engine.run)
+            with pytest.raises(InternalError):
+                await generate(engine, [1], params(20))
+
+    assert [text for text in caplog.messages if "has been running" in text] == ["step 2 has been running for 0 s"]
+
+
+async def test_a_server_that_was_stopped_and_goes_on_is_no_hang():
+    """As after Ctrl-Z and fg: when the server comes to itself, every deadline has passed."""
+    async with running("slow", step_timeout=0.5) as engine:
+        with engine.submit([1], [params(6)]) as generation:
+            await generation.receive()
+            time.sleep(engine_module.LATE + 0.7)  # noqa: ASYNC251  nothing of this process runs meanwhile
+            tokens = 0
+            while outputs := await generation.receive():
+                tokens += len(outputs)
+
+    assert tokens == 5
+
+
+async def test_a_broken_invariant_is_not_told_as_a_shutdown(monkeypatch):
+    def broken(scheduler, result):
+        raise KeyError("a bug")
+
+    engine = new_engine()
+    monkeypatch.setattr(engine, "_apply", broken)
+    with trio.fail_after(30), pytest.raises(ExceptionGroup) as caught:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(engine.run)
+            with pytest.raises(InternalError, match="the engine failed"):
+                await generate(engine, [1], params(5))
+
+    assert caught.value.split(KeyError)[1] is None
     assert engine.state == "failed"
 
 

@@ -1,8 +1,9 @@
 from array import array
-from collections import deque
+from collections import Counter, deque
+from random import Random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from dashinfer.engine.scheduler import Scheduler
@@ -23,7 +24,9 @@ def new_sequence(prompt: list[int], max_tokens: int, stop: tuple[int, ...] = ())
 class Harness:
     """A scheduler and a fake rank, with up to two plans in flight as the engine keeps them."""
 
-    def __init__(self, *, num_blocks=64, block_size=4, max_batch=4, max_step_tokens=16, prefix_cache=True) -> None:
+    def __init__(
+        self, *, num_blocks=64, block_size=4, max_batch=4, max_step_tokens=16, prefix_cache=True, poison: int | None = None
+    ) -> None:
         self.scheduler = Scheduler(
             num_blocks=num_blocks,
             block_size=block_size,
@@ -31,7 +34,9 @@ class Harness:
             max_step_tokens=max_step_tokens,
             prefix_cache=prefix_cache,
         )
-        self.rank = FakeRank(num_blocks=num_blocks, block_size=block_size, max_batch=max_batch, max_step_tokens=max_step_tokens)
+        self.rank = FakeRank(
+            num_blocks=num_blocks, block_size=block_size, max_batch=max_batch, max_step_tokens=max_step_tokens, poison=poison
+        )
         self.results: deque = deque()
         self.plans: list = []
         self.endings: dict[Sequence, str] = {}
@@ -40,6 +45,10 @@ class Harness:
         plan = self.scheduler.schedule()
         if plan is None:
             return False
+        for enter in plan.enter:
+            (sequence,) = (each for each in self.scheduler.running if each.slot == enter.slot)
+            assert (enter.prompt_length, enter.sampling) == (sequence.prompt_length, sequence.params)
+            assert list(array("i", enter.tokens)) == sequence.tokens
         self.plans.append(plan)
         self.results.append(self.rank.execute(plan))
         return True
@@ -47,8 +56,8 @@ class Harness:
     def apply(self) -> None:
         for update in self.scheduler.apply(self.results.popleft()):
             assert update.sequence not in self.endings, "an ended sequence gained a token"
-            if update.finish:
-                self.endings[update.sequence] = update.finish
+            if update.finish or update.failed:
+                self.endings[update.sequence] = update.finish or "failed"
 
     def run(self, ahead: int = 2, limit: int = 10_000) -> None:
         """Until nothing is left to do."""
@@ -221,8 +230,46 @@ def test_an_abort_frees_everything_at_once(plans_before):
     harness.assert_empty()
 
 
+def test_a_sequence_that_the_model_fails_ends_alone():
+    prompts = [[n] for n in range(6)]
+    poison = continuation([0], params(10))[4]
+    harness = Harness(poison=poison)
+    sequences = [new_sequence(prompt, 10) for prompt in prompts]
+    for sequence in sequences:
+        harness.scheduler.add(sequence)
+    harness.run()
+
+    expected = {}
+    for sequence in sequences:
+        undisturbed = continuation(sequence.tokens[:1], sequence.params)
+        fails = poison in undisturbed[:-1]  # nothing is computed after the last one
+        expected[sequence] = "failed" if fails else "length"
+        assert sequence.tokens[1:] == (undisturbed[: undisturbed.index(poison) + 1] if fails else undisturbed)
+    assert harness.endings == expected
+    assert set(expected.values()) == {"failed", "length"}
+    harness.assert_empty()
+
+
+def test_what_is_stuck_cannot_start_in_the_next_plan():
+    harness = Harness(num_blocks=8, block_size=4, max_batch=4, max_step_tokens=64)
+    first, large, small, smallest = (new_sequence([n] * length, 4) for n, length in enumerate([8, 20, 4, 2]))
+    for sequence in (first, large, small, smallest):
+        harness.scheduler.add(sequence)
+
+    assert harness.scheduler.stuck() == [small, smallest]  # 2 + 5 blocks, one more kept for each that runs
+    harness.plan()
+    assert harness.scheduler.running == [first, large]
+    assert harness.scheduler.stuck() == [small, smallest]
+    harness.scheduler.abort(large)
+    assert harness.scheduler.stuck() == []
+
+
+SHARED = [0, 1, 2, 3]  # most prompts begin alike
 requests = st.tuples(
-    st.lists(st.integers(0, 3), min_size=1, max_size=14),  # few distinct tokens: shared prefixes are common
+    st.one_of(
+        st.integers(6, 14).map(lambda length: (SHARED * 4)[:length]),
+        st.lists(st.integers(0, 3), min_size=1, max_size=14),
+    ),
     st.integers(1, 10),
     st.sets(st.integers(0, 49), max_size=8),
 )
@@ -233,6 +280,7 @@ actions = st.lists(
         st.just("apply"),
         st.tuples(st.just("abort"), st.integers(0, 30)),
     ),
+    min_size=10,
     max_size=60,
 )
 
@@ -240,7 +288,7 @@ actions = st.lists(
 @settings(max_examples=400, deadline=None)
 @given(
     actions=actions,
-    num_blocks=st.integers(12, 30),
+    num_blocks=st.integers(12, 20),
     block_size=st.sampled_from([2, 4]),
     max_batch=st.integers(1, 5),
     spare_tokens=st.integers(0, 20),
@@ -255,6 +303,36 @@ def test_any_course_of_events(actions, num_blocks, block_size, max_batch, spare_
         max_step_tokens=max_batch + spare_tokens,
         prefix_cache=prefix_cache,
     )
+    preemptions, hits = play(harness, actions)
+    event(f"preemptions: {preemptions > 0}")
+    event(f"prefix hits: {hits > 0}")
+
+
+def test_the_courses_of_events_include_preemptions_and_prefix_hits():
+    """The same checks under random events that are known to bring both, alone and together."""
+    random = Random(0)
+    seen = Counter()
+    for _ in range(60):
+        harness = Harness(num_blocks=12, block_size=2, max_batch=5, max_step_tokens=16)
+        actions: list = []
+        for _ in range(40):
+            kind = random.random()
+            if kind < 0.3:
+                actions.append(([random.randrange(2) for _ in range(random.randint(1, 12))], random.randint(1, 10), set()))
+            else:
+                actions.append("plan" if kind < 0.6 else "apply" if kind < 0.95 else ("abort", random.randrange(10)))
+        preemptions, hits = play(harness, actions)
+        seen[preemptions > 0, hits > 0] += 1
+
+    assert seen[True, True] > 5
+
+
+def play(harness: Harness, actions: list) -> tuple[int, int]:
+    """Let the actions happen, then finish what is left, and check everything.
+
+    Returns:
+        How often a sequence was preempted, and how many sequences took a prefix from the cache.
+    """
     sequences: list[Sequence] = []
     aborted: set[Sequence] = set()
     for action in actions:
@@ -274,7 +352,7 @@ def test_any_course_of_events(actions, num_blocks, block_size, max_batch, spare_
                 harness.scheduler.add(sequences[-1])
         holders = [block for sequence in harness.scheduler.running for block in set(sequence.blocks)]
         assert harness.scheduler.pool.num_used == len(set(holders))
-        assert len(harness.scheduler.running) <= max_batch
+        assert len(harness.scheduler.running) <= harness.scheduler.max_batch
     harness.run()
 
     harness.assert_empty()
@@ -282,3 +360,4 @@ def test_any_course_of_events(actions, num_blocks, block_size, max_batch, spare_
     for sequence in harness.endings:
         prompt = sequence.tokens[: sequence.prompt_length]
         assert sequence.tokens[sequence.prompt_length :] == continuation(prompt, sequence.params)
+    return harness.scheduler.preemptions, sum(sequence.cached_tokens > 0 for sequence in sequences)

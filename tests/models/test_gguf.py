@@ -224,24 +224,24 @@ def test_a_damaged_file_is_refused_at_any_length(tmp_path):
     cut = tmp_path / "cut.gguf"
     for length in [0, 3, 4, 8, 20, *range(24, len(whole) - 1, 997)]:
         cut.write_bytes(whole[:length])
-        with pytest.raises(ModelNotFound, match=r"cut\.gguf"):
+        with pytest.raises(UnsupportedModel, match=r"cut\.gguf is (cut short: fetch it again|not a GGUF file)"):
             GGUFSource((str(cut),), head_dim=16)
 
 
 @pytest.mark.parametrize(
-    ("header", "error", "message"),
+    ("header", "message"),
     [
-        (b"GGML" + bytes(40), ModelNotFound, "is not a GGUF file"),
-        (b"GGUF" + (3).to_bytes(4, "big") + bytes(40), UnsupportedModel, "is big-endian"),
-        (b"GGUF" + (1).to_bytes(4, "little") + bytes(40), UnsupportedModel, "has GGUF version 1"),
-        (b"GGUF" + (3).to_bytes(4, "little") + b"\xff" * 40, ModelNotFound, "damaged"),
+        (b"GGML" + bytes(40), "is not a GGUF file"),
+        (b"GGUF" + (3).to_bytes(4, "big") + bytes(40), "is big-endian"),
+        (b"GGUF" + (1).to_bytes(4, "little") + bytes(40), "is of version 1"),
+        (b"GGUF" + (3).to_bytes(4, "little") + b"\xff" * 40, "damaged"),
     ],
 )
-def test_other_files_are_refused(header, error, message, tmp_path):
+def test_other_files_are_refused(header, message, tmp_path):
     path = tmp_path / "other.gguf"
     path.write_bytes(header)
 
-    with pytest.raises(error, match=message):
+    with pytest.raises(UnsupportedModel, match=message):
         GGUFSource((str(path),), head_dim=16)
 
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dashinfer.errors import ConfigurationError, InsufficientMemory, ModelNotFound, UnsupportedModel
-from dashinfer.models import loader
+from dashinfer.errors import InsufficientMemory, ModelNotFound, UnsupportedModel
 from dashinfer.models.weights import Part, SafetensorsSource, WeightReader
 
 from . import toy
@@ -89,13 +88,9 @@ def test_files_that_are_missing_or_cut_short(tensors, save, tmp_path):
         toy.load(toy.worker_config((), CONFIG))
 
 
-def test_checks_come_before_reading(monkeypatch):
-    config = toy.worker_config(("/nowhere.safetensors",), CONFIG, max_length=97)
-    with pytest.raises(ConfigurationError, match="--max-length 96 or less"):
-        toy.load(config)
-    monkeypatch.setattr(loader, "available_memory", lambda: 1000)
+def test_memory_is_looked_at_before_the_files():
     with pytest.raises(InsufficientMemory, match="toy: the weights need"):
-        toy.load(toy.worker_config(("/nowhere.safetensors",), CONFIG))
+        toy.load(toy.worker_config(("/nowhere.safetensors",), CONFIG), free=1000)
 
 
 def test_shares_of_a_tensor(save):

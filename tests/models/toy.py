@@ -8,8 +8,9 @@ from dashinfer_kernels import PagedBatch
 from torch import Tensor
 
 from dashinfer.models.config import ModelConfig
+from dashinfer.models.decoder import DecoderLM
 from dashinfer.models.kv_cache import allocate_kv_cache
-from dashinfer.models.loader import CausalLM, load_model
+from dashinfer.models.loader import load_model
 from dashinfer.models.parallel import Group
 from dashinfer.types import DataType, ModelFiles, WorkerConfig
 
@@ -49,9 +50,13 @@ def worker_config(
     )
 
 
-def load(config: WorkerConfig, group: Group | None = None, report=lambda *_: None) -> CausalLM:
+def load(config: WorkerConfig, group: Group | None = None, report=lambda *_: None, free: int = 1 << 40) -> DecoderLM:
     model_config = ModelConfig.from_hf(config.files.config)
-    return load_model(config, model_config, device=torch.device("cpu"), group=group or Group(), report=report)
+    max_length = model_config.resolve_max_length(config.max_length)
+    group = group or Group()
+    return load_model(
+        config, model_config, max_length=max_length, device=torch.device("cpu"), free=free, group=group, report=report
+    )
 
 
 def hf_model(architecture: str, **settings: Any) -> Any:
@@ -75,7 +80,7 @@ def weight_files(folder: Path) -> tuple[str, ...]:
 class Session:
     """One sequence in a paged cache whose blocks lie in no order."""
 
-    def __init__(self, model: CausalLM, max_length: int, world_size: int = 1, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, model: DecoderLM, max_length: int, world_size: int = 1, dtype: torch.dtype = torch.float32) -> None:
         self.model = model
         self.length = 0
         blocks = -(-max_length // BLOCK_SIZE) + 2

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from dashinfer.errors import ConfigurationError, ModelNotFound, UnsupportedModel
+from dashinfer.gguf_header import BLOCKS, read_header
 from dashinfer.sources import ReportProgress
 from dashinfer.sources.gguf import resolve_gguf
-from dashinfer.sources.gguf_header import BLOCKS, read_header
 from dashinfer.text.chat_template import ChatTemplate
 from dashinfer.text.tokenizer import Tokenizer
 
@@ -33,6 +33,23 @@ def test_header_is_what_the_gguf_package_reads(write_gguf: WriteGGUF) -> None:
     assert {name: (info.shape, info.offset) for name, info in header.tensors.items()} == {
         tensor.name: (tuple(tensor.shape), tensor.data_offset) for tensor in reader.tensors
     }
+
+
+def test_lists_can_be_left_out(write_gguf: WriteGGUF) -> None:
+    path = write_gguf(tensors={"output.weight": np.ones((40, 32), np.float16)}, a=True, c=[1, 2], d=["x", "é"], e=[True], z=7)
+    whole, short = read_header(path), read_header(path, lists=False)
+
+    assert short.tensors == whole.tensors
+    assert short.metadata == {key: value for key, value in whole.metadata.items() if not isinstance(value, list)}
+    assert short.metadata["z"] == 7
+
+
+@pytest.mark.parametrize("lists", [True, False])
+def test_lists_of_lists_are_refused(tmp_path: Path, lists: bool) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQQ1sI", 3, 0, 1, 1, b"k", 9) + struct.pack("<IQ", 9, 1) * 5000)
+    with pytest.raises(UnsupportedModel, match="has a list of lists"):
+        read_header(path, lists=lists)
 
 
 def test_configuration(write_gguf: WriteGGUF, report: ReportProgress) -> None:

@@ -1,8 +1,10 @@
 """A worker process without a model, for tests of what supervises it: `python fake_worker.py MODE FD`.
 
-The mode says how it behaves: `good` serves the fake rank's tokens, `slow` takes 50 ms a step; `refuse` fails to load; `crash`
-breaks while loading; `die` ends at its third step; `killed` kills itself there; `hang` never answers it; `stopped` stops the
-whole process there; `garbage` sends no frame there.
+The mode says how it behaves: `good` serves the fake rank's tokens, `slow` takes 50 ms a step, `overflow` gives no finite logits
+after the token 49. While loading `refuse` fails, `crash` breaks, `lost` dies and `loading` never ends; of `uneven` ranks the
+later ones have fewer blocks. At its third step `die` ends, `killed` kills itself, `realtime` does so with a signal that has no
+name, `hang` never answers, `stopped` stops the whole process, `talk` writes a line that does not end, and `garbage` sends no
+frame.
 """
 
 import os
@@ -12,6 +14,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import msgspec
 
 from dashinfer.errors import UnsupportedModel
 from dashinfer.types import Progress, Ready, StepPlan
@@ -45,6 +49,11 @@ def misbehave(connection: worker.Connection) -> None:
             time.sleep(3600)
         case "stopped":
             os.kill(os.getpid(), signal.SIGSTOP)
+        case "realtime":
+            os.kill(os.getpid(), signal.SIGRTMIN + 1)
+        case "talk":
+            sys.stderr.write("x" * 100_000)
+            sys.stderr.flush()
         case "garbage":
             connection._socket.sendall(b"\xff" * 64)
 
@@ -55,13 +64,20 @@ def serve(connection: worker.Connection) -> None:
         raise UnsupportedModel("this model is not supported")
     if MODE == "crash":
         raise RuntimeError("something broke")
+    if MODE == "lost":
+        print("out of something", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
     connection.send(Progress("weights", 1, 2))
-    connection.send(READY)
+    if MODE == "loading":
+        time.sleep(3600)
+    num_blocks = READY.num_blocks - 5 * config.rank if MODE == "uneven" else READY.num_blocks
+    connection.send(msgspec.structs.replace(READY, num_blocks=num_blocks))
     rank = FakeRank(
         num_blocks=READY.num_blocks,
         block_size=READY.block_size,
         max_batch=config.max_batch,
         max_step_tokens=READY.max_step_tokens,
+        poison=49 if MODE == "overflow" else None,
     )
     while True:
         plan = connection.inbox.get()

@@ -18,14 +18,16 @@ def params(**changes) -> SamplingParams:
 
 def sample(logits: torch.Tensor, each: list[SamplingParams], prompts: list[list[int]] | None = None, outputs=None):
     """Sample one token for each row, with the row's prompt and earlier output in its slot."""
-    slots = Slots(len(each), 64, 16)
+    slots = Slots(len(each), 64, 16, logits.shape[-1])
     chunks = []
     for slot, one in enumerate(each):
         prompt = prompts[slot] if prompts else [0]
         tokens = prompt + (outputs[slot] if outputs else [])
         slots.enter(Enter(slot, np.array(tokens, dtype="<i4").tobytes(), len(prompt), one))
         chunks.append(Chunk(slot, len(tokens) - 1, 1, True, ()))
-    return Sampler(slots)(logits.clone(), chunks)
+    tokens, logprobs, failed = Sampler(slots)(logits.clone(), chunks)
+    assert failed == []
+    return tokens, logprobs
 
 
 @pytest.fixture
@@ -140,7 +142,7 @@ def test_ties_are_kept_together():
 def test_penalties():
     row = torch.tensor([[2.0, -2.0, 1.0, 0.5, 0.0]])
     one = params(temperature=0.0, repetition_penalty=2.0, presence_penalty=0.25, frequency_penalty=0.5)
-    slots = Slots(1, 16, 4)
+    slots = Slots(1, 16, 4, 5)
     slots.enter(Enter(0, np.array([0, 1, 2, 2], dtype="<i4").tobytes(), 2, one))
     adjusted = row.clone()
     Sampler(slots)._adjust(adjusted[0], Chunk(0, 3, 1, True, ()), one)
@@ -151,11 +153,11 @@ def test_penalties():
 
 def test_penalties_do_not_touch_the_token_being_planned():
     """The slot's row may hold stale tokens of an earlier sequence beyond the current length."""
-    slots = Slots(1, 16, 4)
+    slots = Slots(1, 16, 4, 4)
     slots.tokens[0, :] = 3
     one = params(temperature=0.0, presence_penalty=2.0)
     slots.enter(Enter(0, np.array([0, 1], dtype="<i4").tobytes(), 1, one))
-    tokens, _ = Sampler(slots)(torch.tensor([[0.0, 1.0, 0.0, 1.5]]), [Chunk(0, 1, 1, True, ())])
+    tokens, _, _ = Sampler(slots)(torch.tensor([[0.0, 1.0, 0.0, 1.5]]), [Chunk(0, 1, 1, True, ())])
 
     assert tokens == [3]
 
@@ -190,3 +192,61 @@ def test_logprobs_are_those_of_the_model(logits):
     assert logprobs[1].top_tokens == tuple(line.topk(3).indices.tolist())
     assert logprobs[1].top_logprobs == pytest.approx(line.topk(3).values.tolist(), abs=1e-5)
     assert logprobs[2].top_tokens == ()
+
+
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"top_p": 1e-46},
+        {"top_p": 1e-46, "top_k": 5},
+        {"temperature": 1e-40},
+        {"temperature": 5e-38},
+        {"temperature": 1e-5},
+        {"temperature": 1e-5, "top_p": 1e-46, "top_k": 3, "min_p": 1.0},
+    ],
+)
+@pytest.mark.parametrize("scale", [1.0, 1e30])
+def test_at_the_edge_of_the_numbers_the_likeliest_is_taken(logits, extreme, scale):
+    tokens, _ = sample(logits * scale, [params(**extreme)] * 8)
+
+    assert tokens == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_repetition_penalty_near_zero_repeats(logits, temperature):
+    prompt = logits[0].topk(3).indices.tolist()
+    one = params(repetition_penalty=1e-38, temperature=temperature, top_p=0.9)
+    drawn = {sample(logits[:1], [one], prompts=[prompt])[0][0] for _ in range(5)}
+
+    assert drawn <= set(prompt)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_without_finite_logits_fails_alone(logits, value, temperature):
+    each = [params(seed=seed, temperature=temperature, top_k=40, top_p=0.5, min_p=0.01, logprobs=1) for seed in range(3)]
+    expected, expected_logprobs = sample(logits[:3], each)
+    broken = logits[:3].clone()
+    broken[1, 7] = value
+    slots = Slots(3, 64, 16, VOCAB_SIZE)
+    for slot, one in enumerate(each):
+        slots.enter(Enter(slot, bytes(4), 1, one))
+    tokens, logprobs, failed = Sampler(slots)(broken, [Chunk(slot, 0, 1, True, ()) for slot in range(3)])
+
+    assert failed == [1]
+    assert 0 <= tokens[1] < VOCAB_SIZE
+    assert (tokens[0], tokens[2]) == (expected[0], expected[2])
+    assert logprobs == {row: expected_logprobs[row] for row in (0, 2)}
+
+
+def test_a_row_of_nothing_but_minus_infinity_fails():
+    slots = Slots(1, 16, 4, 6)
+    slots.enter(Enter(0, bytes(4), 1, params(top_p=0.5)))
+
+    assert Sampler(slots)(torch.full((1, 6), float("-inf")), [Chunk(0, 0, 1, True, ())])[2] == [0]
+
+
+def test_stop_tokens_beyond_the_vocabulary_are_dropped():
+    row = torch.tensor([[0.0, 5.0, 1.0]])
+
+    assert sample(row, [params(temperature=0.0, min_tokens=2, stop_token_ids=(1, 3, 100_000, -1))])[0] == [2]

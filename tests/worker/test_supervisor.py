@@ -5,12 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import trio
 
-from dashinfer.errors import UnsupportedModel, WorkerError
+from dashinfer.errors import StartupError, UnsupportedModel, WorkerError
 from dashinfer.types import Chunk, Enter, ModelFiles, SamplingParams, StepPlan, WorkerConfig
 from dashinfer.worker import supervisor
 from dashinfer.worker.supervisor import WorkerGroup
@@ -105,6 +106,7 @@ async def test_a_rank_that_cannot_load_says_why(mode, error, message):
     [
         ("die", "rank 0 ended with exit status 3; its last words: the fake rank's last words"),
         ("killed", "rank 0 was killed by SIGKILL"),
+        ("realtime", f"rank 0 was killed by signal {signal.SIGRTMIN + 1}"),
         ("garbage", "a frame of"),
     ],
 )
@@ -113,8 +115,22 @@ async def test_a_rank_that_dies_ends_the_group(mode, message):
         await run_steps(mode)
 
 
-async def test_a_stopped_rank_is_noticed_by_its_silence_and_reaped(monkeypatch):
+async def test_a_rank_that_dies_while_loading_ends_the_group():
+    message = "rank 0 was killed by SIGKILL; its last words: out of something"
+    with trio.fail_after(30), pytest.raises(WorkerError, match=message):
+        await run_steps("lost")
+
+
+async def test_a_program_that_is_not_there(children):
+    with trio.fail_after(30), pytest.raises(StartupError, match=r"the process of rank 0 cannot be started: .*No such file"):
+        await WorkerGroup([config()], command=["/no/such/program"]).run(on_progress=print, on_result=print)
+
+    assert children() == []
+
+
+async def test_a_stopped_rank_is_noticed_by_its_silence_and_reaped(monkeypatch, children):
     monkeypatch.setattr(supervisor, "HEARTBEAT_TIMEOUT", 3.0)
+    monkeypatch.setattr(supervisor, "HEARTBEAT_GRACE", 0.1)
     monkeypatch.setattr(supervisor, "EXIT_TIMEOUT", 0.5)
     with trio.fail_after(30), pytest.raises(WorkerError, match="rank 0 hangs"):
         await run_steps("stopped")
@@ -122,7 +138,60 @@ async def test_a_stopped_rank_is_noticed_by_its_silence_and_reaped(monkeypatch):
     assert children() == []
 
 
-async def test_the_death_of_one_rank_ends_all():
+async def test_a_rank_that_speaks_again_within_the_grace_goes_on(monkeypatch, caplog, children):
+    """A parent that was stopped together with its ranks finds the deadline past when it comes to itself."""
+    monkeypatch.setattr(supervisor, "HEARTBEAT_TIMEOUT", 3.0)
+    monkeypatch.setattr(supervisor, "HEARTBEAT_GRACE", 20.0)
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            recorder = Recorder(WorkerGroup([config()], command=command("stopped")))
+            await recorder.start(nursery)
+            for plan, _ in zip(plans(), range(3), strict=False):
+                await recorder.group.send(plan)
+            while "rank 0: no sign of life for 3 s" not in caplog.messages:
+                await trio.sleep(0.01)
+            os.kill(children()[0], signal.SIGCONT)
+            while len(recorder.results) < 3:
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+
+    assert [result.step for result in recorder.results] == [0, 1, 2]
+
+
+async def test_a_line_without_end_is_cut(caplog):
+    caplog.set_level("INFO", logger="dashinfer.worker")
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            recorder = Recorder(WorkerGroup([config()], command=command("talk")))
+            await recorder.start(nursery)
+            for plan, _ in zip(plans(), range(3), strict=False):
+                await recorder.group.send(plan)
+            while not any("xxx" in text for text in caplog.messages):
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+
+    assert max(map(len, caplog.messages)) <= supervisor.LONGEST_LINE + len("rank 0: ")
+
+
+async def test_the_fewest_blocks_of_any_rank_count():
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            ready = await Recorder(WorkerGroup([config(0, 2), config(1, 2)], command=command("uneven"))).start(nursery)
+            nursery.cancel_scope.cancel()
+
+    assert ready.num_blocks == 64 - 5
+
+
+async def test_a_rank_that_cannot_read_its_parent_says_so():
+    with trio.fail_after(30), pytest.raises(WorkerError, match="rank 0: a frame of 4294967295 bytes"), supervisor.one_error():
+        async with trio.open_nursery() as nursery:
+            group = WorkerGroup([config()], command=command("good"))
+            await Recorder(group).start(nursery)
+            await group._ranks[0].send_frame(b"\xff" * 64)
+            await trio.sleep_forever()
+
+
+async def test_the_death_of_one_rank_ends_all(children):
     with trio.fail_after(30), pytest.raises(WorkerError, match="was killed by SIGKILL"), supervisor.one_error():
         async with trio.open_nursery() as nursery:
             group = WorkerGroup([config(0, 2), config(1, 2)], command=command("good"))
@@ -132,7 +201,7 @@ async def test_the_death_of_one_rank_ends_all():
     assert children() == []
 
 
-async def test_cancelling_reaps_the_process():
+async def test_cancelling_reaps_the_process(children):
     with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
             await Recorder(WorkerGroup([config()], command=command("good"))).start(nursery)
@@ -142,15 +211,19 @@ async def test_cancelling_reaps_the_process():
     assert children() == []
 
 
-def test_no_rank_outlives_a_killed_parent():
+@pytest.mark.parametrize("mode", ["good", "loading"])
+def test_no_rank_outlives_a_killed_parent(mode):
     program = f"""
 import sys, trio
 sys.path[:0] = {[str(FAKE_WORKER.parents[2])]!r}
 from tests.worker.test_supervisor import *
 async def main():
     async with trio.open_nursery() as nursery:
-        await Recorder(WorkerGroup([config()], command=command("good"))).start(nursery)
-        print(children()[0], flush=True)
+        recorder = Recorder(WorkerGroup([config()], command=command({mode!r})))
+        nursery.start_soon(recorder.start, nursery)
+        while not recorder.progress:
+            await trio.sleep(0.01)
+        print(*all_children(), flush=True)
         await trio.sleep_forever()
 trio.run(main)
 """
@@ -165,7 +238,14 @@ trio.run(main)
         assert not is_alive(rank)
 
 
-def children() -> list[int]:
+@pytest.fixture
+def children() -> Callable[[], list[int]]:
+    """Process ids of the living children that this process got since the test began."""
+    before = set(all_children())
+    return lambda: [pid for pid in all_children() if pid not in before]
+
+
+def all_children() -> list[int]:
     """Process ids of this process's living children."""
     path = Path(f"/proc/self/task/{os.getpid()}/children")
     every_thread = [task / "children" for task in path.parents[1].iterdir()]

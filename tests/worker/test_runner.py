@@ -1,0 +1,263 @@
+"""The runner on a small random model, driven by the scheduler's plans as the engine drives it."""
+
+import msgspec
+import pytest
+import torch
+
+from dashinfer.engine.scheduler import Scheduler
+from dashinfer.engine.sequence import Sequence
+from dashinfer.errors import ConfigurationError, InsufficientMemory
+from dashinfer.models.config import ModelConfig
+from dashinfer.types import Chunk, Enter, ModelFiles, SamplingParams, StepPlan, WorkerConfig
+from dashinfer.worker import runner as runner_module
+from dashinfer.worker.runner import Runner, count_blocks, select_device, step_bytes
+
+MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 211,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rope_theta": 100.0,
+}
+MIB = 1 << 20
+BLOCK_BYTES = 2 * 2 * 2 * 8 * 16 * 4  # keys and values, layers, heads, tokens, head_dim, float32
+CONFIG = WorkerConfig(
+    rank=0,
+    world_size=1,
+    files=ModelFiles("toy", "safetensors", (), MODEL),
+    device="cpu",
+    data_type="float32",
+    load_format="dummy",
+    max_batch=3,
+    max_length=64,
+    max_step_tokens=None,
+    block_size=8,
+    kv_cache_memory=24 * BLOCK_BYTES,
+)
+
+
+def load(**changes) -> Runner:
+    config = msgspec.structs.replace(CONFIG, **changes)
+    return Runner(config, ModelConfig.from_hf(MODEL), lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def runner():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield load()
+    torch.set_num_threads(threads)
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    return torch.randint(0, 211, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def generate(
+    runner: Runner, prompts: list[list[int]], each: list[SamplingParams], *, max_step_tokens: int = 512, ahead: int = 2
+) -> list[list[int]]:
+    """What the prompts are continued with, all of them submitted at once."""
+    scheduler = Scheduler(num_blocks=24, block_size=8, max_batch=3, max_step_tokens=max_step_tokens)
+    sequences = [Sequence(len(tokens), list(tokens), one) for tokens, one in zip(prompts, each, strict=True)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    results: list = []
+    while True:
+        while len(results) < ahead and (plan := scheduler.schedule()) is not None:
+            results.append(runner.execute(plan))
+        if not results:
+            return [sequence.tokens[sequence.prompt_length :] for sequence in sequences]
+        scheduler.apply(results.pop(0))
+
+
+def greedy(max_tokens: int = 12, **changes) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, seed=3, **{"temperature": 0.0, **changes})
+
+
+def test_what_it_says_when_it_is_ready(runner):
+    ready = runner.ready
+
+    assert (ready.architecture, ready.device, ready.data_type) == ("LlamaForCausalLM", "cpu", "float32")
+    assert (ready.vocab_size, ready.max_length, ready.block_size, ready.num_blocks) == (211, 64, 8, 24)
+    assert ready.kv_cache_bytes == 24 * BLOCK_BYTES
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_same_tokens_in_one_chunk_in_chunks_and_in_a_batch(runner, temperature):
+    prompts = [prompt(length, seed) for seed, length in enumerate([37, 5, 16, 22, 1, 30])]
+    each = [greedy(temperature=temperature) for _ in prompts]
+    alone = [generate(runner, [tokens], [one])[0] for tokens, one in zip(prompts, each, strict=True)]
+
+    assert len({tuple(tokens) for tokens in alone}) == len(prompts)
+    assert generate(runner, prompts, each) == alone  # twice as many as slots, which are used again
+    assert generate(runner, prompts, each, max_step_tokens=7) == alone
+    assert generate(runner, prompts, each, ahead=1) == alone
+    assert generate(load(), prompts[:1], each[:1]) == alone[:1]
+
+
+def test_a_sequence_goes_on_after_a_preemption_as_if_nothing_had_been(runner):
+    tokens, one = prompt(20, 7), greedy(16)
+    (whole,) = generate(runner, [tokens], [one])
+    (rest,) = generate(runner, [tokens + whole[:6]], [greedy(10)])
+
+    assert rest == whole[6:]
+
+
+def test_a_request_for_logprobs_and_one_without_sit_in_one_step(runner):
+    plan = StepPlan(
+        0,
+        [Enter(slot, bytes(4), 1, greedy(logprobs=2 if slot else None)) for slot in range(2)],
+        [Chunk(slot, 0, 1, True, (slot,)) for slot in range(2)],
+    )
+    result = runner.execute(plan)
+
+    assert list(result.logprobs) == [1]
+    assert result.logprobs[1].top_tokens[0] == result.tokens[1] == result.tokens[0]
+    assert result.failed == []
+
+
+def test_a_model_that_overflows_fails_its_rows(runner, monkeypatch):
+    whole = runner._model.logits
+
+    def overflowing(hidden):
+        logits = whole(hidden)
+        logits[0] = float("nan")
+        return logits
+
+    monkeypatch.setattr(runner._model, "logits", overflowing)
+    plan = StepPlan(
+        0, [Enter(slot, bytes(4), 1, greedy()) for slot in range(2)], [Chunk(slot, 0, 1, True, (slot,)) for slot in range(2)]
+    )
+
+    assert runner.execute(plan).failed == [0]
+
+
+@pytest.mark.parametrize("message", ["DefaultCPUAllocator: can't allocate memory: you tried", "CUDA out of memory"])
+def test_memory_that_runs_out_in_a_step_is_one_line(runner, monkeypatch, message):
+    def forward(*_):
+        raise (torch.OutOfMemoryError if "CUDA" in message else RuntimeError)(message)
+
+    monkeypatch.setattr(runner._model, "forward", forward)
+    plan = StepPlan(0, [Enter(0, bytes(4), 1, greedy())], [Chunk(0, 0, 1, True, (0,))])
+    with pytest.raises(InsufficientMemory, match=r"^toy: memory ran out in a step; lower --max-step-tokens, "):
+        runner.execute(plan)
+
+
+def test_another_error_of_torch_is_not_hidden(runner, monkeypatch):
+    def forward(*_):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(runner._model, "forward", forward)
+    with pytest.raises(RuntimeError, match=r"^shapes"):
+        runner.execute(StepPlan(0, [Enter(0, bytes(4), 1, greedy())], [Chunk(0, 0, 1, True, (0,))]))
+
+
+def test_an_allocation_that_fails_is_one_line(monkeypatch):
+    def allocate(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(runner_module, "allocate_kv_cache", allocate)
+    with pytest.raises(InsufficientMemory, match=r"^toy: memory ran out for the KV cache; lower --kv-cache-memory"):
+        load()
+
+
+def test_ranks_on_one_machine_share_its_memory(monkeypatch):
+    monkeypatch.setattr(runner_module, "available_memory", lambda: 120)
+
+    assert runner_module.free_memory(torch.device("cpu"), 1) == 120
+    assert runner_module.free_memory(torch.device("cpu"), 4) == 30
+
+
+def test_a_step_of_many_tokens_keeps_memory_for_them():
+    config = ModelConfig.from_hf(MODEL)
+    wide = ModelConfig.from_hf(MODEL | {"intermediate_size": 1000})
+
+    assert step_bytes(config, 100, 3) == 100 * 32 * 64 + 3 * 211 * 32
+    assert step_bytes(wide, 100, 3) == 100 * 8 * 1000 + 3 * 211 * 32
+
+
+def blocks(**changes) -> int:
+    values = {
+        "name": "toy",
+        "data_type": "bfloat16",
+        "block_bytes": MIB,
+        "block_size": 16,
+        "max_batch": 4,
+        "max_length": 100,  # 7 blocks
+        "requested": None,
+        "free": 50 * MIB,
+        "available": 20 * MIB,
+    }
+    return count_blocks(**(values | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, 20),
+        ({"available": 7 * MIB}, 7),
+        ({"available": 40 * MIB}, 28),  # more than a full batch can use is left to others
+        ({"requested": 40 * MIB}, 40),  # unless it is asked for
+        ({"requested": 50 * MIB}, 50),
+        ({"requested": 7 * MIB + 5, "available": -MIB}, 7),
+    ],
+)
+def test_how_many_blocks(changes, expected):
+    assert blocks(**changes) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"available": 6 * MIB},
+            "toy: the KV cache of one sequence of 100 tokens needs 7 MiB in bfloat16, but 6 MiB are available; "
+            "lower --max-length (to 96 or less)",
+        ),
+        (
+            {"available": -5, "data_type": "float32"},
+            "toy: the KV cache of one sequence of 100 tokens needs 7 MiB in float32, but 0 MiB are available; "
+            "free some memory or use a smaller model or use --data-type bfloat16",
+        ),
+        (
+            {"requested": 3 * MIB},
+            "toy: the KV cache of one sequence of 100 tokens needs 7 MiB in bfloat16, but 3 MiB are given by "
+            "--kv-cache-memory; raise --kv-cache-memory or lower --max-length (to 48 or less)",
+        ),
+        (
+            {"requested": 5},
+            "toy: the KV cache of one sequence of 100 tokens needs 7 MiB in bfloat16, but 0 MiB are given by "
+            "--kv-cache-memory; raise --kv-cache-memory",
+        ),
+        (
+            {"requested": 2048 * MIB},
+            "toy: --kv-cache-memory asks for 2.0 GiB, but only 50 MiB of memory is free; "
+            "lower it, or leave it out to take what is there",
+        ),
+    ],
+)
+def test_too_little_memory_says_what_to_change(changes, message):
+    with pytest.raises(InsufficientMemory) as caught:
+        blocks(**changes)
+
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("name", "has_cuda", "expected"),
+    [("auto", False, "cpu"), ("auto", True, "cuda"), ("cpu", True, "cpu"), ("cuda", True, "cuda")],
+)
+def test_the_device(monkeypatch, name, has_cuda, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+
+    assert select_device(name) == torch.device(expected)
+
+
+def test_a_device_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigurationError, match="--device cuda: torch finds no CUDA device"):
+        select_device("cuda")
