@@ -6,7 +6,6 @@ the two are one op. The residual stream is float32 whatever the layers compute i
 """
 
 import torch
-from dashinfer_kernels import PagedBatch, add_rms_norm, gelu_mul, paged_attention, rms_norm, rope_kv_write, silu_mul
 from torch import Tensor
 
 from dashinfer.models.config import ModelConfig
@@ -24,6 +23,7 @@ from dashinfer.models.parallel import (
 from dashinfer.models.rope import rope_table
 from dashinfer.models.shapes import EMBEDDING, FINAL_NORM, HEAD
 from dashinfer.models.weights import Part, WeightReader
+from dashinfer_kernels import PagedBatch, add_rms_norm, gelu_mul, paged_attention, rms_norm, rope_kv_write, silu_mul
 
 
 class DecoderLayer:

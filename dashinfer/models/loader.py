@@ -1,7 +1,6 @@
 """From a WorkerConfig to a model in memory: checks first, then reads."""
 
 import torch
-from dashinfer_kernels import pack_linear
 
 from dashinfer.errors import ModelNotFound
 from dashinfer.models.config import ModelConfig
@@ -12,6 +11,7 @@ from dashinfer.models.parallel import Group
 from dashinfer.models.shapes import tensor_shapes
 from dashinfer.models.weights import DummySource, ReportProgress, SafetensorsSource, Source, WeightReader
 from dashinfer.types import WorkerConfig
+from dashinfer_kernels import pack_linear
 
 
 def load_model(

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed
 import torch.nn.functional as F
-from dashinfer_kernels import pack_linear
 from torch import Tensor
 
 from dashinfer.models.weights import Part, WeightReader
+from dashinfer_kernels import pack_linear
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class VocabParallelEmbedding:
         return self.weight.nbytes
 
 
-# Logits of 16-bit layers are rounded to 16 bits; those this close to the likeliest one, as a share of it, may have changed places.
+# Logits of 16-bit layers are rounded to 16 bits; those this close to the likeliest, as a share of it, may have changed places.
 _NEARLY_BEST = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
 # Computed again at a time: a handful a row as a rule, but every token where all are equal.
 _CANDIDATES = 4096

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from dashinfer_kernels import PagedBatch
 
 from dashinfer.errors import ConfigurationError, InsufficientMemory
 from dashinfer.models.config import ModelConfig
@@ -21,6 +20,7 @@ from dashinfer.models.weights import ReportProgress
 from dashinfer.types import DataType, Ready, StepPlan, StepResult, WorkerConfig
 from dashinfer.worker.sampler import Sampler
 from dashinfer.worker.slots import Slots
+from dashinfer_kernels import PagedBatch
 
 BLOCK_SIZE = {"cpu": 16, "cuda": 16}
 STEP_TOKENS = {"cpu": 1024, "cuda": 8192}

@@ -1,5 +1,5 @@
-"""Greedy tokens of the engine, in float32 on the demo model, are those of transformers: alone, batched, from cached prefixes, and
-through preemptions.
+"""Greedy tokens of the engine, in float32 on the demo model, are those of transformers: alone, batched, from cached prefixes,
+and through preemptions.
 
 The oracle checks a whole answer with one forward pass: every token of it must be the likeliest one after those before it, which
 is what greedy decoding means.
@@ -110,7 +110,7 @@ async def test_batched_and_from_cached_prefixes(demo, text, prompts, expected):
 
 
 async def test_through_preemptions(demo, text, prompts, expected):
-    async with engine(demo, max_batch=16, max_length=256, kv_cache_memory=36 * 2**20, block_size=4) as small:
+    async with engine(demo, max_batch=16, max_length=256, kv_cache_memory=20 * 2**20, block_size=4) as small:
         answers, _ = await generate_all(small, prompts, text.tokenizer.eos_token_ids)
         stats = small.stats()
 

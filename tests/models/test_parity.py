@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from dashinfer_kernels import PagedBatch
 
 from dashinfer.models.kv_cache import allocate_kv_cache
+from dashinfer_kernels import PagedBatch
 
 from . import toy
 

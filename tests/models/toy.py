@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dashinfer_kernels import PagedBatch
 from torch import Tensor
 
 from dashinfer.models.config import ModelConfig
@@ -13,6 +12,7 @@ from dashinfer.models.kv_cache import allocate_kv_cache
 from dashinfer.models.loader import load_model
 from dashinfer.models.parallel import Group
 from dashinfer.types import DataType, ModelFiles, WorkerConfig
+from dashinfer_kernels import PagedBatch
 
 BLOCK_SIZE = 16
 SIZES = {
