@@ -8,6 +8,7 @@ Knows processes and frames; knows nothing of sequences, tensors or HTTP.
 """
 
 import logging
+import os
 import signal
 import socket
 import subprocess
@@ -29,6 +30,10 @@ HEARTBEAT_GRACE = 3.0  # seconds more: the silence may have been this process's 
 EXIT_TIMEOUT = 3.0  # seconds that a rank has to end after its socket closed
 LAST_WORDS = 20  # lines of a rank's stderr that an error carries
 LONGEST_LINE = 8192  # bytes of a rank's output that are logged at once
+
+# oneDNN, and torch's layer over it, each keep what they prepared for every shape of a product they saw, up to 1,024 of them by
+# default. Steps come in many shapes, so that would grow to hundreds of megabytes; the last few dozen steps' are enough.
+ENVIRONMENT = {"LRU_CACHE_CAPACITY": "128", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
 
 COMMAND = (sys.executable, "-P", "-m", "dashinfer.worker")
 
@@ -75,6 +80,7 @@ class Rank:
                 process = await trio.lowlevel.open_process(
                     [*self._command, str(theirs.fileno())],
                     pass_fds=[theirs.fileno()],
+                    env={**ENVIRONMENT, **os.environ},
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
