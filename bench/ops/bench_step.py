@@ -90,8 +90,8 @@ class Stack:
         self.head = linear(shape.vocab, shape.hidden)
         self.dtype = dtype
         self.norm = torch.ones(shape.hidden)
-        size = (num_blocks, shape.kv_heads, block_size, shape.head_dim)
-        self.caches = [(torch.randn(size).to(dtype), torch.randn(size).to(dtype)) for _ in range(shape.layers)]
+        size = (num_blocks, 2, shape.kv_heads, block_size, shape.head_dim)
+        self.caches = [torch.randn(size).to(dtype) for _ in range(shape.layers)]
         angles = torch.arange(8192).unsqueeze(1) * 10000.0 ** (-torch.arange(0, 1, 2 / shape.head_dim))
         self.cos_sin = torch.cat((angles.cos(), angles.sin()), -1)
 
@@ -100,13 +100,13 @@ class Stack:
         shape, clock = self.shape, self.clock
         residual = x.float()
         x = clock("norm", ops.rms_norm, residual, self.norm, 1e-5, self.dtype)
-        for (qkv, o, gate_up, down), (keys, values) in zip(self.layers, self.caches, strict=True):
+        for (qkv, o, gate_up, down), kv_cache in zip(self.layers, self.caches, strict=True):
             x = clock("linear", qkv, x)
             x = clock(
-                "rope", ops.rope_kv_write, x, batch.positions, self.cos_sin, keys, values, batch.slot_mapping,
+                "rope", ops.rope_kv_write, x, batch.positions, self.cos_sin, kv_cache, batch.slot_mapping,
                 num_heads=shape.heads, num_kv_heads=shape.kv_heads, head_dim=shape.head_dim,
             )  # fmt: skip
-            x = clock("attention", ops.paged_attention, x, keys, values, batch, scale=shape.head_dim**-0.5)
+            x = clock("attention", ops.paged_attention, x, kv_cache, batch, scale=shape.head_dim**-0.5)
             x = clock("linear", o, x)
             x = clock("norm", ops.add_rms_norm, x, residual, self.norm, 1e-5)
             x = clock("linear", gate_up, x)

@@ -70,17 +70,15 @@ class DecoderLayer:
         self.window = window if window is not None and window < max_length else None
         self.activate = silu_mul if config.activation == "silu" else gelu_mul
 
-    def __call__(
-        self, normed: Tensor, residual: Tensor, batch: PagedBatch, cos_sin: Tensor, keys: Tensor, values: Tensor
-    ) -> Tensor:
+    def __call__(self, normed: Tensor, residual: Tensor, batch: PagedBatch, cos_sin: Tensor, kv_cache: Tensor) -> Tensor:
         """The MLP's output, which the caller adds to `residual`; the attention's is added here.
 
         Args:
             normed: [tokens, hidden], the input after `input_norm`.
             residual: [tokens, hidden] float32, the input before it; changed in place.
         """
-        q = rope_kv_write(self.qkv(normed), batch.positions, cos_sin, keys, values, batch.slot_mapping, **self.heads)
-        attended = paged_attention(q, keys, values, batch, scale=self.scale, window=self.window)
+        q = rope_kv_write(self.qkv(normed), batch.positions, cos_sin, kv_cache, batch.slot_mapping, **self.heads)
+        attended = paged_attention(q, kv_cache, batch, scale=self.scale, window=self.window)
         normed = add_rms_norm(self.output(attended), residual, self.mlp_norm, self.eps)
         return self.down(self.activate(self.gate_up(normed)))
 
@@ -122,12 +120,12 @@ class DecoderLM:
         self.weight_bytes = sum(part.nbytes for part in parts) + (0 if shared else self.head.nbytes)
 
     @torch.inference_mode()
-    def forward(self, input_ids: Tensor, batch: PagedBatch, kv_caches: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def forward(self, input_ids: Tensor, batch: PagedBatch, kv_caches: list[Tensor]) -> Tensor:
         """Runs the layers, and writes the new keys and values to the cache.
 
         Args:
             input_ids: [tokens] int64.
-            kv_caches: keys and values of each layer, as `allocate_kv_cache` makes them.
+            kv_caches: of each layer, as `allocate_kv_cache` makes them.
 
         Returns:
             [tokens, hidden], after the final norm.
@@ -136,8 +134,8 @@ class DecoderLM:
         residual = embedded.to(torch.float32, copy=True)
         eps = self.config.norm_eps
         normed = rms_norm(residual, self.layers[0].input_norm, eps, embedded.dtype)
-        for layer, (keys, values), norm_after in zip(self.layers, kv_caches, self._norms_after, strict=True):
-            output = layer(normed, residual, batch, self.cos_sin, keys, values)
+        for layer, kv_cache, norm_after in zip(self.layers, kv_caches, self._norms_after, strict=True):
+            output = layer(normed, residual, batch, self.cos_sin, kv_cache)
             normed = add_rms_norm(output, residual, norm_after, eps)
         return normed
 

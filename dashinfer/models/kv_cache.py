@@ -19,13 +19,10 @@ def kv_bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype,
 
 def allocate_kv_cache(
     config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device, world_size: int
-) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of each layer: [num_blocks, kv heads of the rank, block_size, head_dim] each.
+) -> list[Tensor]:
+    """A tensor a layer: [num_blocks, 2 (keys, values), kv heads of the rank, block_size, head_dim].
 
     The memory is not written, so on CPU it costs nothing before it is used.
     """
-    shape = (num_blocks, local_kv_heads(config.num_kv_heads, world_size), block_size, config.head_dim)
-    return [
-        (torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
-        for _ in range(config.num_layers)
-    ]
+    shape = (num_blocks, 2, local_kv_heads(config.num_kv_heads, world_size), block_size, config.head_dim)
+    return [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]

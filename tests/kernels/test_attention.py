@@ -31,31 +31,27 @@ def make(
     heads: tuple[int, int] = (9, 3),
     head_dim: int = 64,
     block_size: int = 16,
-) -> tuple[Tensor, Tensor, Tensor, PagedBatch]:
-    """Queries, caches and batch of sequences over scattered blocks."""
+) -> tuple[Tensor, Tensor, PagedBatch]:
+    """Queries, cache and batch of sequences over scattered blocks."""
     pages = [-(-(start + length) // block_size) for start, length in sequences]
     free = torch.randperm(sum(pages) + 5).tolist()
     tables = [[free.pop() for _ in range(count)] for count in pages]
     starts, lengths = [start for start, _ in sequences], [length for _, length in sequences]
-    caches = torch.full((2, sum(pages) + 5, heads[1], block_size, head_dim), torch.nan, dtype=dtype)
+    cache = torch.full((sum(pages) + 5, 2, heads[1], block_size, head_dim), torch.nan, dtype=dtype)
     for (start, length), table in zip(sequences, tables, strict=True):
         for page, block in enumerate(table):
             tokens = min(block_size, start + length - page * block_size)
-            caches[:, block, :, :tokens] = torch.randn(2, heads[1], tokens, head_dim).to(dtype)
+            cache[block, :, :, :tokens] = torch.randn(2, heads[1], tokens, head_dim).to(dtype)
     batch = PagedBatch.build(starts, lengths, tables, block_size=block_size, device="cpu")
-    return torch.randn(sum(lengths), heads[0], head_dim).to(dtype), caches[0], caches[1], batch
+    return torch.randn(sum(lengths), heads[0], head_dim).to(dtype), cache, batch
 
 
-def check(
-    q: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch, *, window: int | None = None, softcap: float | None = None
-) -> None:
+def check(q: Tensor, cache: Tensor, batch: PagedBatch, *, window: int | None = None, softcap: float | None = None) -> None:
     scale = q.shape[2] ** -0.5
-    actual = paged_attention(q, keys, values, batch, scale=scale, window=window, softcap=softcap)
+    actual = paged_attention(q, cache, batch, scale=scale, window=window, softcap=softcap)
     assert actual.dtype == q.dtype
     assert actual.shape == (q.shape[0], q.shape[1] * q.shape[2])
-    expected = reference.paged_attention(
-        q.double(), keys.double(), values.double(), batch, scale=scale, window=window, softcap=softcap
-    )
+    expected = reference.paged_attention(q.double(), cache.double(), batch, scale=scale, window=window, softcap=softcap)
     torch.testing.assert_close(actual.double(), expected, rtol=TOLERANCE[q.dtype], atol=TOLERANCE[q.dtype])
 
 
@@ -83,25 +79,27 @@ def test_reference_is_softmax_attention() -> None:
     values = torch.tensor([4.0, 8.0]).view(1, 1, 2, 1)
     batch = PagedBatch.build([0], [2], [[0]], block_size=2, device="cpu")
 
-    out = reference.paged_attention(torch.ones(2, 1, 1), keys, values, batch, scale=1.0, window=None, softcap=None)
+    out = reference.paged_attention(
+        torch.ones(2, 1, 1), torch.stack((keys, values), 1), batch, scale=1.0, window=None, softcap=None
+    )
 
     torch.testing.assert_close(out.flatten(), torch.tensor([4.0, 7.0]))
 
 
 @pytest.mark.parametrize("sequences", [DECODE_EVEN, MIXED])
 def test_queries_with_gaps_between_tokens(sequences: list[tuple[int, int]]) -> None:
-    q, keys, values, batch = make(sequences)
+    q, cache, batch = make(sequences)
 
-    check(torch.cat((q, q), 1)[:, : q.shape[1]], keys, values, batch)
+    check(torch.cat((q, q), 1)[:, : q.shape[1]], cache, batch)
 
 
 def test_sequences_that_share_a_prefix() -> None:
-    keys, values = torch.randn(2, 8, 3, 16, 64)
+    cache = torch.randn(8, 2, 3, 16, 64)
     starts, lengths = [40, 33, 35, 32], [1, 1, 9, 20]
     tables = [[5, 2, 0], [5, 2, 7], [5, 2, 1], [5, 2, 3, 6]]
     batch = PagedBatch.build(starts, lengths, tables, block_size=16, device="cpu")
 
-    check(torch.randn(31, 9, 64), keys, values, batch)
+    check(torch.randn(31, 9, 64), cache, batch)
 
 
 def test_no_tokens() -> None:
@@ -114,32 +112,31 @@ def test_no_tokens() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 20])
 def test_junk_in_unused_slots_changes_nothing(junk: float, dtype: torch.dtype, window: int | None) -> None:
-    q, keys, values, batch = make([*MIXED[:4], (600, 100)], dtype=dtype)
-    zeroed = [cache.nan_to_num(0.0) for cache in (keys, values)]
-    junked = [cache.nan_to_num(junk) if junk != torch.nan else cache for cache in (keys, values)]
+    q, cache, batch = make([*MIXED[:4], (600, 100)], dtype=dtype)
+    junked = cache.nan_to_num(junk) if junk != torch.nan else cache
 
-    outs = [paged_attention(q, *caches, batch, scale=0.125, window=window) for caches in (zeroed, junked)]
+    outs = [paged_attention(q, each, batch, scale=0.125, window=window) for each in (cache.nan_to_num(0.0), junked)]
 
     assert torch.equal(*outs)
 
 
 def test_tokens_before_the_window_are_not_read() -> None:
     """Blocks wholly behind the window may belong to somebody else by now."""
-    q, keys, values, batch = make([(100, 1), (90, 1), (96, 40)])
-    clean = paged_attention(q, keys, values, batch, scale=0.125, window=20)
+    q, cache, batch = make([(100, 1), (90, 1), (96, 40)])
+    clean = paged_attention(q, cache, batch, scale=0.125, window=20)
     for row, oldest in enumerate((81, 71, 77)):
         for block in batch.host_tables[row, : oldest // 16]:
-            keys[block], values[block] = torch.nan, torch.nan
+            cache[block] = torch.nan
 
-    assert torch.equal(paged_attention(q, keys, values, batch, scale=0.125, window=20), clean)
+    assert torch.equal(paged_attention(q, cache, batch, scale=0.125, window=20), clean)
 
 
 def test_one_sequence_gone_bad_stays_alone() -> None:
-    q, keys, values, batch = make(DECODE_EVEN)
-    clean = paged_attention(q, keys, values, batch, scale=0.125)
-    values[batch.host_tables[1, 0], :, 3] = torch.nan
+    q, cache, batch = make(DECODE_EVEN)
+    clean = paged_attention(q, cache, batch, scale=0.125)
+    cache[batch.host_tables[1, 0], 1, :, 3] = torch.nan
 
-    out = paged_attention(q, keys, values, batch, scale=0.125)
+    out = paged_attention(q, cache, batch, scale=0.125)
 
     others = [0, 2, 3, 4]
     assert out[1].isnan().all()
@@ -148,50 +145,50 @@ def test_one_sequence_gone_bad_stays_alone() -> None:
 
 @pytest.mark.parametrize("sequences", [DECODE_EVEN, DECODE_UNEVEN, MIXED])
 def test_a_sequence_alone_gives_what_it_gives_in_a_batch(sequences: list[tuple[int, int]]) -> None:
-    q, keys, values, batch = make(sequences)
-    together = paged_attention(q, keys, values, batch, scale=0.125)
+    q, cache, batch = make(sequences)
+    together = paged_attention(q, cache, batch, scale=0.125)
 
     row = 0
     for index, (start, length) in enumerate(sequences):
         alone = PagedBatch.build([start], [length], batch.host_tables[index : index + 1], block_size=16, device="cpu")
-        out = paged_attention(q[row : row + length], keys, values, alone, scale=0.125)
+        out = paged_attention(q[row : row + length], cache, alone, scale=0.125)
         torch.testing.assert_close(out, together[row : row + length], rtol=1e-5, atol=1e-6)
         row += length
 
 
 def test_prefill_in_chunks_equals_prefill_at_once() -> None:
-    q, keys, values, batch = make([(0, 90)])
-    whole = paged_attention(q, keys, values, batch, scale=0.125)
+    q, cache, batch = make([(0, 90)])
+    whole = paged_attention(q, cache, batch, scale=0.125)
 
     for start, length in [(0, 32), (32, 1), (33, 57)]:
         chunk = PagedBatch.build([start], [length], batch.host_tables, block_size=16, device="cpu")
-        out = paged_attention(q[start : start + length], keys, values, chunk, scale=0.125)
+        out = paged_attention(q[start : start + length], cache, chunk, scale=0.125)
         torch.testing.assert_close(out, whole[start : start + length], rtol=1e-5, atol=1e-6)
 
 
 def test_layers_of_several_kinds_share_a_batch() -> None:
-    q, keys, values, batch = make(MIXED)
+    q, cache, batch = make(MIXED)
     for _ in range(2):
         for window, softcap in [(None, None), (20, None), (None, 5.0), (20, 5.0)]:
-            check(q, keys, values, batch, window=window, softcap=softcap)
-        check(q.bfloat16(), keys.bfloat16(), values.bfloat16(), batch)
-    check(*(tensor[..., :32].contiguous() for tensor in (q, keys, values)), batch)
+            check(q, cache, batch, window=window, softcap=softcap)
+        check(q.bfloat16(), cache.bfloat16(), batch)
+    check(*(tensor[..., :32].contiguous() for tensor in (q, cache)), batch)
 
 
 def test_a_group_never_gathers_more_than_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_plan, "_GROUP_TOKENS", 64)
-    q, keys, values, batch = make(DECODE_EVEN)
+    q, cache, batch = make(DECODE_EVEN)
 
-    plan = cpu_plan.make_plan(batch, 3, None, decode_dtype=torch.float32, prefill_dtype=torch.float32, softcap=False)
+    plan = cpu_plan.make_plan(batch, 3, None, score_dtype=torch.float32, prefill_dtype=torch.float32, softcap=False)
 
-    assert len(plan.decodes) > 1
-    assert all(group.sequences * group.width <= 64 for group in plan.decodes)
-    check(q, keys, values, batch)
+    assert len(plan.groups) > 1
+    assert all(group.sequences * group.width <= 64 for group in plan.groups)
+    check(q, cache, batch)
 
 
 def test_a_long_sequence_does_not_pad_the_short_ones() -> None:
-    _, _, _, batch = make([(20, 1)] * 8 + [(1500, 1)])
+    _, _, batch = make([(20, 1)] * 8 + [(1500, 1)])
 
-    plan = cpu_plan.make_plan(batch, 3, None, decode_dtype=torch.float32, prefill_dtype=torch.float32, softcap=False)
+    plan = cpu_plan.make_plan(batch, 3, None, score_dtype=torch.float32, prefill_dtype=torch.float32, softcap=False)
 
-    assert sorted((group.sequences, group.width) for group in plan.decodes) == [(1, 1504), (8, 32)]
+    assert sorted((group.sequences, group.width) for group in plan.groups) == [(1, 1504), (8, 32)]

@@ -28,55 +28,52 @@ def test_matches_float64(
     qkv = torch.randn(tokens, (num_heads + 2 * num_kv_heads) * head_dim).to(dtype)
     positions, slots = torch.randint(0, 64, (tokens,)), torch.randperm(NUM_BLOCKS * BLOCK_SIZE)[:tokens]
     norms = [torch.randn(head_dim).to(dtype) if normed else None for _ in range(2)]
-    caches = [torch.randn(NUM_BLOCKS, num_kv_heads, BLOCK_SIZE, head_dim).to(dtype) for _ in range(2)]
-    kept, wide = qkv.clone(), [cache.double() for cache in caches]
+    cache = torch.randn(NUM_BLOCKS, 2, num_kv_heads, BLOCK_SIZE, head_dim).to(dtype)
+    wide_qkv, wide = qkv.clone().double(), cache.clone().double()
     cos_sin = table(rotary_dim)
 
-    q = rope_kv_write(qkv, positions, cos_sin, *caches, slots, **sizes, q_norm=norms[0], k_norm=norms[1])
+    q = rope_kv_write(qkv, positions, cos_sin, cache, slots, **sizes, q_norm=norms[0], k_norm=norms[1])
 
     assert q.shape == (tokens, num_heads, head_dim)
     assert q.dtype == dtype
-    assert torch.equal(qkv, kept)
     wide_norms = [None if norm is None else norm.double() for norm in norms]
     expected = reference.rope_kv_write(
-        qkv.double(), positions, cos_sin, *wide, slots, **sizes, q_norm=wide_norms[0], k_norm=wide_norms[1]
+        wide_qkv, positions, cos_sin, wide, slots, **sizes, q_norm=wide_norms[0], k_norm=wide_norms[1]
     )
-    for actual, right in zip([q, *caches], [expected, *wide], strict=True):
+    for actual, right in zip([q, cache], [expected, wide], strict=True):
         torch.testing.assert_close(actual.double(), right, rtol=tolerance, atol=tolerance)
 
 
 def test_untouched_slots_stay_as_they_were() -> None:
-    keys, values = torch.full((2, NUM_BLOCKS, 1, BLOCK_SIZE, 8), torch.nan)
+    cache = torch.full((NUM_BLOCKS, 2, 1, BLOCK_SIZE, 8), torch.nan)
     slots = torch.tensor([3, 2 * BLOCK_SIZE + 5])
 
-    rope_kv_write(
-        torch.randn(2, 24), torch.tensor([0, 1]), table(8), keys, values, slots, num_heads=1, num_kv_heads=1, head_dim=8
-    )
+    rope_kv_write(torch.randn(2, 24), torch.tensor([0, 1]), table(8), cache, slots, num_heads=1, num_kv_heads=1, head_dim=8)
 
-    for cache in (keys, values):
-        written = ~cache.isnan().all(-1).view(-1)
+    for half in cache.unbind(1):
+        written = ~half.isnan().all(-1).view(-1)
         assert written.nonzero().flatten().tolist() == slots.tolist()
 
 
 def test_position_zero_is_not_rotated() -> None:
     qkv = torch.randn(1, 24)
-    keys, values = torch.zeros(2, 1, 1, BLOCK_SIZE, 8)
+    cache = torch.zeros(1, 2, 1, BLOCK_SIZE, 8)
 
     q = rope_kv_write(
-        qkv, torch.tensor([0]), table(8), keys, values, torch.tensor([4]), num_heads=1, num_kv_heads=1, head_dim=8
+        qkv.clone(), torch.tensor([0]), table(8), cache, torch.tensor([4]), num_heads=1, num_kv_heads=1, head_dim=8
     )
 
     assert torch.equal(q.flatten(), qkv[0, :8])
-    assert torch.equal(keys[0, 0, 4], qkv[0, 8:16])
-    assert torch.equal(values[0, 0, 4], qkv[0, 16:])
+    assert torch.equal(cache[0, 0, 0, 4], qkv[0, 8:16])
+    assert torch.equal(cache[0, 1, 0, 4], qkv[0, 16:])
 
 
 def test_a_quarter_turn_swaps_the_halves() -> None:
     quarter = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
-    keys, values = torch.zeros(2, 1, 1, BLOCK_SIZE, 4)
+    cache = torch.zeros(1, 2, 1, BLOCK_SIZE, 4)
 
     q = rope_kv_write(
-        torch.tensor([[1.0, 2.0, 3.0, 4.0] * 3]), torch.tensor([0]), quarter, keys, values, torch.tensor([0]),
+        torch.tensor([[1.0, 2.0, 3.0, 4.0] * 3]), torch.tensor([0]), quarter, cache, torch.tensor([0]),
         num_heads=1, num_kv_heads=1, head_dim=4,
     )  # fmt: skip
 
@@ -85,9 +82,9 @@ def test_a_quarter_turn_swaps_the_halves() -> None:
 
 def test_no_tokens() -> None:
     empty = torch.empty(0, dtype=torch.int64)
-    keys, values = torch.zeros(2, 1, 1, BLOCK_SIZE, 8)
+    cache = torch.zeros(1, 2, 1, BLOCK_SIZE, 8)
 
-    q = rope_kv_write(torch.empty(0, 24), empty, table(8), keys, values, empty, num_heads=1, num_kv_heads=1, head_dim=8)
+    q = rope_kv_write(torch.empty(0, 24), empty, table(8), cache, empty, num_heads=1, num_kv_heads=1, head_dim=8)
 
     assert q.shape == (0, 1, 8)
 
@@ -97,8 +94,8 @@ def test_steps_do_not_mix() -> None:
     qkv, slots = torch.randn(1, 24), torch.tensor([4])
     sizes = {"num_heads": 1, "num_kv_heads": 1, "head_dim": 8}
     for position, cos_sin in [(3, table(8)), (3, table(8)), (7, table(8)), (7, table(4))]:
-        keys, values = torch.zeros(2, 1, 1, BLOCK_SIZE, 8)
-        q = rope_kv_write(qkv, torch.tensor([position]), cos_sin, keys, values, slots, **sizes)
+        cache = torch.zeros(1, 2, 1, BLOCK_SIZE, 8)
+        q = rope_kv_write(qkv.clone(), torch.tensor([position]), cos_sin, cache, slots, **sizes)
 
         expected = reference.rotate(qkv.view(1, 3, 8)[:, :1], torch.tensor([position]), cos_sin)
         torch.testing.assert_close(q, expected)

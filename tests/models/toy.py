@@ -85,9 +85,8 @@ class Session:
         self.length = 0
         blocks = -(-max_length // BLOCK_SIZE) + 2
         self.caches = allocate_kv_cache(model.config, blocks, BLOCK_SIZE, dtype, torch.device("cpu"), world_size)
-        for keys, values in self.caches:
-            keys.fill_(float("nan"))
-            values.fill_(float("nan"))
+        for cache in self.caches:
+            cache.fill_(float("nan"))
         self.table = list(range(blocks))[::-1]
 
     def run(self, tokens: list[int]) -> Tensor:

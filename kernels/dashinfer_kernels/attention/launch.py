@@ -8,8 +8,7 @@ from dashinfer_kernels.attention.batch import PagedBatch
 
 def paged_attention(
     q: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
+    kv_cache: Tensor,
     batch: PagedBatch,
     *,
     scale: float,
@@ -21,9 +20,8 @@ def paged_attention(
     Args:
         q: [tokens, num_heads, head_dim]; num_heads is a multiple of num_kv_heads, and query heads that share a KV head are
             neighbours.
-        key_cache: [num_blocks, num_kv_heads, block_size, head_dim], contiguous, the type of `q`. Slots that no position of
-            the batch maps to may hold anything, NaN included.
-        value_cache: the same shape and type.
+        kv_cache: [num_blocks, 2, num_kv_heads, block_size, head_dim], keys and then values of each block; contiguous, the type
+            of `q`. Slots that no position of the batch maps to may hold anything, NaN included.
         batch: the step's layout.
         scale: what scores are multiplied with, usually head_dim ** -0.5.
         window: a token sees the last `window` positions, its own included; None: all.
@@ -34,13 +32,13 @@ def paged_attention(
     """
     assert q.ndim == 3
     assert q.shape[0] == batch.num_tokens
-    assert q.shape[2] == key_cache.shape[3]
-    assert key_cache.shape == value_cache.shape
-    assert key_cache.is_contiguous()
-    assert value_cache.is_contiguous()
-    assert q.shape[1] % key_cache.shape[1] == 0
-    assert key_cache.shape[2] == batch.block_size
-    assert q.dtype == key_cache.dtype == value_cache.dtype
+    _, two, num_kv_heads, block_size, head_dim = kv_cache.shape
+    assert two == 2
+    assert q.shape[2] == head_dim
+    assert kv_cache.is_contiguous()
+    assert q.shape[1] % num_kv_heads == 0
+    assert block_size == batch.block_size
+    assert q.dtype == kv_cache.dtype
     assert window is None or window > 0
     path = cpu if q.device.type == "cpu" else reference
-    return path.paged_attention(q, key_cache, value_cache, batch, scale=scale, window=window, softcap=softcap)
+    return path.paged_attention(q, kv_cache, batch, scale=scale, window=window, softcap=softcap)

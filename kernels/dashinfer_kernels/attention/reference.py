@@ -8,8 +8,7 @@ from dashinfer_kernels.attention.batch import PagedBatch
 
 def paged_attention(
     q: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
+    kv_cache: Tensor,
     batch: PagedBatch,
     *,
     scale: float,
@@ -18,7 +17,7 @@ def paged_attention(
 ) -> Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
     num_heads, head_dim = q.shape[1:]
-    num_kv_heads, block_size = key_cache.shape[1:3]
+    num_kv_heads, block_size = kv_cache.shape[2:4]
     out = torch.empty(q.shape[0], num_heads * head_dim, dtype=q.dtype, device=q.device)
     begin = 0
     for row, (start, length) in enumerate(zip(batch.host_starts.tolist(), batch.host_lengths.tolist(), strict=True)):
@@ -26,7 +25,7 @@ def paged_attention(
         blocks = batch.block_tables[row, : -(-context // block_size)].long()
         k, v = (
             cache[blocks].transpose(0, 1).reshape(num_kv_heads, -1, head_dim)[:, :context].to(wide)
-            for cache in (key_cache, value_cache)
+            for cache in kv_cache.unbind(1)
         )
         queries = q[begin : begin + length].to(wide).view(length, num_kv_heads, -1, head_dim)
         scores = torch.einsum("lhgd,htd->hglt", queries, k) * scale

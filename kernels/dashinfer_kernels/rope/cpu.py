@@ -1,8 +1,8 @@
 """Rotation and cache write on CPU: queries and keys together, in float32, with as few torch calls as it takes.
 
 At one token the cost is the number of calls and not the arithmetic. So both halves are multiplied by the cosines, and the
-swapped halves by the signed sines, in one call each; the cache is written through one indexed store for keys and one for
-values; and what depends on the step alone is kept from one layer to the next.
+swapped halves by the signed sines, in one call each; the result goes back to where it came from, so that keys and values lie
+together and one indexed store writes both; and what depends on the step alone is kept from one layer to the next.
 """
 
 from dataclasses import dataclass
@@ -50,8 +50,7 @@ def rope_kv_write(
     qkv: Tensor,
     positions: Tensor,
     cos_sin: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
+    kv_cache: Tensor,
     slot_mapping: Tensor,
     *,
     num_heads: int,
@@ -62,22 +61,21 @@ def rope_kv_write(
     eps: float,
 ) -> Tensor:
     tokens, rotary_dim, num_rotated = qkv.shape[0], cos_sin.shape[1], num_heads + num_kv_heads
-    step = _step(positions, cos_sin, slot_mapping, key_cache.shape[2])
+    step = _step(positions, cos_sin, slot_mapping, kv_cache.shape[3])
     heads = qkv.view(tokens, num_rotated + num_kv_heads, head_dim)
-    wide = heads[:, :num_rotated].to(torch.promote_types(qkv.dtype, torch.float32))
+    rotated = heads[:, :num_rotated]
+    wide = rotated.to(torch.promote_types(qkv.dtype, torch.float32))
     if q_norm is not None and k_norm is not None:
         wide = F.rms_norm(wide, (head_dim,), None, eps)
         wide[:, :num_heads].mul_(q_norm)
         wide[:, num_heads:].mul_(k_norm)
+        if rotary_dim < head_dim:
+            rotated[..., rotary_dim:].copy_(wide[..., rotary_dim:])
 
-    turning = wide if rotary_dim == head_dim else wide[..., :rotary_dim]
-    halves = turning.unflatten(-1, (2, rotary_dim // 2))
+    halves = (wide if rotary_dim == head_dim else wide[..., :rotary_dim]).unflatten(-1, (2, rotary_dim // 2))
     turned = torch.mul(halves, step.cos).addcmul_(halves.flip(2), step.sin)
-    if rotary_dim == head_dim:
-        out = turned.to(qkv.dtype).view(tokens, num_rotated, head_dim)
-    else:
-        out = torch.cat((turned.flatten(-2), wide[..., rotary_dim:]), -1).to(qkv.dtype)
+    (rotated if rotary_dim == head_dim else rotated[..., :rotary_dim]).copy_(turned.view(tokens, num_rotated, rotary_dim))
 
-    key_cache.transpose(1, 2).index_put_(step.where, out[:, num_heads:].to(key_cache.dtype))
-    value_cache.transpose(1, 2).index_put_(step.where, heads[:, num_rotated:].to(value_cache.dtype))
-    return out[:, :num_heads]
+    written = heads[:, num_heads:].view(tokens, 2, num_kv_heads, head_dim)
+    kv_cache.permute(0, 3, 1, 2, 4).index_put_(step.where, written.to(kv_cache.dtype))
+    return heads[:, :num_heads]

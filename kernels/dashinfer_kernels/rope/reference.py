@@ -24,8 +24,7 @@ def rope_kv_write(
     qkv: Tensor,
     positions: Tensor,
     cos_sin: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
+    kv_cache: Tensor,
     slot_mapping: Tensor,
     *,
     num_heads: int,
@@ -42,8 +41,8 @@ def rope_kv_write(
     if q_norm is not None and k_norm is not None:
         q, k = norm.rms_norm(q, q_norm, eps), norm.rms_norm(k, k_norm, eps)
     q, k = rotate(q, positions, cos_sin), rotate(k, positions, cos_sin)
-    block_size = key_cache.shape[2]
+    block_size = kv_cache.shape[3]
     blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
-    key_cache[blocks, :, offsets] = k.to(key_cache.dtype)
-    value_cache[blocks, :, offsets] = v.to(value_cache.dtype)
+    kv_cache[blocks, 0, :, offsets] = k.to(kv_cache.dtype)
+    kv_cache[blocks, 1, :, offsets] = v.to(kv_cache.dtype)
     return q.to(qkv.dtype)
