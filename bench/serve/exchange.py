@@ -181,6 +181,7 @@ async def exchange(
             recording.failure = f"LocalProtocolError: {error}"
         except (OSError, ValueError, trio.BrokenResourceError) as error:
             recording.failure = f"ConnectError: {error.__cause__ or error}"
+            recording.finished = trio.current_time()
         else:
             try:
                 await _converse(stream, request, recording)

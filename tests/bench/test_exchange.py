@@ -218,6 +218,18 @@ async def test_no_connection_is_a_failure_not_an_exception(url: str) -> None:
     assert (recording.response().error or "").startswith("ConnectError: ")
 
 
+async def test_connecting_is_under_the_limit_and_failing_takes_its_time(autojump_clock: trio.testing.MockClock) -> None:
+    async def connect(url: str, seconds: float) -> trio.abc.Stream:
+        await trio.sleep(seconds)
+        raise OSError("unreachable")
+
+    failed = await exchange("GET", "http://h/", {}, b"", 10, partial(connect, seconds=4))
+    late = await exchange("GET", "http://h/", {}, b"", 10, partial(connect, seconds=40))
+
+    assert (failed.finished - failed.started, failed.response().error) == (4, "ConnectError: unreachable")
+    assert (late.finished - late.started, late.response().error) == (10, "no complete answer within 10 s")
+
+
 async def test_a_header_that_cannot_be_sent_is_a_failure() -> None:
     recording = await exchange("GET", "http://127.0.0.1:9/", {"Authorization": "Bearer a\nb"}, b"", 10)
 
