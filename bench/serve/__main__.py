@@ -17,10 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bench.serve import report
-from bench.serve.client import open_client
 from bench.serve.measure import Run, Settings, measure_round, prepare, schedule
 from bench.serve.servers import read_memory, running
-from bench.serve.stats import Sample
 from bench.serve.target import BenchError, Target, parse_body, parse_target, split_label
 
 Extra = dict[str, dict[str, Any]]  # label -> what is known of a target beyond its figures
@@ -116,12 +114,11 @@ async def measure(
     async with AsyncExitStack() as stack:
         runs = []
         for target in targets:
-            client = await stack.enter_async_context(open_client(target, max(settings.concurrency)))
-            runs.append(Run(target, client))
+            runs.append(Run(target))
             if (command := commands.get(target.label)) is not None:
                 tell(console, f"starting {target.label}: {command}")
                 log = logs / f"{target.label}.log"
-                pid, seconds = await stack.enter_async_context(running(command, client, target, log, settings.timeout))
+                pid, seconds = await stack.enter_async_context(running(command, target, log, settings.timeout))
                 extra[target.label] |= {"command": command, "startup_seconds": seconds}
                 pids[target.label] = pid
         for run in runs:
@@ -144,12 +141,12 @@ async def measure_all(runs: list[Run], settings: Settings, console: Console) -> 
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("measuring", total=total)
 
-        def on_sample(sample: Sample) -> None:
+        def on_answer() -> None:
             progress.advance(task)
 
         for concurrency, number, run in schedule(runs, settings):
             progress.update(task, description=f"{run.target.label} at {concurrency}, round {number + 1} of {settings.rounds}")
-            figures = await measure_round(run, concurrency, number, settings, on_sample)
+            figures = await measure_round(run, concurrency, number, settings, on_answer)
             speed = f"{figures.tokens_per_second:.1f} tokens/s, {figures.errors} errors"
             tell(console, f"{run.target.label} at {concurrency}, round {number + 1}: {speed}")
 

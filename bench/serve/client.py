@@ -8,9 +8,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
-import httpx
-import trio
-
+from bench.serve.exchange import Connect, Recording, exchange, open_stream
 from bench.serve.stats import Sample
 from bench.serve.target import BenchError, Target
 
@@ -40,15 +38,6 @@ class EventParser:
         return [line[5:].strip() for line in lines if line.startswith(b"data:")]
 
 
-def open_client(target: Target, concurrency: int, transport: httpx.AsyncBaseTransport | None = None) -> httpx.AsyncClient:
-    """A client with a connection for each of `concurrency` workers. Deadlines are the caller's (`ask`), not httpx's."""
-    headers = {"Authorization": f"Bearer {target.api_key}"} if target.api_key else {}
-    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
-    return httpx.AsyncClient(
-        base_url=target.url, headers=headers, timeout=None, limits=limits, transport=transport, trust_env=False
-    )
-
-
 class _Answer:
     """Collects one stream."""
 
@@ -69,6 +58,9 @@ class _Answer:
             chunk = json.loads(payload)
         except ValueError:
             self.error = f"a chunk is not JSON: {payload[:80]!r}"
+            return
+        if not isinstance(chunk, dict):
+            self.error = f"a chunk is not an object: {payload[:80]!r}"
             return
         if "error" in chunk:
             self.error = f"error in the stream: {str(chunk['error'])[:200]}"
@@ -104,14 +96,19 @@ class _Answer:
         )
 
 
-async def ask(
-    client: httpx.AsyncClient, target: Target, prompt: str, max_tokens: int, extra: dict[str, Any], limit: float
-) -> Sample:
-    """Sends one greedy streaming request and reads the whole answer.
+def _headers(target: Target) -> dict[str, str]:
+    return {"Authorization": f"Bearer {target.api_key}"} if target.api_key else {}
+
+
+async def record(
+    target: Target, prompt: str, max_tokens: int, extra: dict[str, Any], limit: float, connect: Connect = open_stream
+) -> Recording:
+    """Sends one greedy streaming request and notes the whole answer, for `read_answer` to parse.
 
     Args:
         extra: the fields of the dialect that the server understands.
         limit: seconds for the whole answer.
+        connect: opens the connection.
     """
     body = {
         "model": target.model,
@@ -122,41 +119,46 @@ async def ask(
         **extra,
         **target.body,
     }
+    headers = {"Content-Type": "application/json", **_headers(target)}
+    return await exchange("POST", f"{target.url}/chat/completions", headers, json.dumps(body).encode(), limit, connect)
+
+
+def read_answer(recording: Recording) -> Sample:
+    """What the request did. To be called once for a recording."""
+    response = recording.response()
     answer = _Answer()
-    parser = EventParser()
-    started = trio.current_time()
-    with trio.move_on_after(limit) as scope:
-        try:
-            async with client.stream("POST", "/chat/completions", json=body) as response:
-                if response.status_code != 200:
-                    text = (await response.aread()).decode(errors="replace")
-                    answer.error = f"HTTP {response.status_code}: {text[:200]}"
-                else:
-                    async for data in response.aiter_bytes():
-                        now = trio.current_time()
-                        for payload in parser.feed(data):
-                            answer.take(payload, now)
-        except httpx.HTTPError as error:
-            answer.error = f"{type(error).__name__}: {error}"
-    if scope.cancelled_caught:
-        answer.error = f"no complete answer within {limit:g} s"
-    return answer.sample(started, trio.current_time())
+    if response.status == 200:
+        parser = EventParser()
+        for now, data in response.body:
+            for payload in parser.feed(data):
+                answer.take(payload, now)
+    elif response.status is not None:
+        answer.error = f"HTTP {response.status}: {response.content.decode(errors='replace')[:200]}"
+    answer.error = response.error or answer.error
+    return answer.sample(recording.started, recording.finished)
 
 
-async def find_model(client: httpx.AsyncClient, target: Target) -> str:
-    """The first model that the server lists. Raises BenchError."""
+async def ask(
+    target: Target, prompt: str, max_tokens: int, extra: dict[str, Any], limit: float, connect: Connect = open_stream
+) -> Sample:
+    """`record`, then `read_answer` at once."""
+    return read_answer(await record(target, prompt, max_tokens, extra, limit, connect))
+
+
+async def find_model(target: Target, limit: float, connect: Connect = open_stream) -> str:
+    """The first model that the server lists, asked for `limit` seconds. Raises BenchError."""
     advice = f"name the model: {target.label}={target.url}=MODEL"
+    response = (await exchange("GET", f"{target.url}/models", _headers(target), b"", limit, connect)).response()
+    error = response.error or (None if response.status == 200 else f"HTTP {response.status}")
+    if error is not None:
+        raise BenchError(f"{target.label} does not list its models ({error}); {advice}")
     try:
-        response = await client.get("/models")
-        response.raise_for_status()
-        return response.json()["data"][0]["id"]
-    except httpx.HTTPError as error:
-        raise BenchError(f"{target.label} does not list its models ({error}); {advice}") from None
+        return json.loads(response.content)["data"][0]["id"]
     except (ValueError, KeyError, IndexError, TypeError):
         raise BenchError(f"{target.label} lists no model; {advice}") from None
 
 
-async def probe(client: httpx.AsyncClient, target: Target, limit: float) -> tuple[str, str]:
+async def probe(target: Target, limit: float, connect: Connect = open_stream) -> tuple[str, str]:
     """Finds out what the server understands.
 
     Returns:
@@ -168,10 +170,10 @@ async def probe(client: httpx.AsyncClient, target: Target, limit: float) -> tupl
     """
     refusal = ""
     for name, extra in DIALECTS.items():
-        sample = await ask(client, target, QUESTION, 2, extra, limit)
+        sample = await ask(target, QUESTION, 2, extra, limit, connect)
         if sample.error is None:
             usage = {key: value for key, value in extra.items() if key != "ignore_eos"}
-            answer = await ask(client, replace(target, body={}), QUESTION, 32, usage, limit)  # as anyone would ask
+            answer = await ask(replace(target, body={}), QUESTION, 32, usage, limit, connect)  # as anyone would ask
             if answer.error is not None:
                 raise BenchError(f"{target.label} does not answer: {answer.error}")
             return name, answer.text

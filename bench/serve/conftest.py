@@ -8,7 +8,6 @@ import trio
 from rich.console import Console
 
 from bench.serve import report
-from bench.serve.client import open_client
 from bench.serve.measure import Run, Settings, measure_round, prepare, schedule
 from bench.serve.target import Target, parse_target
 
@@ -40,14 +39,11 @@ class Outcome:
 
 async def measure_all(targets: list[Target], settings: Settings) -> list[Run]:
     """Every level and round of every target, in turns."""
-    most = max(settings.concurrency)
-    runs = [Run(target, open_client(target, most)) for target in targets]
+    runs = [Run(target) for target in targets]
     for run in runs:
         await prepare(run, settings)
     for concurrency, number, run in schedule(runs, settings):
         await measure_round(run, concurrency, number, settings)
-    for run in runs:
-        await run.client.aclose()
     return runs
 
 

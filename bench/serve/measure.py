@@ -7,15 +7,15 @@ goes first, so that whatever else the machine does hits all of them alike.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-import httpx
 import trio
 
-from bench.serve.client import DIALECTS, ask, find_model, probe
+from bench.serve.client import DIALECTS, ask, find_model, probe, read_answer, record
+from bench.serve.exchange import Connect, Recording, open_stream
 from bench.serve.prompts import calibrate, make_prompt
 from bench.serve.stats import Figures, Sample, summarise
 from bench.serve.target import Target
 
-OnSample = Callable[[Sample], None]
+OnAnswer = Callable[[], None]  # called as each answer ends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,23 +41,23 @@ class Run:
     """One target's measurement, filled in as it goes."""
 
     target: Target
-    client: httpx.AsyncClient
     dialect: str = ""
     answer: str = ""
     words: int = 0
     levels: dict[int, list[Figures]] = field(default_factory=dict)  # concurrency -> rounds
     errors: list[str] = field(default_factory=list)  # distinct ones, in order
+    connect: Connect = open_stream
 
 
 async def prepare(run: Run, settings: Settings) -> None:
     """Finds the model, the dialect and the prompts' number of words, and warms the server up. Raises BenchError."""
     if run.target.model is None:
-        run.target = replace(run.target, model=await find_model(run.client, run.target))
-    run.dialect, run.answer = await probe(run.client, run.target, settings.timeout)
+        run.target = replace(run.target, model=await find_model(run.target, settings.timeout, run.connect))
+    run.dialect, run.answer = await probe(run.target, settings.timeout, run.connect)
     extra = DIALECTS[run.dialect]
 
     async def count_tokens(prompt: str) -> int | None:
-        return (await ask(run.client, run.target, prompt, 1, extra, settings.timeout)).prompt_tokens
+        return (await ask(run.target, prompt, 1, extra, settings.timeout, run.connect)).prompt_tokens
 
     run.words = await calibrate(count_tokens, settings.prompt_tokens)
     most = max(settings.concurrency)
@@ -66,27 +66,25 @@ async def prepare(run: Run, settings: Settings) -> None:
 
 
 async def closed_loop(
-    run: Run,
-    prompts: Sequence[str],
-    concurrency: int,
-    settings: Settings,
-    on_sample: Callable[[Sample], None] = lambda sample: None,
+    run: Run, prompts: Sequence[str], concurrency: int, settings: Settings, on_answer: OnAnswer = lambda: None
 ) -> list[Sample]:
-    """Sends all prompts, `concurrency` at a time; samples in the order in which they ended."""
+    """Sends all prompts, `concurrency` at a time; samples in the order in which they ended.
+
+    Answers are parsed when all have ended: parsing one would delay the reading of others that still stream.
+    """
     waiting = iter(prompts)
-    samples: list[Sample] = []
+    recordings: list[Recording] = []
     extra = DIALECTS[run.dialect]
 
     async def work() -> None:
         for prompt in waiting:  # one iterator for all workers: each takes the next prompt
-            sample = await ask(run.client, run.target, prompt, settings.output_tokens, extra, settings.timeout)
-            samples.append(sample)
-            on_sample(sample)
+            recordings.append(await record(run.target, prompt, settings.output_tokens, extra, settings.timeout, run.connect))
+            on_answer()
 
     async with trio.open_nursery() as nursery:
         for _ in range(concurrency):
             nursery.start_soon(work)
-    return samples
+    return [read_answer(recording) for recording in recordings]
 
 
 def schedule(runs: Sequence[Run], settings: Settings) -> Iterator[tuple[int, int, Run]]:
@@ -99,7 +97,7 @@ def schedule(runs: Sequence[Run], settings: Settings) -> Iterator[tuple[int, int
 
 
 async def measure_round(
-    run: Run, concurrency: int, number: int, settings: Settings, on_sample: OnSample = lambda sample: None
+    run: Run, concurrency: int, number: int, settings: Settings, on_answer: OnAnswer = lambda: None
 ) -> Figures:
     """Measures one round of one target, notes it in `run`, and returns its figures.
 
@@ -107,7 +105,7 @@ async def measure_round(
     """
     requests = settings.requests_at(concurrency)
     prompts = [make_prompt(f"{settings.seed} {concurrency} {number} {index}", run.words) for index in range(requests)]
-    samples = await closed_loop(run, prompts, concurrency, settings, on_sample)
+    samples = await closed_loop(run, prompts, concurrency, settings, on_answer)
     figures = summarise(samples)
     run.levels.setdefault(concurrency, []).append(figures)
     failures = dict.fromkeys(sample.error for sample in samples if sample.error is not None)

@@ -17,7 +17,7 @@ from rich.table import Table
 from bench.serve.measure import Run, Settings
 from bench.serve.stats import Figures, median_figures, median_ratio
 
-PACKAGES = ("dashinfer", "torch", "triton", "transformers", "vllm", "trio", "hypercorn", "httpx")
+PACKAGES = ("dashinfer", "torch", "triton", "transformers", "vllm", "trio", "hypercorn", "h11")
 COLUMNS = (
     "server",
     "conc.",

@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import trio
 
@@ -32,7 +31,7 @@ def read_memory(pid: int) -> dict[str, Any] | None:
         return None
 
 
-async def _first_answer(client: httpx.AsyncClient, target: Target, process: trio.Process, log: Path, limit: float) -> None:
+async def _first_answer(target: Target, process: trio.Process, log: Path, limit: float) -> None:
     """Returns once the server has answered a question. Raises BenchError if it ends before that or takes too long."""
     refusal = "no connection"
     with trio.move_on_after(limit):
@@ -40,12 +39,12 @@ async def _first_answer(client: httpx.AsyncClient, target: Target, process: trio
             if process.poll() is not None:
                 raise BenchError(f"{target.label} ended with status {process.returncode} before it answered; see {log}")
             try:
-                model = target.model or await find_model(client, target)
+                model = target.model or await find_model(target, limit)
             except BenchError as error:
                 refusal = str(error)
             else:
                 known = Target(label=target.label, url=target.url, model=model, api_key=target.api_key, body=target.body)
-                sample = await ask(client, known, QUESTION, 1, {}, limit)
+                sample = await ask(known, QUESTION, 1, {}, limit)
                 if sample.error is None:
                     return
                 refusal = sample.error
@@ -54,9 +53,7 @@ async def _first_answer(client: httpx.AsyncClient, target: Target, process: trio
 
 
 @asynccontextmanager
-async def running(
-    command: str, client: httpx.AsyncClient, target: Target, log: Path, limit: float
-) -> AsyncIterator[tuple[int, float]]:
+async def running(command: str, target: Target, log: Path, limit: float) -> AsyncIterator[tuple[int, float]]:
     """Starts a server in a session of its own, and ends it, with all its children, on leaving.
 
     Args:
@@ -76,7 +73,7 @@ async def running(
         except OSError as error:
             raise BenchError(f"cannot start {target.label}: {error}") from None
         try:
-            await _first_answer(client, target, process, log, limit)
+            await _first_answer(target, process, log, limit)
             yield process.pid, trio.current_time() - started
         finally:
             if process.poll() is None:

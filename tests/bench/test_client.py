@@ -1,18 +1,19 @@
 """The client against servers that differ, on a clock that jumps."""
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
-import httpx
 import pytest
 import trio
 
-from bench.serve.client import DIALECTS, EventParser, ask, find_model, open_client, probe
+from bench.serve.client import DIALECTS, EventParser, ask, find_model, probe
+from bench.serve.exchange import Connect
 from bench.serve.measure import Run, Settings, closed_loop, measure_round, prepare, schedule
 from bench.serve.target import BenchError, Target
 
-Respond = Callable[[dict[str, Any]], httpx.Response]
+Parts = list[tuple[float, bytes]]  # seconds after the request, bytes
+Respond = Callable[[dict[str, Any]], Parts]
 TARGET = Target(label="fake", url="http://fake/v1", model="m")
 
 
@@ -29,31 +30,59 @@ ROLE = event({"choices": [{"index": 0, "delta": {"role": "assistant", "content":
 STOP = event({"choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]})
 
 
-class Stream(httpx.AsyncByteStream):
-    """Bytes that arrive at given times after the request."""
-
-    def __init__(self, *parts: tuple[float, bytes]) -> None:
-        self.parts = parts
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        started = trio.current_time()
-        for after, data in self.parts:
-            await trio.sleep_until(started + after)
-            yield data
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(data), data)
 
 
-def streaming(*parts: tuple[float, bytes]) -> httpx.Response:
-    return httpx.Response(200, headers={"content-type": "text/event-stream"}, stream=Stream(*parts))
+def streaming(*parts: tuple[float, bytes]) -> Parts:
+    """An answer in chunks; the connection stays open after it."""
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+    return [(0, head), *((after, chunk(data)) for after, data in parts), (max(after for after, _ in parts), b"0\r\n\r\n")]
 
 
-def client_of(respond: Respond, target: Target = TARGET, seen: list[dict[str, Any]] | None = None) -> httpx.AsyncClient:
-    async def handle(request: httpx.Request) -> httpx.Response:
-        body = json.loads(request.content) if request.content else {}
+def plain(status: int, data: bytes = b"") -> Parts:
+    return [(0, b"HTTP/1.1 %d Said\r\ncontent-length: %d\r\n\r\n%s" % (status, len(data), data))]
+
+
+class Server(trio.abc.Stream):
+    """The client's end of a connection to a server that reads one request and answers in parts, at their times."""
+
+    def __init__(self, respond: Respond, heads: list[bytes]) -> None:
+        self.respond = respond
+        self.heads = heads
+        self.parts: Parts | None = None
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        head, _, body = bytes(data).partition(b"\r\n\r\n")
+        self.heads.append(head)
+        self.started = trio.current_time()
+        self.parts = list(self.respond(json.loads(body) if body else {}))
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        assert self.parts is not None, "a request comes first"
+        if not self.parts:
+            await trio.sleep_forever()
+        after, data = self.parts.pop(0)
+        await trio.sleep_until(self.started + after)
+        return data
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def aclose(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+
+def server(respond: Respond, seen: list[dict[str, Any]] | None = None, heads: list[bytes] | None = None) -> Connect:
+    def answer(body: dict[str, Any]) -> Parts:
         if seen is not None:
             seen.append(body)
         return respond(body)
 
-    return open_client(target, 4, httpx.MockTransport(handle))
+    async def connect(url: str) -> trio.abc.Stream:
+        return Server(answer, [] if heads is None else heads)
+
+    return connect
 
 
 def usage(prompt: int, completion: int, **rest: object) -> bytes:
@@ -75,9 +104,9 @@ def test_events_come_out_whole_however_they_are_cut() -> None:
 async def test_times_and_the_servers_own_count(autojump_clock: trio.testing.MockClock) -> None:
     details = {"prompt_tokens_details": {"cached_tokens": 16}}
     parts = [(0.5, ROLE), (2.0, event(text("a"))), (3.0, event(text("b")) + event(text("c"))), (4.0, event(text("d")) + STOP)]
-    client = client_of(lambda body: streaming(*parts, (5.0, usage(105, 9, **details) + DONE)))
+    connect = server(lambda body: streaming(*parts, (5.0, usage(105, 9, **details) + DONE)))
 
-    sample = await ask(client, TARGET, "hello", 9, {}, 60)
+    sample = await ask(TARGET, "hello", 9, {}, 60, connect)
 
     assert sample.error is None
     assert sample.text == "abcd"
@@ -89,31 +118,34 @@ async def test_times_and_the_servers_own_count(autojump_clock: trio.testing.Mock
 
 
 async def test_chunks_are_counted_where_the_server_does_not_count(autojump_clock: trio.testing.MockClock) -> None:
-    client = client_of(lambda body: streaming((1, ROLE + event(text("a"))), (2, event(text("b"))), (3, STOP)))
+    connect = server(lambda body: streaming((1, ROLE + event(text("a"))), (2, event(text("b"))), (3, STOP)))
 
-    sample = await ask(client, TARGET, "hello", 2, {}, 60)
+    sample = await ask(TARGET, "hello", 2, {}, 60, connect)
 
     assert sample.error is None
     assert (sample.output_tokens, sample.counted_by_usage, sample.prompt_tokens) == (2, False, None)
 
 
-def broken_connection(body: dict[str, Any]) -> httpx.Response:
-    raise httpx.ConnectError("refused")
+def torn(body: dict[str, Any]) -> Parts:
+    return [*streaming((1, event(text("a"))))[:-1], (2, b"")]
 
 
 @pytest.mark.parametrize(
     ("respond", "error"),
     [
-        (lambda body: httpx.Response(429, text="queue full"), "HTTP 429: queue full"),
+        (lambda body: plain(429, b"queue full"), "HTTP 429: queue full"),
         (lambda body: streaming((1, event(text("a")))), "the stream broke off"),
         (lambda body: streaming((1, event({"error": {"message": "worker died"}}))), "worker died"),
         (lambda body: streaming((1, event(b"<html>"))), "a chunk is not JSON"),
         (lambda body: streaming((1, event(text("a"))), (99, DONE)), "no complete answer within 60 s"),
-        (broken_connection, "ConnectError: refused"),
+        (lambda body: streaming((1, event(b"3"))), "a chunk is not an object"),
+        (torn, "RemoteProtocolError: peer closed connection"),
+        (lambda body: [(1, b"")], "RemoteProtocolError: the server closed the connection without an answer"),
+        (lambda body: [(1, b"SSH-2.0-x\r\n\r\n")], "RemoteProtocolError: "),
     ],
 )
 async def test_failures_are_counted_not_raised(respond: Respond, error: str, autojump_clock: trio.testing.MockClock) -> None:
-    sample = await ask(client_of(respond), TARGET, "hello", 2, {}, 60)
+    sample = await ask(TARGET, "hello", 2, {}, 60, server(respond))
 
     assert error in (sample.error or "")
 
@@ -121,11 +153,14 @@ async def test_failures_are_counted_not_raised(respond: Respond, error: str, aut
 async def test_a_request_is_greedy_and_carries_key_dialect_and_own_fields() -> None:
     seen: list[dict[str, Any]] = []
     target = Target(label="fake", url="http://fake/v1", model="m", api_key="sk-1", body={"top_k": 3})
-    client = client_of(lambda body: streaming((0, event(text("a", "stop")))), target, seen)
+    heads: list[bytes] = []
+    connect = server(lambda body: streaming((0, event(text("a", "stop")))), seen, heads)
 
-    await ask(client, target, "hello", 7, DIALECTS["full length"], 60)
+    await ask(target, "hello", 7, DIALECTS["full length"], 60, connect)
 
-    assert client.headers["authorization"] == "Bearer sk-1"
+    line, *fields = heads[0].split(b"\r\n")
+    assert line == b"POST /v1/chat/completions HTTP/1.1"
+    assert {b"Host: fake", b"Authorization: Bearer sk-1", b"Content-Type: application/json", b"Connection: close"} < set(fields)
     assert seen == [
         {
             "model": "m",
@@ -144,12 +179,12 @@ async def test_a_request_is_greedy_and_carries_key_dialect_and_own_fields() -> N
     ("unknown", "dialect"), [((), "full length"), (("ignore_eos",), "usage"), (("ignore_eos", "stream_options"), "plain")]
 )
 async def test_probing_finds_what_the_server_knows(unknown: tuple[str, ...], dialect: str) -> None:
-    def respond(body: dict[str, Any]) -> httpx.Response:
+    def respond(body: dict[str, Any]) -> Parts:
         if any(name in body for name in unknown):
-            return httpx.Response(422, text="unexpected field")
+            return plain(422, b"unexpected field")
         return streaming((0, event(text("Paris.", "stop"))))
 
-    assert await probe(client_of(respond), TARGET, 60) == (dialect, "Paris.")
+    assert await probe(TARGET, 60, server(respond)) == (dialect, "Paris.")
 
 
 @pytest.mark.parametrize("status", [401, 404, 500])
@@ -157,26 +192,24 @@ async def test_probing_gives_up_at_once_on_other_errors(status: int) -> None:
     seen: list[dict[str, Any]] = []
 
     with pytest.raises(BenchError, match=f"HTTP {status}"):
-        await probe(client_of(lambda body: httpx.Response(status), seen=seen), TARGET, 60)
+        await probe(TARGET, 60, server(lambda body: plain(status), seen))
 
     assert len(seen) == 1
 
 
 async def test_the_first_model_listed_is_taken() -> None:
-    client = client_of(lambda body: httpx.Response(200, json={"object": "list", "data": [{"id": "demo"}]}))
+    connect = server(lambda body: plain(200, b'{"object": "list", "data": [{"id": "demo"}]}'))
 
-    assert await find_model(client, TARGET) == "demo"
+    assert await find_model(TARGET, 60, connect) == "demo"
 
 
-@pytest.mark.parametrize(
-    "response", [httpx.Response(500), httpx.Response(200, json={"data": []}), httpx.Response(200, text="hi")]
-)
-async def test_without_a_list_of_models_the_advice_is_to_name_one(response: httpx.Response) -> None:
+@pytest.mark.parametrize("response", [plain(500), plain(200, b'{"data": []}'), plain(200, b"hi"), [(0.0, b"")]])
+async def test_without_a_list_of_models_the_advice_is_to_name_one(response: Parts) -> None:
     with pytest.raises(BenchError, match="name the model: fake="):
-        await find_model(client_of(lambda body: response), TARGET)
+        await find_model(TARGET, 60, server(lambda body: response))
 
 
-def echo_server(body: dict[str, Any]) -> httpx.Response:
+def echo_server(body: dict[str, Any]) -> Parts:
     """Takes one second to the first token and a tenth for each other; counts words as tokens, and 30 for its template."""
     tokens = body["max_tokens"]
     chunks = [(1 + index / 10, event(text(f"t{index} "))) for index in range(tokens)]
@@ -187,16 +220,16 @@ def echo_server(body: dict[str, Any]) -> httpx.Response:
 async def test_a_closed_loop_keeps_the_concurrency_and_no_more(autojump_clock: trio.testing.MockClock) -> None:
     running: list[int] = [0, 0]  # now, at most
 
-    class Counting(httpx.AsyncBaseTransport):
-        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-            running[0] += 1
-            running[1] = max(running)
-            await trio.sleep(1)
-            running[0] -= 1
-            return streaming((0, event(text("a", "stop"))))
+    def respond(body: dict[str, Any]) -> Parts:
+        running[0] += 1
+        running[1] = max(running)
+        return streaming((1, event(text("a", "stop"))))
 
-    run = Run(TARGET, open_client(TARGET, 3, Counting()), dialect="plain")
-    samples = await closed_loop(run, ["x"] * 9, 3, Settings())
+    def ended() -> None:
+        running[0] -= 1
+
+    run = Run(TARGET, dialect="plain", connect=server(respond))
+    samples = await closed_loop(run, ["x"] * 9, 3, Settings(), ended)
 
     assert len(samples) == 9
     assert running == [0, 3]
@@ -205,7 +238,7 @@ async def test_a_closed_loop_keeps_the_concurrency_and_no_more(autojump_clock: t
 
 async def test_a_measurement_from_probe_to_figures(autojump_clock: trio.testing.MockClock) -> None:
     settings = Settings(concurrency=(1, 2), rounds=2, requests=2, prompt_tokens=80, output_tokens=11)
-    run = Run(TARGET, client_of(echo_server))
+    run = Run(TARGET, connect=server(echo_server))
 
     await prepare(run, settings)
     for concurrency, number, current in schedule([run], settings):
@@ -222,7 +255,7 @@ async def test_a_measurement_from_probe_to_figures(autojump_clock: trio.testing.
 
 
 def test_targets_take_turns_and_change_who_goes_first() -> None:
-    runs = [Run(Target(label=label, url="http://h"), client_of(echo_server)) for label in "ab"]
+    runs = [Run(Target(label=label, url="http://h")) for label in "ab"]
     order = [
         (concurrency, number, run.target.label)
         for concurrency, number, run in schedule(runs, Settings(concurrency=(1, 4), rounds=2))

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from bench.serve import report
-from bench.serve.client import open_client
 from bench.serve.measure import Run, Settings
 from bench.serve.stats import Figures
 from bench.serve.target import Target
@@ -32,7 +31,7 @@ def figures(tokens_per_second: float, **rest: object) -> Figures:
 
 def run(label: str, *speeds: float, **rest: object) -> Run:
     target = Target(label=label, url="http://h/v1", model="m")
-    result = Run(target, open_client(target, 1), dialect="usage", answer="It is\nParis.")
+    result = Run(target, dialect="usage", answer="It is\nParis.")
     result.levels = {concurrency: [figures(speed * concurrency, **rest) for speed in speeds] for concurrency in (1, 4)}
     return result
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bench.serve.client import open_client
 from bench.serve.servers import read_memory, running
 from bench.serve.target import BenchError, Target
 
@@ -39,7 +38,7 @@ def target() -> Target:
 async def test_a_server_is_started_timed_and_ended_with_its_children(target: Target, tmp_path: Path) -> None:
     port = target.url.rsplit(":", 1)[1]
     command = shlex.join([sys.executable, "-c", SERVER, port])
-    async with open_client(target, 1) as client, running(command, client, target, tmp_path / "log", 60) as (pid, seconds):
+    async with running(command, target, tmp_path / "log", 60) as (pid, seconds):
         memory = read_memory(pid)
         family = [psutil.Process(pid), *psutil.Process(pid).children()]
 
@@ -63,7 +62,6 @@ async def test_a_server_is_started_timed_and_ended_with_its_children(target: Tar
 async def test_a_server_that_does_not_start_is_one_clear_line(
     target: Target, tmp_path: Path, command: str, message: str
 ) -> None:
-    async with open_client(target, 1) as client:
-        with pytest.raises(BenchError, match=message):
-            async with running(command, client, target, tmp_path / "log", 60):
-                raise AssertionError("it runs")
+    with pytest.raises(BenchError, match=message):
+        async with running(command, target, tmp_path / "log", 60):
+            raise AssertionError("it runs")
