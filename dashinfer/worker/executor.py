@@ -1,0 +1,221 @@
+"""Turns plans into work on the device, queued so that a GPU never waits for Python.
+
+What steps need of the sequences lives on the device: token histories and sampling parameters (`SamplingState`), block tables.
+A step brings a few numbers a sequence in one copy, finds its token ids where earlier steps wrote them, and is queued behind the
+step before; its tokens are read back while the next one runs. On a GPU, steps that only decode are replayed from CUDA graphs.
+"""
+
+from collections.abc import Callable
+from functools import reduce
+from operator import or_
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dashinfer.models.decoder import DecoderLM
+from dashinfer.types import Chunk, Enter, StepPlan, StepResult, TokenLogprobs
+from dashinfer.worker.graphs import DecodeGraphs
+from dashinfer.worker.staging import Download, Staging
+from dashinfer_kernels import PagedBatch, Sampled, SamplingBatch, SamplingState, sample
+
+# Rows of a decoding step's inputs: the slot, its tokens after the step, and a block that the step adds to a table: whose, where
+# and which.
+_SLOT, _CONTEXT, _TABLE, _COLUMN, _BLOCK = range(5)
+
+
+class Executor:
+    """Runs a model for up to `max_batch` sequences of up to `max_length` tokens, over caches that `use_caches` brings."""
+
+    def __init__(
+        self, model: DecoderLM, *, device: torch.device, max_batch: int, max_length: int, block_size: int
+    ) -> None:
+        self._model = model
+        self._device = device
+        self._block_size = block_size
+        self._kv_caches: list[Tensor] = []
+        self._state = SamplingState(max_batch, max_length, model.config.vocab_size, device=device)
+        # a row a slot; the last takes what decoding sequences write that need no new block
+        self._block_tables = torch.zeros(max_batch + 1, -(-max_length // block_size), dtype=torch.int32, device=device)
+        self._num_blocks = [0] * max_batch  # in each slot's table
+        self._staging = Staging(device)
+        self._graphs: DecodeGraphs | None = None
+
+    def use_caches(self, kv_caches: list[Tensor]) -> None:
+        """Each layer's cache, as `allocate_kv_cache` makes them. Graphs recorded over others are dropped."""
+        self._kv_caches = kv_caches
+        self._graphs = None
+
+    def use_graphs(self, graphs: type[DecodeGraphs] = DecodeGraphs, **options: Callable[[int, int], None]) -> None:
+        """Record graphs for steps that only decode, and replay those from now on."""
+        padding = np.array([-1, 0, len(self._num_blocks), 0, 0], dtype=np.int32)
+        with torch.inference_mode():
+            self._graphs = graphs(
+                self._decode, max_batch=len(self._num_blocks), padding=padding, device=self._device, **options
+            )
+
+    def launch(self, plan: StepPlan) -> "LaunchedStep":
+        """Queue a step behind those before it. Call it, and read results, in the order of the plans."""
+        with torch.inference_mode():
+            for enter in plan.enter:
+                self._enter(enter)
+            decodes = all(chunk.length == 1 and chunk.sample and len(chunk.new_blocks) <= 1 for chunk in plan.chunks)
+            launch = self._replay if decodes and self._graphs is not None else self._run
+            logits, slots, positions = launch(plan.chunks)
+            if logits is None:
+                return LaunchedStep(plan.step, [], None)
+            needs = [self._state.needs[chunk.slot] for chunk in plan.chunks if chunk.sample]
+            sampled = sample(logits, self._state, SamplingBatch(slots, positions, reduce(or_, needs)))
+            return LaunchedStep(plan.step, [each.top_logprobs for each in needs], sampled)
+
+    def _enter(self, enter: Enter) -> None:
+        params, tokens = enter.sampling, np.frombuffer(enter.tokens, dtype="<i4")
+        self._num_blocks[enter.slot] = 0
+        self._state.enter(
+            enter.slot,
+            tokens,
+            enter.prompt_length,
+            seed=params.seed,
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            min_p=params.min_p,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            repetition_penalty=params.repetition_penalty,
+            logit_bias=params.logit_bias,
+            min_tokens=params.min_tokens,
+            # some models' files name stop tokens beyond the vocabulary
+            stop_token_ids=tuple(token for token in params.stop_token_ids if 0 <= token < self._state.vocab_size),
+            logprobs=params.logprobs,
+        )
+
+    def _take_blocks(self, chunks: list[Chunk]) -> np.ndarray:
+        """Slot, column and number of each block that a step adds to the tables, [3, blocks] int32."""
+        added = []
+        for chunk in chunks:
+            first = self._num_blocks[chunk.slot]
+            added += [(chunk.slot, first + index, block) for index, block in enumerate(chunk.new_blocks)]
+            self._num_blocks[chunk.slot] = first + len(chunk.new_blocks)
+        return np.array(added, dtype=np.int32).reshape(-1, 3).T
+
+    def _add_blocks(self, tables: Tensor, columns: Tensor, blocks: Tensor) -> None:
+        self._block_tables.index_put_((tables.long(), columns.long()), blocks)
+
+    def _cache_slots(self, blocks: Tensor, positions: Tensor) -> Tensor:
+        """Where tokens' keys and values go, int64, from their blocks and positions."""
+        return blocks.long() * self._block_size + positions % self._block_size
+
+    # -- any step
+
+    def _run(self, chunks: list[Chunk]) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Logits of the chunks that sample, [rows, vocabulary] or None where none does, their slots, and the positions of the
+        tokens to sample."""
+        slots = np.array([chunk.slot for chunk in chunks])
+        starts = np.array([chunk.start for chunk in chunks], dtype=np.int64)
+        lengths = np.array([chunk.length for chunk in chunks], dtype=np.int64)
+        context, ends = starts + lengths, np.cumsum(lengths)
+        owners, positions = np.repeat(slots, lengths), np.arange(ends[-1]) + np.repeat(context - ends, lengths)
+        samplers = np.flatnonzero([chunk.sample for chunk in chunks])
+        longer = np.flatnonzero(lengths > 1)
+        uploaded = self._staging.upload(
+            [
+                *self._take_blocks(chunks),
+                *(slots, owners, positions, np.concatenate(([0], ends)), context),
+                *((ends - 1)[samplers], slots[samplers], context[samplers]),
+            ]
+        )
+        self._add_blocks(*uploaded[:3])
+        slot, owner, position, query_starts, contexts = uploaded[3:8]
+        last_rows, sampled_slots, sampled_positions = uploaded[8:]
+        owner, position = owner.long(), position.long()
+        tables = self._block_tables[:, : -(-int(context.max()) // self._block_size)].index_select(0, slot.long())
+        batch = PagedBatch(
+            positions=position,
+            slot_mapping=self._cache_slots(self._block_tables[owner, position // self._block_size], position),
+            query_starts=query_starts,
+            context_lengths=contexts,
+            block_tables=tables,
+            num_decodes=int(longer[0]) if len(longer) else len(chunks),
+            block_size=self._block_size,
+            host_starts=starts,
+            host_lengths=lengths,
+            host_tables=tables.numpy() if self._device.type == "cpu" else None,
+        )
+        hidden = self._model.forward(self._state.history[owner, position].long(), batch, self._kv_caches)
+        if not len(samplers):
+            return None, sampled_slots, sampled_positions
+        if len(samplers) < len(hidden):
+            hidden = hidden.index_select(0, last_rows.long())
+        return self._model.logits(hidden), sampled_slots, sampled_positions
+
+    # -- steps that only decode, from graphs
+
+    def _replay(self, chunks: list[Chunk]) -> tuple[Tensor, Tensor, Tensor]:
+        """As `_run`."""
+        assert self._graphs is not None
+        columns = np.empty((5, len(chunks)), dtype=np.int32)
+        columns[_SLOT] = [chunk.slot for chunk in chunks]
+        columns[_CONTEXT] = [chunk.start + 1 for chunk in chunks]
+        columns[_TABLE:] = [[len(self._num_blocks)], [0], [0]]
+        added = self._take_blocks(chunks)
+        columns[_TABLE:, : added.shape[1]] = added
+        logits, inputs = self._graphs(columns, self._staging)
+        return logits, inputs[_SLOT], inputs[_CONTEXT]
+
+    def _decode(self, inputs: Tensor) -> Tensor:
+        """What graphs record: logits [rows, vocabulary] of `inputs`, int32 [5, rows]. A row without a sequence has slot -1 and
+        no tokens."""
+        slot, context = inputs[_SLOT], inputs[_CONTEXT]
+        self._add_blocks(*inputs[_TABLE:])
+        rows, positions = slot.clamp(min=0).long(), (context - 1).clamp(min=0).long()
+        tables = self._block_tables.index_select(0, rows)
+        cache_slots = self._cache_slots(tables.gather(1, (positions // self._block_size).unsqueeze(1)).squeeze(1), positions)
+        on_cpu = inputs.device.type == "cpu"
+        batch = PagedBatch(
+            positions=positions,
+            slot_mapping=torch.where(context > 0, cache_slots, -1),
+            query_starts=torch.arange(len(slot) + 1, dtype=torch.int32, device=inputs.device),
+            context_lengths=context,
+            block_tables=tables,
+            num_decodes=len(slot),
+            block_size=self._block_size,
+            host_starts=positions.numpy() if on_cpu else None,
+            host_lengths=np.ones(len(slot), dtype=np.int64) if on_cpu else None,
+            host_tables=tables.numpy() if on_cpu else None,
+        )
+        input_ids = self._state.history[rows, positions].long()
+        return self._model.logits(self._model.forward(input_ids, batch, self._kv_caches))
+
+
+class LaunchedStep:
+    """A step on its way. `wanted` says how many of the likeliest tokens each row asked for, None for no log-probabilities."""
+
+    def __init__(self, number: int, wanted: list[int | None], sampled: Sampled | None) -> None:
+        self._number = number
+        self._wanted = wanted
+        self._download = None
+        if sampled is not None:
+            tensors = [sampled.tokens, sampled.failed]
+            if sampled.logprobs is not None:
+                assert sampled.top_tokens is not None and sampled.top_logprobs is not None
+                tensors += [sampled.logprobs, sampled.top_tokens, sampled.top_logprobs]
+            self._download = Download(tensors)
+
+    @property
+    def ready(self) -> bool:
+        """Whether `result` returns at once."""
+        return self._download is None or self._download.ready
+
+    def result(self) -> StepResult:
+        """What the step produced, once it has."""
+        if self._download is None:
+            return StepResult(self._number, [])
+        tokens, failed, *logprobs = (each.tolist() for each in self._download.wait())
+        failures = [row for row, each in enumerate(failed) if each]
+        found = {}
+        if logprobs:
+            for row, (count, chosen, ids, values) in enumerate(zip(self._wanted, *logprobs, strict=True)):
+                if count is not None and not failed[row]:
+                    found[row] = TokenLogprobs(chosen, tuple(ids[:count]), tuple(values[:count]))
+        return StepResult(self._number, tokens, found, failures)

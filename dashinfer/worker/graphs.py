@@ -1,0 +1,87 @@
+"""Decoding steps as CUDA graphs: one recording for each of a few batch sizes, replayed without Python.
+
+Knows static inputs, static outputs and sizes; what is recorded is the caller's function.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dashinfer.worker.staging import Staging
+
+# From inputs, int32 [width, size], to logits, [size, vocabulary]. Reads and writes nothing that moves, and waits for nothing.
+Record = Callable[[Tensor], Tensor]
+
+
+def bucket_sizes(max_batch: int) -> list[int]:
+    """Batch sizes to record, ascending, up to `max_batch`: steps of 8 from 8 on, and of an eighth of the size from 128 on."""
+    sizes = [1, 2, 4, 8]
+    while sizes[-1] < max_batch:
+        sizes.append(sizes[-1] + max(8, 1 << (sizes[-1].bit_length() - 4)))
+    return sorted({min(size, max_batch) for size in sizes})
+
+
+@dataclass
+class _Recording:
+    graph: "torch.cuda.CUDAGraph"
+    inputs: Tensor
+    logits: Tensor
+
+
+class DecodeGraphs:
+    """Graphs of `record` for up to `max_batch` rows, recorded here and now, the largest first, whose memory all share.
+
+    Args:
+        padding: the inputs of a row without a sequence, int32 [width].
+        report: called with the number of graphs recorded and of all.
+    """
+
+    def __init__(
+        self,
+        record: Record,
+        *,
+        max_batch: int,
+        padding: np.ndarray,
+        device: torch.device,
+        report: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        self._padding = padding[:, None]
+        self._sizes = bucket_sizes(max_batch)
+        self._recordings: dict[int, _Recording] = {}
+        pool = torch.cuda.graph_pool_handle()
+        for size in reversed(self._sizes):
+            report(len(self._recordings), len(self._sizes))
+            inputs = torch.from_numpy(np.repeat(self._padding, size, 1)).to(device)
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):  # compiles kernels, and lets libraries take their workspaces
+                for _ in range(2):
+                    record(inputs)
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                logits = record(inputs)
+            self._recordings[size] = _Recording(graph, inputs, logits)
+        report(len(self._sizes), len(self._sizes))
+
+    def __call__(self, columns: np.ndarray, staging: Staging) -> tuple[Tensor, Tensor]:
+        """Run a step.
+
+        Args:
+            columns: [width, rows] int32.
+
+        Returns:
+            Logits [rows, vocabulary] and the columns on the device; both are overwritten by the next call.
+        """
+        rows = columns.shape[1]
+        size = self._sizes[bisect_left(self._sizes, rows)]
+        padded = np.repeat(self._padding, size, 1)
+        padded[:, :rows] = columns
+        recording = self._recordings[size]
+        staging.upload_into(recording.inputs, padded)
+        recording.graph.replay()
+        return recording.logits[:rows], recording.inputs[:, :rows]
