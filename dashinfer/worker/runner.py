@@ -74,7 +74,7 @@ class Runner:
         )
         with self._out_of_memory("for the KV cache; lower --kv-cache-memory or --max-length"):
             self._kv_caches = allocate_kv_cache(model_config, num_blocks, self._block_size, dtype, device, config.world_size)
-        self._slots = Slots(config.max_batch, max_length, self._block_size, model_config.vocab_size)
+        self._slots = Slots(config.max_batch, max_length, self._block_size, model_config.vocab_size, device)
         self._sampler = Sampler(self._slots)
         self.ready = Ready(
             architecture=model_config.architecture,

@@ -11,15 +11,21 @@ from dashinfer_kernels.attention.launch import paged_attention
 from dashinfer_kernels.linear.launch import Linear, pack_linear
 from dashinfer_kernels.norm.launch import add_rms_norm, rms_norm
 from dashinfer_kernels.rope.launch import rope_kv_write
+from dashinfer_kernels.sampling.launch import sample
+from dashinfer_kernels.sampling.state import Sampled, SamplingBatch, SamplingState
 
 __all__ = [
     "Linear",
     "PagedBatch",
+    "Sampled",
+    "SamplingBatch",
+    "SamplingState",
     "add_rms_norm",
     "gelu_mul",
     "pack_linear",
     "paged_attention",
     "rms_norm",
     "rope_kv_write",
+    "sample",
     "silu_mul",
 ]

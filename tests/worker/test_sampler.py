@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dashinfer.types import Chunk, Enter, SamplingParams
-from dashinfer.worker.sampler import Sampler, uniform
+from dashinfer.worker.sampler import Sampler
 from dashinfer.worker.slots import Slots
 
 VOCAB_SIZE = 1500
@@ -64,8 +64,7 @@ def test_the_seed_and_the_position_decide_the_draw(logits):
 
     assert sample(row, [params(seed=5)])[0] == first
     assert len({sample(row, [params(seed=seed)])[0][0] for seed in range(20)}) > 1
-    assert uniform(5, 1) != uniform(5, 2)
-    assert all(0 <= uniform(seed, 0) < 1 for seed in range(-50, 50))
+    assert len({sample(row, [params(seed=5)], prompts=[[0] * length])[0][0] for length in range(1, 20)}) > 1
 
 
 def test_draws_follow_the_distribution():
@@ -140,15 +139,14 @@ def test_ties_are_kept_together():
 
 
 def test_penalties():
-    row = torch.tensor([[2.0, -2.0, 1.0, 0.5, 0.0]])
     one = params(temperature=0.0, repetition_penalty=2.0, presence_penalty=0.25, frequency_penalty=0.5)
     slots = Slots(1, 16, 4, 5)
     slots.enter(Enter(0, np.array([0, 1, 2, 2], dtype="<i4").tobytes(), 2, one))
-    adjusted = row.clone()
-    Sampler(slots)._adjust(adjusted[0], Chunk(0, 3, 1, True, ()), one)
+    sampler = Sampler(slots)
 
-    # repetition: 0, 1 and 2 were seen; presence and frequency: 2 was produced twice
-    torch.testing.assert_close(adjusted, torch.tensor([[1.0, -4.0, 0.5 - 0.25 - 2 * 0.5, 0.5, 0.0]]))
+    # repetition halves 0, doubles -2 and takes 2 below 0.5 together with presence and frequency, as it was produced twice
+    assert sampler(torch.tensor([[0.98, -0.1, 2.49, -0.15, -1.0]]), [Chunk(0, 3, 1, True, ())])[0] == [0]
+    assert sampler(torch.tensor([[-0.06, -0.1, 2.6, -0.15, -1.0]]), [Chunk(0, 4, 1, True, ())])[0] == [2]
 
 
 def test_penalties_do_not_touch_the_token_being_planned():
