@@ -58,6 +58,16 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a number") from None
+    if not 0 < value <= 1:
+        raise ValueError(f"{text} is not a share above 0 and up to 1")
+    return value
+
+
 def _port(text: str) -> int:
     value = _whole(text)
     if not 0 <= value <= 65535:
@@ -159,6 +169,14 @@ class ServerConfig:
     max_step_tokens: int | None = _setting(
         None, "most tokens computed in one step (default: chosen for the device)", group=_ENGINE, parse=_positive, metavar="N"
     )
+    gpu_memory_utilization: float = _setting(
+        0.9,
+        "share of the GPU's memory to use, for weights, KV cache and everything else",
+        group=_ENGINE,
+        parse=_share,
+        metavar="SHARE",
+    )
+    enforce_eager: bool = _setting(False, "record no CUDA graphs: slower, starts sooner", group=_ENGINE)
     disable_prefix_cache: bool = _setting(False, "compute every prompt from its first token", group=_ENGINE)
 
     def __post_init__(self) -> None:

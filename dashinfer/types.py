@@ -60,6 +60,8 @@ class WorkerConfig(Struct, frozen=True):
     block_size: int | None  # tokens a block
     kv_cache_memory: int | None  # bytes a rank
     log_level: str = "info"
+    gpu_memory_utilization: float = 0.9  # of the device's memory, everything together
+    enforce_eager: bool = False  # no CUDA graphs
 
 
 class Start(Struct, tag="start", frozen=True):
@@ -71,7 +73,7 @@ class Start(Struct, tag="start", frozen=True):
 class Progress(Struct, tag="progress", frozen=True):
     """Rank to parent while loading."""
 
-    stage: str  # "weights", "warmup"
+    stage: str  # "weights", "graphs"
     done: int
     total: int
     unit: str = ""  # "B" for bytes
@@ -91,6 +93,8 @@ class Ready(Struct, tag="ready", frozen=True):
     num_blocks: int
     weight_bytes: int
     kv_cache_bytes: int
+    activation_bytes: int = 0  # kept free for a step's temporary tensors
+    graph_bytes: int = 0  # of CUDA graphs
 
 
 class Failed(Struct, tag="failed", frozen=True):

@@ -271,4 +271,6 @@ def worker_config(config: ServerConfig, files: ModelFiles, rank: int, world_size
         block_size=config.block_size,
         kv_cache_memory=config.kv_cache_memory,
         log_level=config.log_level,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        enforce_eager=config.enforce_eager,
     )

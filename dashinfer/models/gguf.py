@@ -69,6 +69,8 @@ class GGUFSource:
         UnsupportedModel: it is none of GGUF, cut short or damaged; or a version, or a type of tensor, is not known.
     """
 
+    on_device = False
+
     def __init__(self, paths: tuple[str, ...], *, head_dim: int) -> None:
         self._head_dim = head_dim
         self._entries: dict[str, _Entry] = {}

@@ -44,14 +44,16 @@ class Part:
 
 
 class Source(Protocol):
-    """Weight files. `sizes` maps each tensor's name to its bytes in the file."""
+    """Weight files. `sizes` maps each tensor's name to its bytes in the file; `on_device` says whether it fills tensors on any
+    device, rather than in host memory only."""
 
     sizes: dict[str, int]
+    on_device: bool
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def read_into(self, out: Tensor, part: Part) -> None:
-        """Fill `out`, [*part.local_shape] of any float type in host memory. Raises UnsupportedModel for a type that cannot
+        """Fill `out`, [*part.local_shape] of any float type. Raises UnsupportedModel for a type that cannot
         be read."""
         ...
 
@@ -94,7 +96,8 @@ class WeightReader:
                     f"the tensor {part.name} has the shape {list(found)}, but the model's config makes it {list(part.shape)}"
                 )
         rows = [part.local_shape[0] for part in parts]
-        out = torch.empty((sum(rows), *parts[0].local_shape[1:]), dtype=dtype or self.dtype)
+        device = self.device if self.source.on_device else "cpu"
+        out = torch.empty((sum(rows), *parts[0].local_shape[1:]), dtype=dtype or self.dtype, device=device)
         for part, piece in zip(parts, out.split(rows), strict=True):
             self.source.read_into(piece, part)
             self._count(part.name)
@@ -125,6 +128,8 @@ class WeightReader:
 
 class SafetensorsSource:
     """One or more .safetensors files that hold a model together."""
+
+    on_device = False
 
     def __init__(self, paths: tuple[str, ...]) -> None:
         self.sizes: dict[str, int] = {}
@@ -177,6 +182,8 @@ class SafetensorsSource:
 class DummySource:
     """Random weights of whatever shape is asked for: measures speed and memory without a model's files."""
 
+    on_device = True
+
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
         self._shapes = shapes
         self.sizes = {name: 2 * torch.Size(shape).numel() for name, shape in shapes.items()}
@@ -191,8 +198,9 @@ class DummySource:
         if part.name.endswith("norm.weight"):
             out.fill_(1)
             return
-        for piece in out.view(-1).split(self._noise.numel()):
-            piece.copy_(self._noise[: piece.numel()])
+        noise = self._noise = self._noise.to(out.device)
+        for piece in out.view(-1).split(noise.numel()):
+            piece.copy_(noise[: piece.numel()])
 
     def close(self) -> None:
         pass

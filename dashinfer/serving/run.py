@@ -218,7 +218,9 @@ def _announce(config: ServerConfig, url: str, info: Ready) -> None:
     rows = {
         "address": url if config.host in url else f"{url} (bound to {config.host})",
         "model": f"{config.model_name} ({info.architecture}, mode {info.mode})",
-        "device": f"{info.device}, {info.data_type}, {info.weight_bytes / 2**20:,.0f} MiB of weights",
+        "device": f"{info.device}, {info.data_type}",
+        "memory": f"{info.weight_bytes / 2**20:,.0f} MiB of weights, {info.activation_bytes / 2**20:,.0f} MiB for activations"
+        + (f", {info.graph_bytes / 2**20:,.0f} MiB of CUDA graphs" if info.graph_bytes else ""),
         "KV cache": f"{info.num_blocks * info.block_size:,} tokens, {info.kv_cache_bytes / 2**20:,.0f} MiB; "
         f"a sequence up to {info.max_length:,} tokens",
         "API": f"{url}/v1{', with a key' if config.api_keys else ''}",

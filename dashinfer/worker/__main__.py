@@ -1,7 +1,8 @@
 """A rank: `python -m dashinfer.worker FD`, where FD is its end of the parent's socket pair.
 
-Three threads: the main one loads the model and executes plans; one reads frames, and ends the process when the socket closes,
-in the middle of a step if need be, so that no rank outlives its parent; one says once a second that the process is alive.
+The main thread loads the model and executes plans; one reads frames, and ends the process when the socket closes, in the
+middle of a step if need be, so that no rank outlives its parent; one says once a second that the process is alive; with a GPU,
+which is given steps before earlier ones have ended, one waits for their results.
 Signals that a terminal or a service manager sends to the whole group are left to the parent.
 """
 
@@ -14,10 +15,16 @@ import socket
 import sys
 import threading
 import traceback
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
 
 from dashinfer.errors import StartupError, WorkerError
 from dashinfer.types import Alive, Failed, FromParent, FromWorker, Progress, Start, StepPlan
 from dashinfer.worker.frames import encode, worker_reader
+
+if TYPE_CHECKING:
+    from dashinfer.worker.executor import LaunchedStep
 
 HEARTBEAT_INTERVAL = 1.0  # seconds
 
@@ -68,8 +75,13 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     connection = Connection(socket.socket(fileno=int(sys.argv[1])))
     connection.start()
+    _guarded(connection, partial(serve, connection))
+
+
+def _guarded(connection: Connection, work: Callable[[], None]) -> None:
+    """Do it; whatever it raises is told to the parent and ends the process."""
     try:
-        serve(connection)
+        work()
     except BaseException as error:
         kind = type(error).__name__ if isinstance(error, StartupError) else ""
         message = str(error) if kind else f"{type(error).__name__}: {error}"
@@ -100,12 +112,25 @@ def serve(connection: Connection) -> None:
     gc.collect()
     gc.freeze()
     connection.send(runner.ready)
+    rank, steps = start.config.rank, queue.SimpleQueue[LaunchedStep]()
+    if runner.on_gpu and rank == 0:
+        threading.Thread(target=_guarded, args=(connection, partial(send_results, connection, steps)), daemon=True).start()
     while True:
         plan = connection.inbox.get()
         assert isinstance(plan, StepPlan)
-        result = runner.execute(plan)
-        if start.config.rank == 0:
-            connection.send(result)
+        step = runner.launch(plan)
+        if rank != 0:
+            continue
+        if runner.on_gpu:
+            steps.put(step)
+        else:
+            connection.send(step.result())
+
+
+def send_results(connection: Connection, steps: "queue.SimpleQueue[LaunchedStep]") -> None:
+    """Wait for each step's result and send it, while the main thread queues the steps after it."""
+    while True:
+        connection.send(steps.get().result())
 
 
 if __name__ == "__main__":

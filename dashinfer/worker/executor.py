@@ -27,9 +27,7 @@ _SLOT, _CONTEXT, _TABLE, _COLUMN, _BLOCK = range(5)
 class Executor:
     """Runs a model for up to `max_batch` sequences of up to `max_length` tokens, over caches that `use_caches` brings."""
 
-    def __init__(
-        self, model: DecoderLM, *, device: torch.device, max_batch: int, max_length: int, block_size: int
-    ) -> None:
+    def __init__(self, model: DecoderLM, *, device: torch.device, max_batch: int, max_length: int, block_size: int) -> None:
         self._model = model
         self._device = device
         self._block_size = block_size
@@ -58,7 +56,8 @@ class Executor:
         """Queue a step behind those before it. Call it, and read results, in the order of the plans."""
         with torch.inference_mode():
             for enter in plan.enter:
-                self._enter(enter)
+                self._num_blocks[enter.slot] = 0
+                enter_slot(self._state, enter)
             decodes = all(chunk.length == 1 and chunk.sample and len(chunk.new_blocks) <= 1 for chunk in plan.chunks)
             launch = self._replay if decodes and self._graphs is not None else self._run
             logits, slots, positions = launch(plan.chunks)
@@ -67,28 +66,6 @@ class Executor:
             needs = [self._state.needs[chunk.slot] for chunk in plan.chunks if chunk.sample]
             sampled = sample(logits, self._state, SamplingBatch(slots, positions, reduce(or_, needs)))
             return LaunchedStep(plan.step, [each.top_logprobs for each in needs], sampled)
-
-    def _enter(self, enter: Enter) -> None:
-        params, tokens = enter.sampling, np.frombuffer(enter.tokens, dtype="<i4")
-        self._num_blocks[enter.slot] = 0
-        self._state.enter(
-            enter.slot,
-            tokens,
-            enter.prompt_length,
-            seed=params.seed,
-            temperature=params.temperature,
-            top_k=params.top_k,
-            top_p=params.top_p,
-            min_p=params.min_p,
-            presence_penalty=params.presence_penalty,
-            frequency_penalty=params.frequency_penalty,
-            repetition_penalty=params.repetition_penalty,
-            logit_bias=params.logit_bias,
-            min_tokens=params.min_tokens,
-            # some models' files name stop tokens beyond the vocabulary
-            stop_token_ids=tuple(token for token in params.stop_token_ids if 0 <= token < self._state.vocab_size),
-            logprobs=params.logprobs,
-        )
 
     def _take_blocks(self, chunks: list[Chunk]) -> np.ndarray:
         """Slot, column and number of each block that a step adds to the tables, [3, blocks] int32."""
@@ -186,6 +163,28 @@ class Executor:
         )
         input_ids = self._state.history[rows, positions].long()
         return self._model.logits(self._model.forward(input_ids, batch, self._kv_caches))
+
+
+def enter_slot(state: SamplingState, enter: Enter) -> None:
+    """A sequence takes a slot. Stop tokens beyond the vocabulary, which some models' files name, are dropped."""
+    params = enter.sampling
+    state.enter(
+        enter.slot,
+        np.frombuffer(enter.tokens, dtype="<i4"),
+        enter.prompt_length,
+        seed=params.seed,
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        repetition_penalty=params.repetition_penalty,
+        logit_bias=params.logit_bias,
+        min_tokens=params.min_tokens,
+        stop_token_ids=tuple(token for token in params.stop_token_ids if 0 <= token < state.vocab_size),
+        logprobs=params.logprobs,
+    )
 
 
 class LaunchedStep:

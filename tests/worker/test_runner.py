@@ -1,6 +1,7 @@
 """The runner on a small random model, driven by the scheduler's plans as the engine drives it."""
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 
@@ -9,8 +10,10 @@ from dashinfer.engine.sequence import Sequence
 from dashinfer.errors import ConfigurationError, InsufficientMemory
 from dashinfer.models.config import ModelConfig
 from dashinfer.types import Chunk, Enter, ModelFiles, SamplingParams, StepPlan, WorkerConfig
+from dashinfer.worker import capacity
 from dashinfer.worker import runner as runner_module
-from dashinfer.worker.runner import Runner, count_blocks, select_device, step_bytes
+from dashinfer.worker.capacity import count_blocks, step_bytes
+from dashinfer.worker.runner import Runner, costly_plan, select_device
 
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
@@ -45,11 +48,31 @@ def load(**changes) -> Runner:
     return Runner(config, ModelConfig.from_hf(MODEL), lambda *_: None)
 
 
-@pytest.fixture(scope="module")
-def runner():
+class CalledGraphs:
+    """In the place of `DecodeGraphs` where nothing can be recorded: calls what it would replay."""
+
+    def __init__(self, record, *, max_batch: int, padding: np.ndarray, device: torch.device) -> None:
+        self.record = record
+        self.calls = 0
+        assert len(padding) == 5
+
+    def __call__(self, columns, staging):
+        self.calls += 1
+        inputs = torch.empty(columns.shape, dtype=torch.int32)
+        staging.upload_into(inputs, columns)
+        return self.record(inputs), inputs
+
+
+@pytest.fixture(scope="module", params=["plain", "graphs"])
+def runner(request):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield load()
+    loaded = load()
+    if request.param == "graphs":
+        loaded._executor.use_graphs(CalledGraphs)
+    yield loaded
+    if request.param == "graphs":
+        assert loaded._executor._graphs.calls > 50
     torch.set_num_threads(threads)
 
 
@@ -121,14 +144,14 @@ def test_a_request_for_logprobs_and_one_without_sit_in_one_step(runner):
 
 
 def test_a_model_that_overflows_fails_its_rows(runner, monkeypatch):
-    whole = runner._model.logits
+    whole = runner._executor._model.logits
 
     def overflowing(hidden):
         logits = whole(hidden)
         logits[0] = float("nan")
         return logits
 
-    monkeypatch.setattr(runner._model, "logits", overflowing)
+    monkeypatch.setattr(runner._executor._model, "logits", overflowing)
     plan = StepPlan(
         0, [Enter(slot, bytes(4), 1, greedy()) for slot in range(2)], [Chunk(slot, 0, 1, True, (slot,)) for slot in range(2)]
     )
@@ -141,7 +164,7 @@ def test_memory_that_runs_out_in_a_step_is_one_line(runner, monkeypatch, message
     def forward(*_):
         raise (torch.OutOfMemoryError if "CUDA" in message else RuntimeError)(message)
 
-    monkeypatch.setattr(runner._model, "forward", forward)
+    monkeypatch.setattr(runner._executor._model, "forward", forward)
     plan = StepPlan(0, [Enter(0, bytes(4), 1, greedy())], [Chunk(0, 0, 1, True, (0,))])
     with pytest.raises(InsufficientMemory, match=r"^toy: memory ran out in a step; lower --max-step-tokens, "):
         runner.execute(plan)
@@ -151,7 +174,7 @@ def test_another_error_of_torch_is_not_hidden(runner, monkeypatch):
     def forward(*_):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(runner._model, "forward", forward)
+    monkeypatch.setattr(runner._executor._model, "forward", forward)
     with pytest.raises(RuntimeError, match=r"^shapes"):
         runner.execute(StepPlan(0, [Enter(0, bytes(4), 1, greedy())], [Chunk(0, 0, 1, True, (0,))]))
 
@@ -166,10 +189,10 @@ def test_an_allocation_that_fails_is_one_line(monkeypatch):
 
 
 def test_ranks_on_one_machine_share_its_memory(monkeypatch):
-    monkeypatch.setattr(runner_module, "available_memory", lambda: 120)
+    monkeypatch.setattr(capacity, "available_memory", lambda: 120)
 
-    assert runner_module.free_memory(torch.device("cpu"), 1) == 120
-    assert runner_module.free_memory(torch.device("cpu"), 4) == 30
+    assert capacity.free_memory(torch.device("cpu"), 1) == 120
+    assert capacity.free_memory(torch.device("cpu"), 4) == 30
 
 
 def test_a_step_of_many_tokens_keeps_memory_for_them():
@@ -261,3 +284,19 @@ def test_a_device_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigurationError, match="--device cuda: torch finds no CUDA device"):
         select_device("cuda")
+
+
+@pytest.mark.parametrize(("tokens", "max_batch", "max_length"), [(512, 8, 100), (8, 8, 100), (8192, 32, 8192), (700, 300, 64)])
+def test_the_costly_plan_has_every_token_and_slot(tokens, max_batch, max_length):
+    plan = costly_plan(tokens, max_batch, max_length, 16)
+
+    lengths = [chunk.length for chunk in plan.chunks]
+    assert sum(lengths) == min(tokens, max_batch * (max_length - 1))
+    assert {chunk.slot for chunk in plan.chunks} == set(range(max_batch)) == {enter.slot for enter in plan.enter}
+    assert lengths == sorted(lengths)
+    assert all(1 <= length < max_length for length in lengths)
+    assert all(len(chunk.new_blocks) == -(-chunk.length // 16) for chunk in plan.chunks)
+
+
+def test_the_costly_plan_runs(runner):
+    assert len(runner.execute(costly_plan(100, 3, 64, 8)).logprobs) == 3

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from dashinfer.types import Chunk, Enter, SamplingParams
-from dashinfer.worker.sampler import Sampler
-from dashinfer.worker.slots import Slots
+from dashinfer.worker.executor import LaunchedStep, enter_slot
+from dashinfer_kernels import SamplingBatch, SamplingState
+from dashinfer_kernels import sample as sample_op
 
 VOCAB_SIZE = 1500
 
@@ -16,16 +17,24 @@ def params(**changes) -> SamplingParams:
     return SamplingParams(**{"max_tokens": 100, "seed": 1, "temperature": 1.0, **changes})
 
 
+def run(state: SamplingState, logits: torch.Tensor, chunks: list[Chunk]):
+    """Tokens, log-probabilities and failed rows."""
+    slots = [chunk.slot for chunk in chunks]
+    batch = SamplingBatch.build(state, slots, [chunk.start + chunk.length for chunk in chunks])
+    result = LaunchedStep(0, [state.needs[slot].top_logprobs for slot in slots], sample_op(logits, state, batch)).result()
+    return result.tokens, result.logprobs, result.failed
+
+
 def sample(logits: torch.Tensor, each: list[SamplingParams], prompts: list[list[int]] | None = None, outputs=None):
     """Sample one token for each row, with the row's prompt and earlier output in its slot."""
-    slots = Slots(len(each), 64, 16, logits.shape[-1])
+    slots = SamplingState(len(each), 64, logits.shape[-1])
     chunks = []
     for slot, one in enumerate(each):
         prompt = prompts[slot] if prompts else [0]
         tokens = prompt + (outputs[slot] if outputs else [])
-        slots.enter(Enter(slot, np.array(tokens, dtype="<i4").tobytes(), len(prompt), one))
+        enter_slot(slots, Enter(slot, np.array(tokens, dtype="<i4").tobytes(), len(prompt), one))
         chunks.append(Chunk(slot, len(tokens) - 1, 1, True, ()))
-    tokens, logprobs, failed = Sampler(slots)(logits.clone(), chunks)
+    tokens, logprobs, failed = run(slots, logits.clone(), chunks)
     assert failed == []
     return tokens, logprobs
 
@@ -140,22 +149,21 @@ def test_ties_are_kept_together():
 
 def test_penalties():
     one = params(temperature=0.0, repetition_penalty=2.0, presence_penalty=0.25, frequency_penalty=0.5)
-    slots = Slots(1, 16, 4, 5)
-    slots.enter(Enter(0, np.array([0, 1, 2, 2], dtype="<i4").tobytes(), 2, one))
-    sampler = Sampler(slots)
+    slots = SamplingState(1, 16, 5)
+    enter_slot(slots, Enter(0, np.array([0, 1, 2, 2], dtype="<i4").tobytes(), 2, one))
 
     # repetition halves 0, doubles -2 and takes 2 below 0.5 together with presence and frequency, as it was produced twice
-    assert sampler(torch.tensor([[0.98, -0.1, 2.49, -0.15, -1.0]]), [Chunk(0, 3, 1, True, ())])[0] == [0]
-    assert sampler(torch.tensor([[-0.06, -0.1, 2.6, -0.15, -1.0]]), [Chunk(0, 4, 1, True, ())])[0] == [2]
+    assert run(slots, torch.tensor([[0.98, -0.1, 2.49, -0.15, -1.0]]), [Chunk(0, 3, 1, True, ())])[0] == [0]
+    assert run(slots, torch.tensor([[-0.06, -0.1, 2.6, -0.15, -1.0]]), [Chunk(0, 4, 1, True, ())])[0] == [2]
 
 
 def test_penalties_do_not_touch_the_token_being_planned():
     """The slot's row may hold stale tokens of an earlier sequence beyond the current length."""
-    slots = Slots(1, 16, 4, 4)
-    slots.tokens[0, :] = 3
+    slots = SamplingState(1, 16, 4)
     one = params(temperature=0.0, presence_penalty=2.0)
-    slots.enter(Enter(0, np.array([0, 1], dtype="<i4").tobytes(), 1, one))
-    tokens, _, _ = Sampler(slots)(torch.tensor([[0.0, 1.0, 0.0, 1.5]]), [Chunk(0, 1, 1, True, ())])
+    enter_slot(slots, Enter(0, np.array([0, 3, 3, 3], dtype="<i4").tobytes(), 1, one))
+    enter_slot(slots, Enter(0, np.array([0, 1], dtype="<i4").tobytes(), 1, one))
+    tokens, _, _ = run(slots, torch.tensor([[0.0, 1.0, 0.0, 1.5]]), [Chunk(0, 1, 1, True, ())])
 
     assert tokens == [3]
 
@@ -226,10 +234,10 @@ def test_a_row_without_finite_logits_fails_alone(logits, value, temperature):
     expected, expected_logprobs = sample(logits[:3], each)
     broken = logits[:3].clone()
     broken[1, 7] = value
-    slots = Slots(3, 64, 16, VOCAB_SIZE)
+    slots = SamplingState(3, 64, VOCAB_SIZE)
     for slot, one in enumerate(each):
-        slots.enter(Enter(slot, bytes(4), 1, one))
-    tokens, logprobs, failed = Sampler(slots)(broken, [Chunk(slot, 0, 1, True, ()) for slot in range(3)])
+        enter_slot(slots, Enter(slot, bytes(4), 1, one))
+    tokens, logprobs, failed = run(slots, broken, [Chunk(slot, 0, 1, True, ()) for slot in range(3)])
 
     assert failed == [1]
     assert 0 <= tokens[1] < VOCAB_SIZE
@@ -238,10 +246,10 @@ def test_a_row_without_finite_logits_fails_alone(logits, value, temperature):
 
 
 def test_a_row_of_nothing_but_minus_infinity_fails():
-    slots = Slots(1, 16, 4, 6)
-    slots.enter(Enter(0, bytes(4), 1, params(top_p=0.5)))
+    slots = SamplingState(1, 16, 6)
+    enter_slot(slots, Enter(0, bytes(4), 1, params(top_p=0.5)))
 
-    assert Sampler(slots)(torch.full((1, 6), float("-inf")), [Chunk(0, 0, 1, True, ())])[2] == [0]
+    assert run(slots, torch.full((1, 6), float("-inf")), [Chunk(0, 0, 1, True, ())])[2] == [0]
 
 
 def test_stop_tokens_beyond_the_vocabulary_are_dropped():

@@ -1,0 +1,73 @@
+"""How much memory a rank may take for the KV cache, and what else it must keep free."""
+
+import torch
+
+from dashinfer.errors import InsufficientMemory
+from dashinfer.models.config import ModelConfig
+from dashinfer.models.memory import available_memory, format_size
+from dashinfer.types import DataType
+
+MEMORY_SHARE = 0.5  # of host memory that is available once the weights are there
+# On CPU, a step's temporary tensors, generously, in bytes: for a token the greater of the first two, for a row of logits the
+# last.
+HIDDEN_BYTES = 32  # times hidden size
+INTERMEDIATE_BYTES = 8  # times intermediate size
+LOGIT_BYTES = 32  # times vocabulary
+
+
+def free_memory(device: torch.device, world_size: int) -> int:
+    """Bytes that a rank can still take on its device. Ranks on CPU share the machine's memory."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory() // world_size
+
+
+def step_bytes(config: ModelConfig, step_tokens: int, max_batch: int) -> int:
+    """Bytes to keep for what a step of `step_tokens` tokens, `max_batch` of which sample, allocates and frees again."""
+    token = max(HIDDEN_BYTES * config.hidden_size, INTERMEDIATE_BYTES * config.intermediate_size)
+    return step_tokens * token + max_batch * config.vocab_size * LOGIT_BYTES
+
+
+def count_blocks(
+    *,
+    name: str,
+    data_type: DataType,
+    block_bytes: int,
+    block_size: int,
+    max_batch: int,
+    max_length: int,
+    requested: int | None,
+    free: int,
+    available: int,
+) -> int:
+    """How many KV cache blocks to allocate: what was asked for, or what is available up to what a full batch can use.
+
+    Args:
+        block_bytes: of one block of `block_size` tokens.
+        requested: bytes asked for by --kv-cache-memory.
+        free: bytes there are.
+        available: those of them that the KV cache may take where nothing is asked for; below 0 where there are none.
+
+    Raises:
+        InsufficientMemory: more is asked for than there is, or not even one sequence of `max_length` tokens fits.
+    """
+    if requested is not None and requested > free:
+        raise InsufficientMemory(
+            f"{name}: --kv-cache-memory asks for {format_size(requested)}, but only {format_size(free)} of memory is free; "
+            "lower it, or leave it out to take what is there"
+        )
+    budget = available if requested is None else requested
+    num_blocks = max(budget, 0) // block_bytes
+    blocks_per_sequence = -(-max_length // block_size)
+    if num_blocks < blocks_per_sequence:
+        changes = [] if requested is None else ["raise --kv-cache-memory"]
+        if num_blocks:
+            changes.append(f"lower --max-length (to {num_blocks * block_size} or less)")
+        elif requested is None:
+            changes += ["free some memory", "use a smaller model"]
+        if data_type == "float32":
+            changes.append("use --data-type bfloat16")
+        raise InsufficientMemory(
+            f"{name}: the KV cache of one sequence of {max_length} tokens needs "
+            f"{format_size(blocks_per_sequence * block_bytes)} in {data_type}, but {format_size(max(budget, 0))} are "
+            f"{'available' if requested is None else 'given by --kv-cache-memory'}; {' or '.join(changes)}"
+        )
+    return num_blocks if requested is not None else min(num_blocks, max_batch * blocks_per_sequence)
