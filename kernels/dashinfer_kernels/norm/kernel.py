@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def rms_norm_kernel(
     x_ptr,  # [tokens, HIDDEN]
     residual_ptr,  # [tokens, HIDDEN] float32, contiguous; unused without USE_RESIDUAL
