@@ -18,6 +18,14 @@ def _store_dtype(x, ptr):
 
 
 @triton.jit
+def _angles(position_ptr, inside, cos_sin_ptr, half, mask, ROTARY_DIM: tl.constexpr):
+    """Cosines and sines of each row's position; of an angle of 0 where `mask` is false."""
+    position = tl.load(position_ptr, mask=inside, other=0).to(tl.int64)
+    places = cos_sin_ptr + position * ROTARY_DIM + half
+    return tl.load(places, mask=mask, other=1.0), tl.load(places + ROTARY_DIM // 2, mask=mask, other=0.0)
+
+
+@triton.jit
 def _norm_weight(q_norm_ptr, k_norm_ptr, columns, mask, is_q, is_v):
     """Each row's weights: of the query norm, of the key norm, or 1 for values."""
     q_weight = tl.load(q_norm_ptr + columns, mask=mask, other=0.0).to(tl.float32)
@@ -65,28 +73,29 @@ def rope_kv_write_kernel(
     rest = ROTARY_DIM + tl.arange(0, BLOCK_REST if BLOCK_REST else 1)[None, :]
     in_half, in_rest = inside & (half < half_dim), inside & (rest < HEAD_DIM)
 
+    slot = tl.load(slot_mapping_ptr + token, mask=inside & (head >= NUM_HEADS), other=-1).to(tl.int64)
     x_ptr = qkv_ptr + rows.to(tl.int64) * HEAD_DIM
     first = tl.load(x_ptr + half, mask=in_half, other=0.0).to(tl.float32)
     second = tl.load(x_ptr + half_dim + half, mask=in_half, other=0.0).to(tl.float32)
     if BLOCK_REST:
         third = tl.load(x_ptr + rest, mask=in_rest, other=0.0).to(tl.float32)
 
+    # A position chosen for each column would make its angle's address a gather, so all three are read and the angles chosen.
+    turns = in_half & (head < NUM_HEADS + NUM_KV_HEADS)
+    cos, sin = _angles(positions_ptr + token, inside, cos_sin_ptr, half, turns, ROTARY_DIM)
     if USE_MROPE:
-        position = tl.load(positions_ptr + token, mask=inside, other=0)
-        height = tl.load(positions_ptr + positions_stride + token, mask=inside, other=0)
-        width = tl.load(positions_ptr + 2 * positions_stride + token, mask=inside, other=0)
         if USE_INTERLEAVED:
             by_height = (half % 3 == 1) & (half < 3 * SECTION_H)
             by_width = (half % 3 == 2) & (half < 3 * SECTION_W)
         else:
             by_height = (half >= SECTION_T) & (half < SECTION_T + SECTION_H)
             by_width = half >= SECTION_T + SECTION_H
-        position = tl.where(by_height, height, tl.where(by_width, width, position))
-    else:
-        position = tl.load(positions_ptr + token, mask=inside, other=0)
-    angles = cos_sin_ptr + position.to(tl.int64) * ROTARY_DIM + half
-    cos = tl.load(angles, mask=in_half & (head < NUM_HEADS + NUM_KV_HEADS), other=1.0)
-    sin = tl.load(angles + half_dim, mask=in_half & (head < NUM_HEADS + NUM_KV_HEADS), other=0.0)
+        other_cos, other_sin = _angles(positions_ptr + positions_stride + token, inside, cos_sin_ptr, half, turns, ROTARY_DIM)
+        cos, sin = tl.where(by_height, other_cos, cos), tl.where(by_height, other_sin, sin)
+        other_cos, other_sin = _angles(
+            positions_ptr + 2 * positions_stride + token, inside, cos_sin_ptr, half, turns, ROTARY_DIM
+        )
+        cos, sin = tl.where(by_width, other_cos, cos), tl.where(by_width, other_sin, sin)
 
     if USE_NORM:
         squares = tl.sum(first * first + second * second, 1, keep_dims=True)
@@ -106,7 +115,6 @@ def rope_kv_write_kernel(
     if BLOCK_REST and USE_NORM:
         tl.store(x_ptr + rest, third.to(qkv_ptr.dtype.element_ty), mask=in_rest & is_q)
 
-    slot = tl.load(slot_mapping_ptr + token, mask=inside & (head >= NUM_HEADS), other=-1).to(tl.int64)
     written = slot >= 0
     place = (slot // BLOCK_SIZE * (2 * NUM_KV_HEADS) + (head - NUM_HEADS)) * BLOCK_SIZE + slot % BLOCK_SIZE
     if USE_SCALES:
