@@ -1,7 +1,8 @@
 """The operations a decoder is built from, each behind one function that does not change with the device.
 
-An op is a folder: `reference.py` defines it in plain torch and is the specification, `cpu.py` is the fast CPU path where that
-differs, `launch.py` checks shapes and dispatches by device. Knows nothing of models, weights files, requests or scheduling.
+An op is a folder: `reference.py` defines it in plain torch and is the specification, `kernel.py` is the Triton path of GPUs,
+`cpu.py` the CPU path, and `launch.py` checks shapes and dispatches by device. On CPU alone Triton is never imported. Knows
+nothing of models, weights files, requests or scheduling.
 All ops are for inference: none of them records gradients on purpose, and callers run them under `torch.inference_mode()`.
 """
 

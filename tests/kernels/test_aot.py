@@ -6,6 +6,7 @@ import pytest
 from aot import Compiled
 from aot_variants import Variant
 
+pytest.importorskip("triton")
 VARIANTS = aot_variants.load()
 
 

@@ -61,3 +61,78 @@ def test_small_additions_to_a_large_residual_are_not_lost() -> None:
         add_rms_norm(small, residual, torch.ones(8), 1e-5)
 
     assert residual.eq(260).all()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
+@pytest.mark.parametrize("shape", [(0, 64), (1, 1), (5, 37), (3, 576), (2, 4097)])
+def test_triton_rms_norm_matches_float64(
+    triton_path: str, shape: tuple[int, int], dtype: torch.dtype, tolerance: float
+) -> None:
+    x, weight = (5 * torch.randn(shape)).to(dtype).to(triton_path), torch.randn(shape[1]).to(dtype).to(triton_path)
+
+    actual = rms_norm(x, weight, 1e-5)
+
+    assert actual.dtype == dtype
+    expected = reference.rms_norm(x.double(), weight.double(), 1e-5)
+    torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
+@pytest.mark.parametrize("shape", [(1, 3584), (7, 96), (4, 576)])
+def test_triton_add_rms_norm_matches_float64(
+    triton_path: str, shape: tuple[int, int], dtype: torch.dtype, tolerance: float
+) -> None:
+    x, residual = torch.randn(shape).to(dtype).to(triton_path), torch.randn(shape).to(triton_path)
+    weight, total = torch.randn(shape[1]).to(triton_path), residual + x
+
+    normed = add_rms_norm(x, residual, weight, 1e-5)
+
+    assert normed.dtype == dtype
+    assert torch.equal(residual, total)
+    expected = reference.rms_norm(total.double(), weight.double(), 1e-5)
+    torch.testing.assert_close(normed.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_triton_rows_may_lie_apart_and_the_result_be_narrower(triton_path: str) -> None:
+    wide, weight = torch.full((3, 80), torch.nan, device=triton_path), torch.randn(37, device=triton_path)
+    x = wide[:, :37].normal_()
+
+    actual = rms_norm(x, weight, 1e-5, torch.float16)
+
+    torch.testing.assert_close(actual, reference.rms_norm(x, weight, 1e-5, torch.float16), rtol=2e-3, atol=2e-3)
+
+
+def test_triton_writes_every_element_and_no_other(triton_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The result is the first rows of poisoned memory."""
+    memory = torch.full((9, 37), torch.nan, device=triton_path)
+    monkeypatch.setattr(torch, "empty", lambda shape, **_: memory[: shape[0]])
+    x, weight = torch.randn(7, 37, device=triton_path), torch.randn(37, device=triton_path)
+
+    rms_norm(x, weight, 1e-5)
+
+    assert memory[:7].isfinite().all()
+    assert memory[7:].isnan().all()
+
+
+def test_triton_results_do_not_depend_on_the_batch(triton_path: str) -> None:
+    x, weight = torch.randn(9, 576, device=triton_path), torch.randn(576, device=triton_path)
+
+    together = rms_norm(x, weight, 1e-5)
+
+    for row in range(9):
+        assert torch.equal(rms_norm(x[row : row + 1], weight, 1e-5), together[row : row + 1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_triton_addresses_pass_32_bits() -> None:
+    tokens, hidden = 2**31 // 16384 + 3, 16384
+    if torch.cuda.mem_get_info()[0] < 3 * 2 * tokens * hidden:
+        pytest.skip("needs 13 GB of GPU memory")
+    x, weight = torch.zeros(tokens, hidden, dtype=torch.bfloat16, device="cuda"), torch.ones(hidden, dtype=torch.bfloat16)
+    x[-1] = torch.randn(hidden)
+
+    actual = rms_norm(x, weight.cuda(), 1e-5)[-1]
+
+    expected = reference.rms_norm(x[-1].double(), weight.cuda().double(), 1e-5)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-2, atol=1e-2)

@@ -1,25 +1,34 @@
 """Public functions of RMS normalisation."""
 
+from functools import cache
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from dashinfer_kernels.norm import cpu, reference
+from dashinfer_kernels import tuning
+from dashinfer_kernels.dispatch import use_triton
+from dashinfer_kernels.norm import cpu
+
+MAX_HIDDEN = 16384  # elements of a row that the Triton kernel keeps in registers
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
     """Root-mean-square norm of each row.
 
     Args:
-        x: [tokens, hidden].
+        x: [..., hidden]; on a GPU [tokens, hidden] with contiguous rows, and hidden is at most `MAX_HIDDEN`.
         weight: [hidden], the type of `x`.
         eps: added to the mean square.
         dtype: of the result; the type of `x` where it is None.
 
     Returns:
-        [tokens, hidden]; computed in at least float32 and rounded once.
+        The shape of `x`; computed in at least float32 and rounded once.
     """
     assert weight.shape == x.shape[-1:] and weight.dtype == x.dtype
-    return (cpu if x.device.type == "cpu" else reference).rms_norm(x, weight, eps, dtype or x.dtype)
+    if use_triton(x):
+        return _launch(x, None, weight, eps, dtype or x.dtype)
+    return cpu.rms_norm(x, weight, eps, dtype or x.dtype)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -30,7 +39,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
 
     Args:
         x: [tokens, hidden], a layer's output.
-        residual: [tokens, hidden], float32 (or float64, in tests); `x` is added to it in place.
+        residual: [tokens, hidden], contiguous, float32 (or float64, in tests on CPU); `x` is added to it in place.
         weight: [hidden], the type of `residual`.
         eps: added to the mean square.
 
@@ -38,4 +47,49 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
         `rms_norm(residual + x)`, [tokens, hidden], the type of `x`.
     """
     assert residual.shape == x.shape and weight.shape == x.shape[-1:] and weight.dtype == residual.dtype
-    return (cpu if x.device.type == "cpu" else reference).add_rms_norm(x, residual, weight, eps)
+    if use_triton(x):
+        return _launch(x, residual, weight, eps, x.dtype)
+    return cpu.add_rms_norm(x, residual, weight, eps)
+
+
+def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    tokens, hidden = x.shape
+    assert hidden <= MAX_HIDDEN and x.stride(1) == 1
+    assert residual is None or (residual.dtype == torch.float32 and residual.is_contiguous())
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if tokens:
+        rows, columns, num_warps = _tile(hidden)
+        _kernels().rms_norm_kernel[(-(-tokens // rows),)](
+            x_ptr=x,
+            residual_ptr=residual,
+            weight_ptr=weight,
+            out_ptr=out,
+            tokens=tokens,
+            x_stride=x.stride(0),
+            eps=eps,
+            HIDDEN=hidden,
+            BLOCK_TOKENS=rows,
+            BLOCK_HIDDEN=columns,
+            USE_RESIDUAL=residual is not None,
+            num_warps=num_warps,
+        )
+    return out
+
+
+@cache
+def _tile(hidden: int) -> tuple[int, int, int]:
+    """Rows and columns a program, and its warps: by the row's length alone, so a row's sum does not depend on the batch.
+
+    16 elements a thread keep enough loads in flight; short rows share a program.
+    """
+    columns = 1 << (hidden - 1).bit_length()
+    tuned = tuning.lookup("rms_norm", (hidden,)) or {}
+    rows = tuned.get("rows", max(1, 2048 // columns))
+    return rows, columns, tuned.get("num_warps", min(16, max(1, rows * columns // 512)))
+
+
+@cache
+def _kernels() -> ModuleType:
+    from dashinfer_kernels.norm import kernel
+
+    return kernel

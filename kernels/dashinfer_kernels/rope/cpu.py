@@ -22,13 +22,18 @@ class _Step:
     block_size: int
     cos: Tensor  # [tokens, 1, 1, rotary_dim / 2]
     sin: Tensor  # [tokens, 1, 2, rotary_dim / 2], negative for the first half
-    where: tuple[Tensor, Tensor]  # block and offset of each token
+    where: tuple[Tensor, Tensor]  # block and offset of each token that is written
+    written: Tensor | None  # [tokens] bool where some are padding
 
     @classmethod
     def make(cls, positions: Tensor, cos_sin: Tensor, slot_mapping: Tensor, block_size: int) -> "_Step":
         cos, sin = cos_sin.index_select(0, positions)[:, None, None].chunk(2, -1)
-        where = (slot_mapping // block_size, slot_mapping % block_size)
-        return cls(positions, cos_sin, slot_mapping, block_size, cos, torch.cat((-sin, sin), 2), where)
+        written = slot_mapping >= 0
+        slots = slot_mapping if written.all() else slot_mapping[written]
+        where = (slots // block_size, slots % block_size)
+        signed = torch.cat((-sin, sin), 2)
+        kept = None if slots is slot_mapping else written
+        return cls(positions, cos_sin, slot_mapping, block_size, cos, signed, where, kept)
 
     def serves(self, positions: Tensor, cos_sin: Tensor, slot_mapping: Tensor, block_size: int) -> bool:
         same = self.positions is positions and self.cos_sin is cos_sin and self.slot_mapping is slot_mapping
@@ -77,5 +82,7 @@ def rope_kv_write(
     (rotated if rotary_dim == head_dim else rotated[..., :rotary_dim]).copy_(turned.view(tokens, num_rotated, rotary_dim))
 
     written = heads[:, num_heads:].view(tokens, 2, num_kv_heads, head_dim)
+    if step.written is not None:
+        written = written[step.written]
     kv_cache.permute(0, 3, 1, 2, 4).index_put_(step.where, written.to(kv_cache.dtype))
     return heads[:, :num_heads]
