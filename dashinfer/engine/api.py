@@ -8,13 +8,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from msgspec import Struct
+
 from dashinfer.types import FinishReason, Ready, SamplingParams, TokenLogprobs
 
 EngineState = Literal["loading", "ready", "draining", "failed"]
 
 
-@dataclass(frozen=True, slots=True)
-class TokenOutput:
+class TokenOutput(Struct, frozen=True):
     """One token of one choice. `finish` is set on the last one; a token that ended the choice (end of sequence, a stop token)
     is reported too, with finish "stop", and is not part of the text."""
 

@@ -1,7 +1,7 @@
 """One request's handle on the engine: its sequences on one side, the stream of their tokens on the other.
 
-Entering the `with` block queues the request, leaving it ends what is left of it. The engine feeds it without ever waiting: the
-channel is as long as all the tokens the request may still get.
+Entering the `with` block queues the request, leaving it ends what is left of it. The engine feeds it without ever waiting: what
+the reader has not taken yet is a list, which never holds more than the tokens the request may get.
 """
 
 from collections.abc import Callable
@@ -41,7 +41,8 @@ class SequenceGroup:
         self._on_exit = on_exit
         self._on_stop = on_stop
         self._error: RequestError | None = None
-        self._send, self._receive = trio.open_memory_channel[TokenOutput](sum(each.max_tokens for each in params))
+        self._ready: list[TokenOutput] = []
+        self._changed = trio.Event()
 
     @property
     def cached_tokens(self) -> int:
@@ -52,39 +53,36 @@ class SequenceGroup:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._receive.close()
-        self._send.close()
         self._on_exit(self)
 
     async def receive(self) -> list[TokenOutput]:
-        while self._open:
-            try:
-                outputs = [await self._receive.receive()]
-            except trio.EndOfChannel:
-                assert self._error is not None
-                raise self._error from None
-            while True:
-                try:
-                    outputs.append(self._receive.receive_nowait())
-                except (trio.WouldBlock, trio.EndOfChannel):
-                    break
-            outputs = [output for output in outputs if output.index in self._open]
-            self._open.difference_update(output.index for output in outputs if output.finish)
-            if outputs:
-                return outputs
-        return []
+        if not self._open:
+            return []
+        # A list and an event: a channel would cost several times as much, once a token.
+        while not self._ready:
+            if self._error is not None:
+                raise self._error
+            self._changed = trio.Event()
+            await self._changed.wait()
+        outputs, self._ready = self._ready, []
+        for output in outputs:
+            if output.finish:
+                self._open.discard(output.index)
+        return outputs
 
     def stop(self, index: int) -> None:
         self._open.discard(index)
+        self._ready = [output for output in self._ready if output.index != index]
         self._on_stop(self.sequences[index])
 
     def deliver(self, update: Update) -> None:
         """Pass on what a step gave one of the sequences."""
         index = self._index[id(update.sequence)]
-        self._send.send_nowait(TokenOutput(index, update.token, update.logprobs, update.finish))
+        self._ready.append(TokenOutput(index, update.token, update.logprobs, update.finish))
+        self._changed.set()
 
     def fail(self, error: RequestError) -> None:
         """End the reader's stream with an error, after what it has not read yet."""
         if self._error is None:
             self._error = error
-            self._send.close()
+            self._changed.set()

@@ -13,16 +13,16 @@ computed again from its tokens ("preemption by recompute"); what the prefix cach
 import heapq
 from array import array
 from collections import deque
-from dataclasses import dataclass
 from itertools import islice
+
+from msgspec import Struct
 
 from dashinfer.engine.blocks import BlockPool, extend_hashes
 from dashinfer.engine.sequence import Sequence
 from dashinfer.types import Chunk, Enter, FinishReason, StepPlan, StepResult, TokenLogprobs
 
 
-@dataclass(frozen=True, slots=True)
-class Update:
+class Update(Struct, frozen=True):
     """A sequence gained a token; with `finish` it also ended. With `failed` it ended without one: the model gave nothing."""
 
     sequence: Sequence

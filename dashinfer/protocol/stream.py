@@ -13,6 +13,7 @@ from dashinfer.errors import RequestError
 from dashinfer.types import FinishReason, TokenLogprobs
 
 DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"  # a comment: readers skip it
 
 _encode = msgspec.json.Encoder().encode
 

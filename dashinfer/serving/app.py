@@ -16,7 +16,7 @@ from werkzeug.exceptions import HTTPException
 
 from dashinfer.errors import InvalidRequest, MethodNotAllowed, NotFound, PayloadTooLarge, RequestError
 from dashinfer.protocol.openapi import openapi_document
-from dashinfer.protocol.stream import error_body, health_body, model_list_body
+from dashinfer.protocol.stream import KEEP_ALIVE, error_body, health_body, model_list_body
 from dashinfer.serving import chat, docs
 from dashinfer.serving.auth import KeyRing
 from dashinfer.serving.edge import SCOPE_KEY, Edge, RequestRecord, error_headers, internal_error
@@ -117,6 +117,7 @@ def create_app(service: Service) -> QuartTrio:
         if completion.request.stream:
             response = Response(completion.events(), headers=_EVENTS)
             response.timeout = None
+            record.keep_alive = KEEP_ALIVE
             return response
         return Response(await completion.body(), headers=_JSON)
 

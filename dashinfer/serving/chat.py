@@ -27,7 +27,6 @@ from dashinfer.serving.service import Service, TextModel
 from dashinfer.text.detokenizer import IncrementalDetokenizer, StopString
 from dashinfer.types import FinishReason, SamplingParams
 
-KEEP_ALIVE = 15.0  # seconds of silence after which a stream sends a comment, so that proxies do not cut it
 INLINE_BYTES = 4096  # a body up to this size is prepared on the event loop, in about a millisecond
 # No vocabulary averages more characters a token than this: a longer prompt need not be tokenised to know that it does not fit.
 _MAX_CHARACTERS_PER_TOKEN = 256
@@ -145,7 +144,9 @@ class _Choice:
             self._entries.append(stream.logprob_entry(output.token, output.logprobs, self._text.tokenizer.token_text))
 
 
-def _by_choice(outputs: Sequence[TokenOutput]) -> dict[int, list[TokenOutput]]:
+def _by_choice(outputs: list[TokenOutput]) -> dict[int, list[TokenOutput]]:
+    if len(outputs) == 1:
+        return {outputs[0].index: outputs}
     grouped: dict[int, list[TokenOutput]] = {}
     for output in outputs:
         grouped.setdefault(output.index, []).append(output)
@@ -208,14 +209,7 @@ class ChatCompletion:
         encoder = stream.ChunkEncoder(include_usage=self.request.include_usage, **self._identity)
         yield b"".join(encoder.role(choice.index) for choice in self._choices)
         try:
-            while True:
-                with trio.move_on_after(KEEP_ALIVE) as quiet:
-                    outputs = await self._generation.receive()
-                if quiet.cancelled_caught:
-                    yield b": keep-alive\n\n"
-                    continue
-                if not outputs:
-                    break
+            while outputs := await self._generation.receive():
                 if events := self._encode(encoder, outputs):
                     yield events
         except RequestError as error:
@@ -223,7 +217,7 @@ class ChatCompletion:
             return
         yield (encoder.usage(self._usage()) if self.request.include_usage else b"") + stream.DONE
 
-    def _encode(self, encoder: stream.ChunkEncoder, outputs: Sequence[TokenOutput]) -> bytes:
+    def _encode(self, encoder: stream.ChunkEncoder, outputs: list[TokenOutput]) -> bytes:
         events = []
         for index, group in _by_choice(outputs).items():
             choice = self._choices[index]

@@ -1,8 +1,9 @@
-"""Which path an op takes."""
+"""Which path an op takes, and whether its results may depend on what else is in the batch."""
 
 from torch import Tensor
 
 interpreting = False  # tests set it: CPU tensors then take the Triton path, under Triton's interpreter
+deterministic = False  # set once at start: launch parameters then depend on the model's shapes alone
 
 
 def use_triton(x: Tensor) -> bool:

@@ -1,9 +1,26 @@
-"""Every kernel test starts from the same random state, on one thread (tensors are small), and records no gradients."""
+"""Every kernel test starts from the same random state, on one thread (tensors are small), and records no gradients.
 
+Where there is no GPU, Triton kernels run under Triton's interpreter. Triton asks for it when it is imported and again at every
+`@triton.jit`, so it is switched on here before any kernel is imported, and not by an environment variable that stays:
+subprocesses would inherit that.
+"""
+
+import os
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+from dashinfer_kernels import dispatch
+
+if not torch.cuda.is_available():
+    assert "triton" not in sys.modules, "Triton's own functions were compiled before the interpreter could be switched on"
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton
+
+    triton.knobs.runtime.interpret = True  # sets the variable too
+    del os.environ["TRITON_INTERPRET"]
 
 
 @pytest.fixture(autouse=True)
@@ -14,3 +31,12 @@ def _seeded() -> Iterator[None]:
     with torch.inference_mode():
         yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def triton_path(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Ops take their Triton path. The device that tensors go to: "cuda" where there is one, else "cpu"."""
+    if torch.cuda.is_available():
+        return "cuda"
+    monkeypatch.setattr(dispatch, "interpreting", True)
+    return "cpu"

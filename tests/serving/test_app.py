@@ -329,12 +329,16 @@ async def test_access_log_has_no_contents(run_server: RunServer, caplog: pytest.
     assert "sk-private" not in caplog.text
 
 
-async def test_a_client_that_does_not_read_loses_its_connection(run_server: RunServer, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_client_that_does_not_read_loses_its_connection(
+    run_server: RunServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="dashinfer.access")
     monkeypatch.setattr("dashinfer.serving.listen.STALLED_CLIENT", 0.2)
     monkeypatch.setattr(edge, "WRITE_PATIENCE", 0.2)
     async with run_server() as server:
         server.engine.at_once = 1000
-        body = json.dumps(server.body("forever", stream=True, n=16, max_tokens=4000)).encode()
+        # Megabytes, which no buffer between the two takes.
+        body = json.dumps(server.body("forever", stream=True, n=16, max_tokens=4000, logprobs=True)).encode()
         request = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body
         with server.connect() as stalled:
             stalled.sendall(request)
@@ -342,3 +346,29 @@ async def test_a_client_that_does_not_read_loses_its_connection(run_server: RunS
             await server.engine.until(lambda: server.engine.running == 0)
 
     assert server.engine.record[:2] == ["begin", "end"]
+    assert "cut short" in caplog.text
+
+
+async def test_an_http2_client_that_grants_no_room_loses_its_request(
+    run_server: RunServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from h2.config import H2Configuration
+    from h2.connection import H2Connection
+
+    monkeypatch.setattr(edge, "WRITE_PATIENCE", 0.2)
+    async with run_server() as server:
+        server.engine.at_once = 1000
+        host, port = server.url.removeprefix("http://").split(":")
+        connection = H2Connection(H2Configuration(header_encoding="utf-8"))
+        connection.initiate_connection()
+        headers = [(":method", "POST"), (":path", "/v1/chat/completions"), (":scheme", "http"), (":authority", host)]
+        connection.send_headers(1, headers)
+        body = server.body("forever", stream=True, n=16, max_tokens=4000, logprobs=True)
+        connection.send_data(1, json.dumps(body).encode(), end_stream=True)
+        async with await trio.open_tcp_stream(host, int(port)) as stream:
+            await stream.send_all(connection.data_to_send())
+            await server.engine.until(lambda: server.engine.running == 1)
+            await server.engine.until(lambda: server.engine.running == 0)
+
+    assert server.engine.record[:2] == ["begin", "end"]
+    assert "the client stopped reading" in caplog.text

@@ -10,7 +10,7 @@ import trio
 
 from dashinfer.errors import InternalError
 from dashinfer.protocol.chat import ChatCompletion, ChatCompletionChunk
-from dashinfer.serving import chat
+from dashinfer.serving import edge
 
 from .conftest import Running, RunServer
 
@@ -108,7 +108,7 @@ async def test_logprobs(run_server: RunServer, at_once: int) -> None:
 
 
 async def test_quiet_stream_is_kept_alive(run_server: RunServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat, "KEEP_ALIVE", 0.01)
+    monkeypatch.setattr(edge, "KEEP_ALIVE", 0.01)
     async with (
         run_server() as server,
         server.client.stream("POST", "/v1/chat/completions", json=server.body("wait ab", stream=True)) as answer,
