@@ -1,6 +1,6 @@
 """Sampling kernels. A step's sequence of them is in launch.py; what they compute is defined in reference.py.
 
-Most run a grid of rows and splits: a split is `tiles_per_split` tiles of BLOCK tokens of a row. Programs whose row does not need
+Most run a grid of rows and splits: a split is TILES tiles of BLOCK tokens of a row. Programs whose row does not need
 a kernel return at once. Keys are the bits of float32 weights, which order as the weights do; a histogram has 32 bins to each
 power of two. Sums over splits are of integers, so neither their number nor their order changes a token.
 """
@@ -33,6 +33,7 @@ GREATEST_FLOAT = tl.constexpr(3.4028234663852886e38)
 WEIGHT_ONE = tl.constexpr(2.0**40)
 LEAST_KEY = tl.constexpr((127 - 40) << 23)  # of the weight 2^-40, the least that is not 0 as an integer
 BIN_BITS = tl.constexpr(18)  # low bits of a key that its bin does not tell
+BIN_KEYS = tl.constexpr(1 << 18)
 BINS = tl.constexpr(2048)  # 40 powers of two, and one
 LEAST_INT64 = tl.constexpr(-(2**63))
 
@@ -104,19 +105,23 @@ def edit_kernel(
     num_stops = tl.load(params_ptr + NUM_STOPS)
     num_biases = tl.load(params_ptr + NUM_BIASES)
     biases_ptr = params_ptr + END + num_stops
-    for start in range(0, num_biases, BLOCK):
+    start = 0
+    while start < num_biases:
         at = start + tl.arange(0, BLOCK)
         inside = at < num_biases
         ids = tl.load(biases_ptr + at, mask=inside, other=0)
         bias = tl.load(biases_ptr + num_biases + at, mask=inside, other=0).to(tl.float32, bitcast=True)
         x = tl.load(logits_ptr + ids, mask=inside, other=0.0)
         tl.store(logits_ptr + ids, x + bias, mask=inside)
+        start += BLOCK
     tl.debug_barrier()  # a token may be in both lists
     if tl.load(positions_ptr + row) < tl.load(params_ptr + STOPS_FROM):
-        for start in range(0, num_stops, BLOCK):
+        start = 0
+        while start < num_stops:
             at = start + tl.arange(0, BLOCK)
             ids = tl.load(params_ptr + END + at, mask=at < num_stops, other=0)
             tl.store(logits_ptr + ids, float("-inf"), mask=at < num_stops)
+            start += BLOCK
 
 
 @triton.jit
@@ -131,7 +136,7 @@ def penalise_kernel(
     logits_stride,
     params_stride,
     bitmask_stride,
-    tiles_per_split,
+    TILES: tl.constexpr,
     USE_PENALTIES: tl.constexpr,
     USE_BITMASK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -146,7 +151,7 @@ def penalise_kernel(
     penalised = False
     if USE_PENALTIES:
         penalised = tl.load(params_ptr + PENALISED) > 0
-    mask_row = tl.to_tensor(-1).to(tl.int64)
+    mask_row = tl.full((), -1, tl.int64)
     if USE_BITMASK:
         mask_row = tl.load(mask_rows_ptr + row).to(tl.int64)
     if (not penalised) & (mask_row < 0):
@@ -154,8 +159,8 @@ def penalise_kernel(
     repetition = _float(params_ptr, REPETITION_PENALTY)
     presence = _float(params_ptr, PRESENCE_PENALTY)
     frequency = _float(params_ptr, FREQUENCY_PENALTY)
-    for tile in range(tiles_per_split):
-        at = (tl.program_id(1) * tiles_per_split + tile) * BLOCK + tl.arange(0, BLOCK)
+    for tile in range(TILES):
+        at = (tl.program_id(1) * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
         inside = at < vocab
         x = tl.load(logits_ptr + at, mask=inside, other=0.0)
         if USE_PENALTIES:
@@ -180,7 +185,7 @@ def peak_kernel(
     places_ptr,  # [rows, splits] int32
     vocab,
     logits_stride,
-    tiles_per_split,
+    TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Each split's greatest logit, NaN where it has one, and the lowest token that has it."""
@@ -190,8 +195,8 @@ def peak_kernel(
     logits_ptr += row * logits_stride
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
     place = tl.zeros((BLOCK,), tl.int32)
-    for tile in range(tiles_per_split):
-        at = (tl.program_id(1) * tiles_per_split + tile) * BLOCK + tl.arange(0, BLOCK)
+    for tile in range(TILES):
+        at = (tl.program_id(1) * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(logits_ptr + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
         better = (x > best) | (x != x)
         best = tl.where(better, x, best)
@@ -214,7 +219,7 @@ def histogram_kernel(
     logits_stride,
     params_stride,
     num_splits,
-    tiles_per_split,
+    TILES: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -233,8 +238,8 @@ def histogram_kernel(
     temperature = _float(params_ptr, TEMPERATURE)
     counts = tl.zeros((BINS,), tl.int32)
     sums = tl.zeros((BLOCK,), tl.int64)
-    for tile in range(tiles_per_split):
-        at = (tl.program_id(1) * tiles_per_split + tile) * BLOCK + tl.arange(0, BLOCK)
+    for tile in range(TILES):
+        at = (tl.program_id(1) * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(logits_ptr + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
         weights = _weigh(x, peak, temperature)
         keys = weights.to(tl.int32, bitcast=True)
@@ -278,7 +283,7 @@ def bracket_kernel(
         # a bin's sum of weights lies between what its bounds allow
         lower = LEAST_KEY + (bins << BIN_BITS)
         least = _integers(tl.minimum(lower.to(tl.float32, bitcast=True), 1.0))
-        greatest = _integers(tl.minimum((lower + (1 << BIN_BITS)).to(tl.float32, bitcast=True), 1.0))
+        greatest = _integers(tl.minimum((lower + BIN_KEYS).to(tl.float32, bitcast=True), 1.0))
         target = tl.maximum(_fraction(tl.load(sums_ptr + row), tl.load(params_ptr + TOP_P).to(tl.int64), 30), 1)
         before = tl.sum((tl.cumsum(counts * least, 0) < target).to(tl.int32), 0)
         low = tl.maximum(BINS - 1 - before, 0)
@@ -301,7 +306,7 @@ def gather_kernel(
     logits_stride,
     params_stride,
     num_splits,
-    tiles_per_split,
+    TILES: tl.constexpr,
     CAPACITY: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -321,8 +326,8 @@ def gather_kernel(
     low = tl.load(brackets_ptr + 2 * row)
     high = tl.load(brackets_ptr + 2 * row + 1)
     above = tl.zeros((BLOCK,), tl.int64)
-    for tile in range(tiles_per_split):
-        at = (tl.program_id(1) * tiles_per_split + tile) * BLOCK + tl.arange(0, BLOCK)
+    for tile in range(TILES):
+        at = (tl.program_id(1) * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(logits_ptr + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
         weights = _weigh(x, peak, temperature)
         keys = weights.to(tl.int32, bitcast=True)
@@ -350,7 +355,8 @@ def _at_least(
     else:
         counts = tl.zeros((BLOCK,), tl.int32)
         sums = tl.zeros((BLOCK,), tl.int64)
-        for start in range(0, vocab, BLOCK):
+        start = 0
+        while start < vocab:
             at = start + tl.arange(0, BLOCK)
             x = tl.load(logits_ptr + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
             weights = _weigh(x, peak, temperature)
@@ -358,6 +364,7 @@ def _at_least(
             chosen = (every >= key) & (every < high)
             counts += chosen.to(tl.int32)
             sums += tl.where(chosen, _integers(weights), 0)
+            start += BLOCK
         count = tl.sum(counts, 0)
         mass = tl.sum(sums, 0)
     return count, mass
@@ -449,7 +456,7 @@ def mass_kernel(
     logits_stride,
     params_stride,
     num_splits,
-    tiles_per_split,
+    TILES: tl.constexpr,
     USE_CUTS: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -469,8 +476,8 @@ def mass_kernel(
     logits_ptr += row * logits_stride
     least = _least_key(params_ptr, thresholds_ptr, row, USE_CUTS)
     sums = tl.zeros((BLOCK,), tl.int64)
-    for tile in range(tiles_per_split):
-        at = (tl.program_id(1) * tiles_per_split + tile) * BLOCK + tl.arange(0, BLOCK)
+    for tile in range(TILES):
+        at = (tl.program_id(1) * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(logits_ptr + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
         weights = _weigh(x, peak, temperature)
         sums += tl.where(weights.to(tl.int32, bitcast=True) >= least, _integers(weights), 0)
@@ -496,7 +503,7 @@ def finish_kernel(
     params_stride,
     history_stride,
     num_splits,
-    tiles_per_split,
+    TILES: tl.constexpr,
     USE_DRAWS: tl.constexpr,
     USE_CUTS: tl.constexpr,
     USE_PENALTIES: tl.constexpr,
@@ -506,8 +513,8 @@ def finish_kernel(
     """The token of a row, recorded in its slot."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row).to(tl.int64)
-    token = tl.to_tensor(0)
-    failed = False
+    token = tl.zeros((), tl.int32)
+    failed = slot < slot
     if slot >= 0:
         logits_ptr += row * logits_stride
         params_ptr += slot * params_stride
@@ -531,10 +538,10 @@ def finish_kernel(
                     split = tl.sum(before.to(tl.int32), 0)
                     rest = target - tl.sum(tl.where(before, masses, 0), 0)
                     least = _least_key(params_ptr, thresholds_ptr, row, USE_CUTS)
-                    token = split * tiles_per_split * BLOCK
-                    passed = tl.to_tensor(0).to(tl.int64)
-                    for tile in range(tiles_per_split):
-                        at = (split * tiles_per_split + tile) * BLOCK + tl.arange(0, BLOCK)
+                    token = split * TILES * BLOCK
+                    passed = tl.zeros((), tl.int64)
+                    for tile in range(TILES):
+                        at = (split * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
                         x = tl.load(logits_ptr + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
                         weights = _weigh(x, peak, temperature)
                         kept = tl.where(weights.to(tl.int32, bitcast=True) >= least, _integers(weights), 0)
@@ -547,7 +554,7 @@ def finish_kernel(
                     more = (count & COUNT_BITS) != COUNT_BITS
                     tl.store(counts_ptr + slot * vocab + token, count + more.to(tl.int16))
         else:
-            failed = True
+            failed = slot >= 0
     tl.store(tokens_ptr + row, token.to(tl.int64))
     tl.store(failed_ptr + row, failed)
 
@@ -609,7 +616,7 @@ def logprob_kernel(
     params_stride,
     num_tiles,
     TOP: tl.constexpr,
-    TILES: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -618,7 +625,7 @@ def logprob_kernel(
         return
     if tl.load(params_ptr + slot * params_stride + LOGPROBS) < 0:
         return
-    tiles = tl.arange(0, TILES)
+    tiles = tl.arange(0, BLOCK_TILES)
     stats_ptr += 2 * (row * num_tiles + tiles)
     peaks = tl.load(stats_ptr, mask=tiles < num_tiles, other=float("-inf"))
     sums = tl.load(stats_ptr + 1, mask=tiles < num_tiles, other=0.0)

@@ -80,7 +80,7 @@ def _launch(logits: Tensor, state: SamplingState, batch: SamplingBatch) -> Sampl
             raw = logits.clone()
     rows_of = {"slots_ptr": batch.slots, "params_ptr": state.params, "params_stride": state.params.stride(0)}
     logits_of = {"logits_ptr": logits, "logits_stride": logits.stride(0)}
-    sizes = {"vocab": vocab_size, "tiles_per_split": per_split, "BLOCK": BLOCK}
+    sizes = {"vocab": vocab_size, "TILES": per_split, "BLOCK": BLOCK}
 
     if needs.edits:
         kernel.edit_kernel[(rows,)](**logits_of, **rows_of, positions_ptr=batch.positions, BLOCK=128)
@@ -188,7 +188,7 @@ def _logprobs(raw: Tensor, tokens: Tensor, state: SamplingState, batch: Sampling
         top_tokens_ptr=top_tokens,
         top_logprobs_ptr=top_logprobs,
         num_tiles=tiles,
-        TILES=max(16, 1 << (tiles - 1).bit_length()),
+        BLOCK_TILES=max(16, 1 << (tiles - 1).bit_length()),
         CANDIDATES=max(16, 1 << (tiles * top - 1).bit_length()) if top else 16,
     )
     return logprobs, top_tokens, top_logprobs
