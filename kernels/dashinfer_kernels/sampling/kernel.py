@@ -1,7 +1,7 @@
 """Sampling kernels. A step's sequence of them is in launch.py; what they compute is defined in reference.py.
 
 Most run a grid of rows and splits: a split is TILES tiles of BLOCK tokens of a row. Programs whose row does not need
-a kernel return at once. Keys are the bits of float32 weights, which order as the weights do; a histogram has 32 bins to each
+a kernel return at once. Keys are the bits of float32 weights, which order as the weights do; a histogram has 16 bins to each
 power of two. Sums over splits are of integers, so neither their number nor their order changes a token.
 """
 
@@ -32,9 +32,10 @@ P_ONE = tl.constexpr(TOP_P_ONE)
 GREATEST_FLOAT = tl.constexpr(3.4028234663852886e38)
 WEIGHT_ONE = tl.constexpr(2.0**40)
 LEAST_KEY = tl.constexpr((127 - 40) << 23)  # of the weight 2^-40, the least that is not 0 as an integer
-BIN_BITS = tl.constexpr(18)  # low bits of a key that its bin does not tell
-BIN_KEYS = tl.constexpr(1 << 18)
-BINS = tl.constexpr(2048)  # 40 powers of two, and one
+BIN_BITS = tl.constexpr(19)  # low bits of a key that its bin does not tell
+BIN_KEYS = tl.constexpr(1 << 19)
+FIRST_KEY = tl.constexpr(((127 - 32) << 23) + (1 << 19))  # of bin 0, which also has all from LEAST_KEY; that of 1 has bin 511
+BINS = tl.constexpr(512)
 LEAST_INT64 = tl.constexpr(-(2**63))
 
 
@@ -77,6 +78,11 @@ def _integers(weights):
 @triton.jit
 def _fraction(total, numerator, BITS: tl.constexpr):
     return (total >> BITS) * numerator + (((total & ((1 << BITS) - 1)) * numerator) >> BITS)
+
+
+@triton.jit
+def _lower_key(bins):
+    return tl.where(bins == 0, LEAST_KEY, (bins << BIN_BITS) + FIRST_KEY)
 
 
 @triton.jit
@@ -244,7 +250,7 @@ def histogram_kernel(
         weights = _weigh(x, peak, temperature)
         keys = weights.to(tl.int32, bitcast=True)
         live = keys >= LEAST_KEY
-        counts += tl.histogram(tl.where(live, (keys - LEAST_KEY) >> BIN_BITS, 0), BINS, mask=live)
+        counts += tl.histogram(tl.maximum(keys - FIRST_KEY, 0) >> BIN_BITS, BINS, mask=live)
         sums += _integers(weights)
     tl.atomic_add(bins_ptr + row * BINS + tl.arange(0, BINS), counts, mask=counts > 0, sem="relaxed")
     tl.atomic_add(sums_ptr + row, tl.sum(sums, 0), sem="relaxed")
@@ -281,15 +287,15 @@ def bracket_kernel(
         high = BINS - 1
     else:
         # a bin's sum of weights lies between what its bounds allow
-        lower = LEAST_KEY + (bins << BIN_BITS)
+        lower = _lower_key(bins)
         least = _integers(tl.minimum(lower.to(tl.float32, bitcast=True), 1.0))
-        greatest = _integers(tl.minimum((lower + BIN_KEYS).to(tl.float32, bitcast=True), 1.0))
+        greatest = _integers(tl.minimum(((bins << BIN_BITS) + (FIRST_KEY + BIN_KEYS)).to(tl.float32, bitcast=True), 1.0))
         target = tl.maximum(_fraction(tl.load(sums_ptr + row), tl.load(params_ptr + TOP_P).to(tl.int64), 30), 1)
         before = tl.sum((tl.cumsum(counts * least, 0) < target).to(tl.int32), 0)
         low = tl.maximum(BINS - 1 - before, 0)
         high = BINS - 1 - tl.sum((tl.cumsum(counts * greatest, 0) < target).to(tl.int32), 0)
-    tl.store(brackets_ptr + 2 * row, LEAST_KEY + (low << BIN_BITS))
-    tl.store(brackets_ptr + 2 * row + 1, LEAST_KEY + ((high + 1) << BIN_BITS))
+    tl.store(brackets_ptr + 2 * row, _lower_key(low))
+    tl.store(brackets_ptr + 2 * row + 1, ((high + 1) << BIN_BITS) + FIRST_KEY)
 
 
 @triton.jit

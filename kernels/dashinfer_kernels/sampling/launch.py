@@ -11,7 +11,7 @@ from dashinfer_kernels.sampling import cpu
 from dashinfer_kernels.sampling.state import Sampled, SamplingBatch, SamplingState
 
 BLOCK = 2048  # tokens a tile
-CAPACITY = 4096  # keys among which a threshold is searched without going through the row again
+CAPACITY = 8192  # keys among which a threshold is searched without going through the row again
 TOP_BLOCK = 4096  # tokens of which the likeliest are taken at a time; the sums of log-probabilities are grouped by it
 PROGRAMS = 4  # a multiprocessor
 MIN_SPLITS = 16  # of a row: the last kernel goes through one of them alone
@@ -65,8 +65,8 @@ def _launch(logits: Tensor, state: SamplingState, batch: SamplingBatch) -> Sampl
     kernel = _kernel()
     rows, vocab_size = logits.shape
     needs, device = batch.needs, logits.device
-    tokens = torch.zeros(rows, dtype=torch.int64, device=device)
-    failed = torch.zeros(rows, dtype=torch.bool, device=device)
+    tokens = torch.empty(rows, dtype=torch.int64, device=device)
+    failed = torch.empty(rows, dtype=torch.bool, device=device)
     if not rows:
         return Sampled(tokens, failed)
     per_split = tiles_per_split(rows, vocab_size, _multiprocessors(device))
@@ -123,7 +123,7 @@ def _launch(logits: Tensor, state: SamplingState, batch: SamplingBatch) -> Sampl
                 vocab=vocab_size,
                 CAPACITY=CAPACITY,
                 BLOCK=BLOCK,
-                num_warps=8,
+                num_warps=16,
             )
         masses = torch.empty(grid, dtype=torch.int64, device=device)
         kernel.mass_kernel[grid](
@@ -167,9 +167,9 @@ def _logprobs(raw: Tensor, tokens: Tensor, state: SamplingState, batch: Sampling
     device = raw.device
     stats = torch.empty(rows, tiles, 2, dtype=torch.float32, device=device)
     best = torch.empty(rows, tiles, top, dtype=torch.int64, device=device)
-    logprobs = torch.zeros(rows, dtype=torch.float32, device=device)
-    top_tokens = torch.zeros(rows, top, dtype=torch.int64, device=device)
-    top_logprobs = torch.zeros(rows, top, dtype=torch.float32, device=device)
+    logprobs = torch.empty(rows, dtype=torch.float32, device=device)
+    top_tokens = torch.empty(rows, top, dtype=torch.int64, device=device)
+    top_logprobs = torch.empty(rows, top, dtype=torch.float32, device=device)
     shared = {
         "logits_ptr": raw,
         "slots_ptr": batch.slots,

@@ -19,7 +19,7 @@ def variant(name: str, signature: dict[str, str], constants: dict[str, object], 
         constants,
         num_warps=num_warps,
         instructions=WIDE_ACCESS if "TILES" in constants else {},
-        max_registers=255 if name in ("logprob", "threshold", "top") else 128,
+        max_registers=168 if name in ("gather", "histogram", "threshold") else 128,
     )
 
 
@@ -39,12 +39,12 @@ VARIANTS = [
     variant("peak", {**LOGITS, **WORD, "slots_ptr": "*i32", "peaks_ptr": "*fp32", "places_ptr": "*i32"}, TILED),
     variant("histogram", LOGITS | ROWS | PEAKS | WORD | SUMS | {"bins_ptr": "*i32"}, {**TILED, "SPLITS": 16}, num_warps=8),
     variant("bracket", ROWS | PEAKS | SUMS | {"bins_ptr": "*i32", "brackets_ptr": "*i32"}, {"SPLITS": 16}),
-    variant("gather", LOGITS | ROWS | PEAKS | WORD | GATHERED, {**TILED, "SPLITS": 16, "CAPACITY": 4096}),
+    variant("gather", LOGITS | ROWS | PEAKS | WORD | GATHERED, {**TILED, "SPLITS": 16, "CAPACITY": 8192}),
     variant(
         "threshold",
         LOGITS | ROWS | PEAKS | WORD | GATHERED | SUMS | {"thresholds_ptr": "*i32"},
-        {"SPLITS": 16, "CAPACITY": 4096, "BLOCK": 2048},
-        num_warps=8,
+        {"SPLITS": 16, "CAPACITY": 8192, "BLOCK": 2048},
+        num_warps=16,
     ),
     variant(
         "mass",
