@@ -1,4 +1,4 @@
-"""The operations a decoder is built from, each behind one function that does not change with the device.
+"""The operations a decoder is built from, sampling included, each behind one function that does not change with the device.
 
 An op is a folder: `reference.py` defines it in plain torch and is the specification, `cpu.py` is the fast CPU path where that
 differs, `launch.py` checks shapes and dispatches by device. Knows nothing of models, weights files, requests or scheduling.

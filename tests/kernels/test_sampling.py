@@ -16,9 +16,9 @@ NAN, INF = math.nan, math.inf
 
 CASES = [
     {"temperature": 0.0},
-    {},
+    {"seed": 2**62 + 12345},
     {"temperature": 0.0, "repetition_penalty": 1.7, "frequency_penalty": 0.3, "presence_penalty": -0.2},
-    {"top_k": 7},
+    {"top_k": 7, "seed": -1},
     {"top_p": 0.6},
     {"top_p": 0.97, "temperature": 1.4},
     {"min_p": 0.2},
@@ -79,8 +79,8 @@ def path(request: pytest.FixtureRequest) -> str:
 
 
 def test_philox_gives_the_published_numbers() -> None:
-    """Random123's known answers have their counters in all four words; one of zeros is among them."""
-    zero, one = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
+    """Of Random123's known answers, that for a key and a counter of zeros."""
+    zero, one = np.zeros(1, np.int64), np.ones(1, np.int64)
 
     assert reference.philox(zero, zero).tolist() == [0x6627E8D5]
     assert len({reference.philox(seed, at).item() for seed in (zero, one, one << 32, -one) for at in (zero, one)}) == 8
@@ -93,21 +93,24 @@ def test_fractions_are_exact() -> None:
         assert actual == total * numerator >> 31
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_every_option_agrees_with_the_reference(path: str, dtype: torch.dtype) -> None:
-    agree(distinct(len(CASES)).to(dtype), CASES, path)
+def test_every_option_agrees_with_the_reference(path: str) -> None:
+    agree(distinct(len(CASES)), CASES, path)
+
+
+def test_logits_may_have_16_bits(path: str) -> None:
+    agree(distinct(3).half(), [{"temperature": 0.0, "logprobs": 2}, {"top_p": 0.9}, {"presence_penalty": 1.0}], path)
 
 
 def test_a_row_does_not_depend_on_its_neighbours(path: str) -> None:
     logits = distinct(len(CASES))
     together = agree(logits, CASES, path)
-    for row in range(1, len(CASES), 3):
+    for row in range(5, len(CASES), 4):
         state, batch = entered([{"seed": row, **CASES[row]}], path)
 
         assert sample(logits[row : row + 1].clone().to(path), state, batch).tokens.item() == together[row]
 
 
-@pytest.mark.parametrize("tiles", [1, 2, 3])
+@pytest.mark.parametrize("tiles", [1, 2])
 def test_the_number_of_splits_changes_nothing(triton_path: str, tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "tiles_per_split", lambda *_: tiles)
     agree(distinct(3), [{"top_p": 0.9}, {"seed": 5}, {"temperature": 0.0}], triton_path)
@@ -240,7 +243,9 @@ def test_counts_go_on_from_step_to_step_and_saturate(path: str) -> None:
     logits[:, 5] = 1.5
     tokens = []
     for step in range(3):
-        tokens.append(sample(logits.clone().to(path), state, SamplingBatch(batch.slots, batch.positions + step, batch.needs)).tokens)
+        tokens.append(
+            sample(logits.clone().to(path), state, SamplingBatch(batch.slots, batch.positions + step, batch.needs)).tokens
+        )
     counts = state.counts[batch.slots.long()].cpu()
 
     assert torch.stack(tokens).tolist() == [[5, 5], [5, 5], [0, 5]]

@@ -350,10 +350,11 @@ def gather_kernel(
 
 
 @triton.jit
-def _at_least(
-    key, high, keys, found, logits_ptr, vocab, peak, temperature, CAPACITY: tl.constexpr, BLOCK: tl.constexpr
-):
-    """How many keys are in [key, high), and the sum of their weights: from the gathered ones, or if those are too many from all."""
+def _at_least(key, high, keys, found, logits_ptr, vocab, peak, temperature, CAPACITY: tl.constexpr, BLOCK: tl.constexpr):
+    """How many keys are in [key, high), and the sum of their weights.
+
+    From the gathered keys or, where those were too many, from the whole row.
+    """
     if found <= CAPACITY:
         chosen = keys >= key
         count = tl.sum(chosen.to(tl.int32), 0)
@@ -444,7 +445,7 @@ def threshold_kernel(
 @triton.jit
 def _least_key(params_ptr, thresholds_ptr, row, USE_CUTS: tl.constexpr):
     least = tl.load(params_ptr + MIN_P)
-    if USE_CUTS:
+    if USE_CUTS:  # noqa: SIM102
         if _is_cut(params_ptr):
             least = tl.maximum(least, tl.load(thresholds_ptr + row))
     return least
@@ -554,7 +555,7 @@ def finish_kernel(
                         token += tl.sum((passed + tl.cumsum(kept, 0) <= rest).to(tl.int32), 0)
                         passed += tl.sum(kept, 0)
             tl.store(history_ptr + slot * history_stride + position, token)
-            if USE_PENALTIES:
+            if USE_PENALTIES:  # noqa: SIM102
                 if tl.load(params_ptr + PENALISED) > 0:
                     count = tl.load(counts_ptr + slot * vocab + token)
                     more = (count & COUNT_BITS) != COUNT_BITS

@@ -9,6 +9,7 @@ from torch import Tensor
 from dashinfer_kernels.dispatch import use_triton
 from dashinfer_kernels.sampling import cpu
 from dashinfer_kernels.sampling.state import Sampled, SamplingBatch, SamplingState
+from dashinfer_kernels.tuning import lookup
 
 BLOCK = 2048  # tokens a tile
 CAPACITY = 8192  # keys among which a threshold is searched without going through the row again
@@ -69,7 +70,8 @@ def _launch(logits: Tensor, state: SamplingState, batch: SamplingBatch) -> Sampl
     failed = torch.empty(rows, dtype=torch.bool, device=device)
     if not rows:
         return Sampled(tokens, failed)
-    per_split = tiles_per_split(rows, vocab_size, _multiprocessors(device))
+    config = lookup("sampling", (rows, vocab_size))
+    per_split = config["tiles"] if config else tiles_per_split(rows, vocab_size, _multiprocessors(device))
     num_splits = -(-vocab_size // (BLOCK * per_split))
     grid = (rows, num_splits)
     splits = max(16, 1 << (num_splits - 1).bit_length())
@@ -110,7 +112,9 @@ def _launch(logits: Tensor, state: SamplingState, batch: SamplingBatch) -> Sampl
             bins = torch.zeros(rows, kernel.BINS.value, dtype=torch.int32, device=device)
             sums, found, above = torch.zeros(3, rows, dtype=torch.int64, device=device).unbind(0)
             gathered = {"brackets_ptr": brackets, "found_ptr": found, "above_ptr": above, "keys_ptr": keys}
-            kernel.histogram_kernel[grid](**logits_of, **rows_of, **peaks_of, **sizes, bins_ptr=bins, sums_ptr=sums, num_warps=8)
+            kernel.histogram_kernel[grid](
+                **logits_of, **rows_of, **peaks_of, **sizes, bins_ptr=bins, sums_ptr=sums, num_warps=8
+            )
             kernel.bracket_kernel[(rows,)](**rows_of, **peaks_of, bins_ptr=bins, sums_ptr=sums, brackets_ptr=brackets)
             kernel.gather_kernel[grid](**logits_of, **rows_of, **peaks_of, **sizes, **gathered, CAPACITY=CAPACITY)
             kernel.threshold_kernel[(rows,)](

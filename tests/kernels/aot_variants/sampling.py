@@ -1,4 +1,4 @@
-"""Every kernel once as a batch of 32 rows of Qwen2.5's vocabulary takes it, with all that it can do."""
+"""Every kernel as a batch of 32 rows of Qwen2.5's vocabulary takes it, with all that it can do; and plain greedy sampling."""
 
 from aot_variants import Variant
 
@@ -11,14 +11,16 @@ TILED = {"TILES": 5, "BLOCK": 2048}
 WIDE_ACCESS = {"sm_90": (r"ld\.global[^;]*v4\.b32",), "gfx942": (r"dwordx4",)}
 
 
-def variant(name: str, signature: dict[str, str], constants: dict[str, object], num_warps: int = 4) -> Variant:
+def variant(
+    name: str, signature: dict[str, str], constants: dict[str, object], num_warps: int = 4, suffix: str = ""
+) -> Variant:
     return Variant(
-        f"sampling-{name}",
+        f"sampling-{name}{suffix}",
         f"sampling.kernel:{name}_kernel",
         signature,
         constants,
         num_warps=num_warps,
-        instructions=WIDE_ACCESS if "TILES" in constants else {},
+        instructions=WIDE_ACCESS if "TILES" in constants and constants.get("USE_DRAWS", True) else {},
         max_registers=168 if name in ("gather", "histogram", "threshold") else 128,
     )
 
@@ -86,5 +88,61 @@ VARIANTS = [
             "num_tiles": "i32",
         },
         {"TOP": 20, "BLOCK_TILES": 64, "CANDIDATES": 1024},
+    ),
+    variant(
+        "peak",
+        {
+            "logits_ptr": "*bf16",
+            "logits_stride": "i32:16",
+            **WORD,
+            "slots_ptr": "*i32",
+            "peaks_ptr": "*fp32",
+            "places_ptr": "*i32",
+        },
+        TILED,
+        suffix="-bf16",
+    ),
+    variant(
+        "finish",
+        {
+            **(LOGITS | ROWS | PEAKS | WORD),
+            "positions_ptr": "*i32",
+            "counts_ptr": "*i16",
+            "history_ptr": "*i32",
+            "places_ptr": "*i32",
+            "tokens_ptr": "*i64",
+            "failed_ptr": "*i1",
+            "history_stride": "i32",
+        },
+        {
+            **TILED,
+            "SPLITS": 16,
+            "thresholds_ptr": None,
+            "masses_ptr": None,
+            "USE_DRAWS": False,
+            "USE_CUTS": False,
+            "USE_PENALTIES": False,
+        },
+        num_warps=8,
+        suffix="-greedy",
+    ),
+    variant(
+        "penalise",
+        {**(LOGITS | ROWS | WORD), "counts_ptr": "*i16"},
+        {
+            **TILED,
+            "bitmask_ptr": None,
+            "mask_rows_ptr": None,
+            "bitmask_stride": 0,
+            "USE_PENALTIES": True,
+            "USE_BITMASK": False,
+        },
+        suffix="-unmasked",
+    ),
+    variant(
+        "mass",
+        LOGITS | ROWS | PEAKS | WORD | {"masses_ptr": "*i64"},
+        {**TILED, "SPLITS": 16, "thresholds_ptr": None, "USE_CUTS": False},
+        suffix="-uncut",
     ),
 ]
