@@ -1,4 +1,4 @@
-"""The operations a decoder is built from, each behind one function that does not change with the device.
+"""The operations a decoder is built from, sampling included, each behind one function that does not change with the device.
 
 An op is a folder: `reference.py` defines it in plain torch and is the specification, `kernel.py` is the Triton path of GPUs,
 `cpu.py` the CPU path, and `launch.py` checks shapes and dispatches by device. On CPU alone Triton is never imported. Knows

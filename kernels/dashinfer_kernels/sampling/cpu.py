@@ -4,8 +4,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dashinfer_kernels.sampling.reference import DRAW_BITS, adjust, draws, fraction, integers, logprobs, record
+from dashinfer_kernels.sampling.reference import DRAW_BITS, WEIGHT_BITS, adjust, draws, logprobs, record
 from dashinfer_kernels.sampling.state import TOP_P_ONE, Field, Sampled, SamplingBatch, SamplingState
+
+BLOCK = 64  # tokens whose greatest weight stands for all of them where the k greatest are looked for
 
 
 def sample(logits: Tensor, state: SamplingState, batch: SamplingBatch) -> Sampled:
@@ -42,37 +44,46 @@ def _draw(logits: Tensor, peaks: Tensor, tokens: Tensor, valid: Tensor, state: S
     """Overwrites the tokens of those valid rows that are not greedy. `logits` [rows, vocab] is overwritten, too."""
     params = state.params[batch.slots.long()]
     temperatures = params[:, Field.TEMPERATURE].view(torch.float32)
-    numerators = draws(params, batch.positions)
+    numerators = draws(params, batch.positions).tolist()
     for row in (valid & (temperatures > 0)).nonzero().squeeze(1).tolist():
-        weights = logits[row].sub_(peaks[row]).div_(temperatures[row]).exp_()
-        cumulative = integers(weights)
-        words = params[row]
-        if (least := _threshold(weights.numpy(), cumulative, words)) > 0:
-            cumulative.masked_fill_(weights < least, 0)
-        torch.cumsum(cumulative, 0, out=cumulative)
-        target = fraction(cumulative[-1], numerators[row], DRAW_BITS)
-        tokens[row] = torch.searchsorted(cumulative, target, right=True)
+        weights = logits[row].sub_(peaks[row]).div_(temperatures[row]).exp_().numpy()
+        ids, kept = _cut(weights, params[row, : Field.END])
+        cumulative = _integers(kept).cumsum()
+        place = cumulative.searchsorted(int(cumulative[-1]) * numerators[row] >> DRAW_BITS, side="right")
+        tokens[row] = int(place if ids is None else ids[place])
 
 
-def _threshold(weights: np.ndarray, sums: Tensor, params: Tensor) -> float:
-    """As the reference's. `weights` is [vocab] float32, `sums` the same as integers."""
-    least = float(params.view(torch.float32)[Field.MIN_P])
-    top_k, top_p = int(params[Field.TOP_K]), int(params[Field.TOP_P])
-    if 0 < top_k < len(weights):
-        kth = float(np.partition(weights, len(weights) - top_k)[len(weights) - top_k])
+def _integers(weights: np.ndarray) -> np.ndarray:
+    return (weights * np.float32(2.0**WEIGHT_BITS)).astype(np.int64)
+
+
+def _cut(weights: np.ndarray, params: Tensor) -> tuple[np.ndarray | None, np.ndarray]:
+    """The tokens that stay, None for all, and their weights; with the reference's threshold. `weights` is [vocab] float32."""
+    words, vocab_size = params.numpy(), len(weights)
+    least = words.view(np.float32)[Field.MIN_P]
+    top_k, top_p = int(words[Field.TOP_K]), int(words[Field.TOP_P])
+    candidates = weights
+    if 0 < top_k < vocab_size:
+        candidates = candidates[candidates >= _bound(weights, top_k)]
+        kth = np.partition(candidates, len(candidates) - top_k)[len(candidates) - top_k]
+        candidates = candidates[candidates >= kth]
         least = max(least, kth)
-        weights = weights[weights >= kth]
     if top_p < TOP_P_ONE:
-        if len(weights) == len(sums):
-            total = sums.sum()
-            # what is below this does, all together, not bring what top_p leaves out
-            negligible = (1 - top_p / TOP_P_ONE) * float(total) * 2.0**-40 / len(weights)
-            candidates = weights[weights >= np.float32(0.99 * negligible)]
-        else:
-            candidates = weights
-            total = integers(torch.from_numpy(weights)).sum()
-        ordered = np.sort(candidates)[::-1]
-        cumulative = integers(torch.from_numpy(ordered.copy())).cumsum(0)
-        target = fraction(total, params[Field.TOP_P].long(), 30).clamp(min=1)
-        least = max(least, float(ordered[int(torch.searchsorted(cumulative, target))]))
-    return least
+        total = int(_integers(candidates).sum())
+        # weights below this one do not amount, all together, to what top_p leaves out
+        negligible = 0.99 * (1 - top_p / TOP_P_ONE) * total * 2.0**-WEIGHT_BITS / len(candidates)
+        ordered = np.sort(candidates[candidates >= np.float32(negligible)])[::-1]
+        place = _integers(ordered).cumsum().searchsorted(max(total * top_p // TOP_P_ONE, 1))
+        least = max(least, ordered[place])
+    if least == 0:
+        return None, weights
+    ids = np.flatnonzero(weights >= least)
+    return ids, weights[ids]
+
+
+def _bound(weights: np.ndarray, top_k: int) -> float:
+    """A weight that at least `top_k` reach: as many blocks have one that does."""
+    blocks = len(weights) // BLOCK
+    if top_k > blocks:
+        return 0
+    return np.partition(weights[: blocks * BLOCK].reshape(blocks, BLOCK).max(-1), blocks - top_k)[blocks - top_k]

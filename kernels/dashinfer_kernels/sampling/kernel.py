@@ -1,7 +1,7 @@
 """Sampling kernels. A step's sequence of them is in launch.py; what they compute is defined in reference.py.
 
-Most run a grid of rows and splits: a split is `tiles_per_split` tiles of BLOCK tokens of a row. Programs whose row does not need
-a kernel return at once. Keys are the bits of float32 weights, which order as the weights do; a histogram has 32 bins to each
+Most run a grid of rows and splits: a split is TILES tiles of BLOCK tokens of a row. Programs whose row does not need
+a kernel return at once. Keys are the bits of float32 weights, which order as the weights do; a histogram has 16 bins to each
 power of two. Sums over splits are of integers, so neither their number nor their order changes a token.
 """
 
@@ -32,8 +32,10 @@ P_ONE = tl.constexpr(TOP_P_ONE)
 GREATEST_FLOAT = tl.constexpr(3.4028234663852886e38)
 WEIGHT_ONE = tl.constexpr(2.0**40)
 LEAST_KEY = tl.constexpr((127 - 40) << 23)  # of the weight 2^-40, the least that is not 0 as an integer
-BIN_BITS = tl.constexpr(18)  # low bits of a key that its bin does not tell
-BINS = tl.constexpr(2048)  # 40 powers of two, and one
+BIN_BITS = tl.constexpr(19)  # low bits of a key that its bin does not tell
+BIN_KEYS = tl.constexpr(1 << 19)
+FIRST_KEY = tl.constexpr(((127 - 32) << 23) + (1 << 19))  # of bin 0, which also has all from LEAST_KEY; that of 1 has bin 511
+BINS = tl.constexpr(512)
 LEAST_INT64 = tl.constexpr(-(2**63))
 
 
@@ -79,6 +81,11 @@ def _fraction(total, numerator, BITS: tl.constexpr):
 
 
 @triton.jit
+def _lower_key(bins):
+    return tl.where(bins == 0, LEAST_KEY, (bins << BIN_BITS) + FIRST_KEY)
+
+
+@triton.jit
 def _is_cut(params_ptr):
     """Whether top_k or top_p is on for a row that draws."""
     on = (tl.load(params_ptr + TOP_K) > 0) | (tl.load(params_ptr + TOP_P) < P_ONE)
@@ -104,19 +111,23 @@ def edit_kernel(
     num_stops = tl.load(params_ptr + NUM_STOPS)
     num_biases = tl.load(params_ptr + NUM_BIASES)
     biases_ptr = params_ptr + END + num_stops
-    for start in range(0, num_biases, BLOCK):
+    start = 0
+    while start < num_biases:
         at = start + tl.arange(0, BLOCK)
         inside = at < num_biases
         ids = tl.load(biases_ptr + at, mask=inside, other=0)
         bias = tl.load(biases_ptr + num_biases + at, mask=inside, other=0).to(tl.float32, bitcast=True)
         x = tl.load(logits_ptr + ids, mask=inside, other=0.0)
         tl.store(logits_ptr + ids, x + bias, mask=inside)
+        start += BLOCK
     tl.debug_barrier()  # a token may be in both lists
     if tl.load(positions_ptr + row) < tl.load(params_ptr + STOPS_FROM):
-        for start in range(0, num_stops, BLOCK):
+        start = 0
+        while start < num_stops:
             at = start + tl.arange(0, BLOCK)
             ids = tl.load(params_ptr + END + at, mask=at < num_stops, other=0)
             tl.store(logits_ptr + ids, float("-inf"), mask=at < num_stops)
+            start += BLOCK
 
 
 @triton.jit
@@ -131,7 +142,7 @@ def penalise_kernel(
     logits_stride,
     params_stride,
     bitmask_stride,
-    tiles_per_split,
+    TILES: tl.constexpr,
     USE_PENALTIES: tl.constexpr,
     USE_BITMASK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -146,7 +157,7 @@ def penalise_kernel(
     penalised = False
     if USE_PENALTIES:
         penalised = tl.load(params_ptr + PENALISED) > 0
-    mask_row = tl.to_tensor(-1).to(tl.int64)
+    mask_row = tl.full((), -1, tl.int64)
     if USE_BITMASK:
         mask_row = tl.load(mask_rows_ptr + row).to(tl.int64)
     if (not penalised) & (mask_row < 0):
@@ -154,8 +165,8 @@ def penalise_kernel(
     repetition = _float(params_ptr, REPETITION_PENALTY)
     presence = _float(params_ptr, PRESENCE_PENALTY)
     frequency = _float(params_ptr, FREQUENCY_PENALTY)
-    for tile in range(tiles_per_split):
-        at = (tl.program_id(1) * tiles_per_split + tile) * BLOCK + tl.arange(0, BLOCK)
+    for tile in range(TILES):
+        at = (tl.program_id(1) * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
         inside = at < vocab
         x = tl.load(logits_ptr + at, mask=inside, other=0.0)
         if USE_PENALTIES:
@@ -180,7 +191,7 @@ def peak_kernel(
     places_ptr,  # [rows, splits] int32
     vocab,
     logits_stride,
-    tiles_per_split,
+    TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Each split's greatest logit, NaN where it has one, and the lowest token that has it."""
@@ -190,8 +201,8 @@ def peak_kernel(
     logits_ptr += row * logits_stride
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
     place = tl.zeros((BLOCK,), tl.int32)
-    for tile in range(tiles_per_split):
-        at = (tl.program_id(1) * tiles_per_split + tile) * BLOCK + tl.arange(0, BLOCK)
+    for tile in range(TILES):
+        at = (tl.program_id(1) * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(logits_ptr + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
         better = (x > best) | (x != x)
         best = tl.where(better, x, best)
@@ -214,7 +225,7 @@ def histogram_kernel(
     logits_stride,
     params_stride,
     num_splits,
-    tiles_per_split,
+    TILES: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -233,13 +244,13 @@ def histogram_kernel(
     temperature = _float(params_ptr, TEMPERATURE)
     counts = tl.zeros((BINS,), tl.int32)
     sums = tl.zeros((BLOCK,), tl.int64)
-    for tile in range(tiles_per_split):
-        at = (tl.program_id(1) * tiles_per_split + tile) * BLOCK + tl.arange(0, BLOCK)
+    for tile in range(TILES):
+        at = (tl.program_id(1) * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(logits_ptr + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
         weights = _weigh(x, peak, temperature)
         keys = weights.to(tl.int32, bitcast=True)
         live = keys >= LEAST_KEY
-        counts += tl.histogram(tl.where(live, (keys - LEAST_KEY) >> BIN_BITS, 0), BINS, mask=live)
+        counts += tl.histogram(tl.maximum(keys - FIRST_KEY, 0) >> BIN_BITS, BINS, mask=live)
         sums += _integers(weights)
     tl.atomic_add(bins_ptr + row * BINS + tl.arange(0, BINS), counts, mask=counts > 0, sem="relaxed")
     tl.atomic_add(sums_ptr + row, tl.sum(sums, 0), sem="relaxed")
@@ -276,15 +287,15 @@ def bracket_kernel(
         high = BINS - 1
     else:
         # a bin's sum of weights lies between what its bounds allow
-        lower = LEAST_KEY + (bins << BIN_BITS)
+        lower = _lower_key(bins)
         least = _integers(tl.minimum(lower.to(tl.float32, bitcast=True), 1.0))
-        greatest = _integers(tl.minimum((lower + (1 << BIN_BITS)).to(tl.float32, bitcast=True), 1.0))
+        greatest = _integers(tl.minimum(((bins << BIN_BITS) + (FIRST_KEY + BIN_KEYS)).to(tl.float32, bitcast=True), 1.0))
         target = tl.maximum(_fraction(tl.load(sums_ptr + row), tl.load(params_ptr + TOP_P).to(tl.int64), 30), 1)
         before = tl.sum((tl.cumsum(counts * least, 0) < target).to(tl.int32), 0)
         low = tl.maximum(BINS - 1 - before, 0)
         high = BINS - 1 - tl.sum((tl.cumsum(counts * greatest, 0) < target).to(tl.int32), 0)
-    tl.store(brackets_ptr + 2 * row, LEAST_KEY + (low << BIN_BITS))
-    tl.store(brackets_ptr + 2 * row + 1, LEAST_KEY + ((high + 1) << BIN_BITS))
+    tl.store(brackets_ptr + 2 * row, _lower_key(low))
+    tl.store(brackets_ptr + 2 * row + 1, ((high + 1) << BIN_BITS) + FIRST_KEY)
 
 
 @triton.jit
@@ -301,7 +312,7 @@ def gather_kernel(
     logits_stride,
     params_stride,
     num_splits,
-    tiles_per_split,
+    TILES: tl.constexpr,
     CAPACITY: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -321,8 +332,8 @@ def gather_kernel(
     low = tl.load(brackets_ptr + 2 * row)
     high = tl.load(brackets_ptr + 2 * row + 1)
     above = tl.zeros((BLOCK,), tl.int64)
-    for tile in range(tiles_per_split):
-        at = (tl.program_id(1) * tiles_per_split + tile) * BLOCK + tl.arange(0, BLOCK)
+    for tile in range(TILES):
+        at = (tl.program_id(1) * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(logits_ptr + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
         weights = _weigh(x, peak, temperature)
         keys = weights.to(tl.int32, bitcast=True)
@@ -339,10 +350,11 @@ def gather_kernel(
 
 
 @triton.jit
-def _at_least(
-    key, high, keys, found, logits_ptr, vocab, peak, temperature, CAPACITY: tl.constexpr, BLOCK: tl.constexpr
-):
-    """How many keys are in [key, high), and the sum of their weights: from the gathered ones, or if those are too many from all."""
+def _at_least(key, high, keys, found, logits_ptr, vocab, peak, temperature, CAPACITY: tl.constexpr, BLOCK: tl.constexpr):
+    """How many keys are in [key, high), and the sum of their weights.
+
+    From the gathered keys or, where those were too many, from the whole row.
+    """
     if found <= CAPACITY:
         chosen = keys >= key
         count = tl.sum(chosen.to(tl.int32), 0)
@@ -350,7 +362,8 @@ def _at_least(
     else:
         counts = tl.zeros((BLOCK,), tl.int32)
         sums = tl.zeros((BLOCK,), tl.int64)
-        for start in range(0, vocab, BLOCK):
+        start = 0
+        while start < vocab:
             at = start + tl.arange(0, BLOCK)
             x = tl.load(logits_ptr + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
             weights = _weigh(x, peak, temperature)
@@ -358,6 +371,7 @@ def _at_least(
             chosen = (every >= key) & (every < high)
             counts += chosen.to(tl.int32)
             sums += tl.where(chosen, _integers(weights), 0)
+            start += BLOCK
         count = tl.sum(counts, 0)
         mass = tl.sum(sums, 0)
     return count, mass
@@ -431,7 +445,7 @@ def threshold_kernel(
 @triton.jit
 def _least_key(params_ptr, thresholds_ptr, row, USE_CUTS: tl.constexpr):
     least = tl.load(params_ptr + MIN_P)
-    if USE_CUTS:
+    if USE_CUTS:  # noqa: SIM102
         if _is_cut(params_ptr):
             least = tl.maximum(least, tl.load(thresholds_ptr + row))
     return least
@@ -449,7 +463,7 @@ def mass_kernel(
     logits_stride,
     params_stride,
     num_splits,
-    tiles_per_split,
+    TILES: tl.constexpr,
     USE_CUTS: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -469,8 +483,8 @@ def mass_kernel(
     logits_ptr += row * logits_stride
     least = _least_key(params_ptr, thresholds_ptr, row, USE_CUTS)
     sums = tl.zeros((BLOCK,), tl.int64)
-    for tile in range(tiles_per_split):
-        at = (tl.program_id(1) * tiles_per_split + tile) * BLOCK + tl.arange(0, BLOCK)
+    for tile in range(TILES):
+        at = (tl.program_id(1) * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(logits_ptr + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
         weights = _weigh(x, peak, temperature)
         sums += tl.where(weights.to(tl.int32, bitcast=True) >= least, _integers(weights), 0)
@@ -496,7 +510,7 @@ def finish_kernel(
     params_stride,
     history_stride,
     num_splits,
-    tiles_per_split,
+    TILES: tl.constexpr,
     USE_DRAWS: tl.constexpr,
     USE_CUTS: tl.constexpr,
     USE_PENALTIES: tl.constexpr,
@@ -506,8 +520,8 @@ def finish_kernel(
     """The token of a row, recorded in its slot."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row).to(tl.int64)
-    token = tl.to_tensor(0)
-    failed = False
+    token = tl.zeros((), tl.int32)
+    failed = slot < slot
     if slot >= 0:
         logits_ptr += row * logits_stride
         params_ptr += slot * params_stride
@@ -531,23 +545,23 @@ def finish_kernel(
                     split = tl.sum(before.to(tl.int32), 0)
                     rest = target - tl.sum(tl.where(before, masses, 0), 0)
                     least = _least_key(params_ptr, thresholds_ptr, row, USE_CUTS)
-                    token = split * tiles_per_split * BLOCK
-                    passed = tl.to_tensor(0).to(tl.int64)
-                    for tile in range(tiles_per_split):
-                        at = (split * tiles_per_split + tile) * BLOCK + tl.arange(0, BLOCK)
+                    token = split * TILES * BLOCK
+                    passed = tl.zeros((), tl.int64)
+                    for tile in range(TILES):
+                        at = (split * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
                         x = tl.load(logits_ptr + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
                         weights = _weigh(x, peak, temperature)
                         kept = tl.where(weights.to(tl.int32, bitcast=True) >= least, _integers(weights), 0)
                         token += tl.sum((passed + tl.cumsum(kept, 0) <= rest).to(tl.int32), 0)
                         passed += tl.sum(kept, 0)
             tl.store(history_ptr + slot * history_stride + position, token)
-            if USE_PENALTIES:
+            if USE_PENALTIES:  # noqa: SIM102
                 if tl.load(params_ptr + PENALISED) > 0:
                     count = tl.load(counts_ptr + slot * vocab + token)
                     more = (count & COUNT_BITS) != COUNT_BITS
                     tl.store(counts_ptr + slot * vocab + token, count + more.to(tl.int16))
         else:
-            failed = True
+            failed = slot >= 0
     tl.store(tokens_ptr + row, token.to(tl.int64))
     tl.store(failed_ptr + row, failed)
 
@@ -609,7 +623,7 @@ def logprob_kernel(
     params_stride,
     num_tiles,
     TOP: tl.constexpr,
-    TILES: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -618,7 +632,7 @@ def logprob_kernel(
         return
     if tl.load(params_ptr + slot * params_stride + LOGPROBS) < 0:
         return
-    tiles = tl.arange(0, TILES)
+    tiles = tl.arange(0, BLOCK_TILES)
     stats_ptr += 2 * (row * num_tiles + tiles)
     peaks = tl.load(stats_ptr, mask=tiles < num_tiles, other=float("-inf"))
     sums = tl.load(stats_ptr + 1, mask=tiles < num_tiles, other=0.0)

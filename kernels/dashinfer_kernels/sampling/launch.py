@@ -9,9 +9,10 @@ from torch import Tensor
 from dashinfer_kernels.dispatch import use_triton
 from dashinfer_kernels.sampling import cpu
 from dashinfer_kernels.sampling.state import Sampled, SamplingBatch, SamplingState
+from dashinfer_kernels.tuning import lookup
 
 BLOCK = 2048  # tokens a tile
-CAPACITY = 4096  # keys among which a threshold is searched without going through the row again
+CAPACITY = 8192  # keys among which a threshold is searched without going through the row again
 TOP_BLOCK = 4096  # tokens of which the likeliest are taken at a time; the sums of log-probabilities are grouped by it
 PROGRAMS = 4  # a multiprocessor
 MIN_SPLITS = 16  # of a row: the last kernel goes through one of them alone
@@ -65,11 +66,12 @@ def _launch(logits: Tensor, state: SamplingState, batch: SamplingBatch) -> Sampl
     kernel = _kernel()
     rows, vocab_size = logits.shape
     needs, device = batch.needs, logits.device
-    tokens = torch.zeros(rows, dtype=torch.int64, device=device)
-    failed = torch.zeros(rows, dtype=torch.bool, device=device)
+    tokens = torch.empty(rows, dtype=torch.int64, device=device)
+    failed = torch.empty(rows, dtype=torch.bool, device=device)
     if not rows:
         return Sampled(tokens, failed)
-    per_split = tiles_per_split(rows, vocab_size, _multiprocessors(device))
+    config = lookup("sampling", (rows, vocab_size))
+    per_split = config["tiles"] if config else tiles_per_split(rows, vocab_size, _multiprocessors(device))
     num_splits = -(-vocab_size // (BLOCK * per_split))
     grid = (rows, num_splits)
     splits = max(16, 1 << (num_splits - 1).bit_length())
@@ -80,7 +82,7 @@ def _launch(logits: Tensor, state: SamplingState, batch: SamplingBatch) -> Sampl
             raw = logits.clone()
     rows_of = {"slots_ptr": batch.slots, "params_ptr": state.params, "params_stride": state.params.stride(0)}
     logits_of = {"logits_ptr": logits, "logits_stride": logits.stride(0)}
-    sizes = {"vocab": vocab_size, "tiles_per_split": per_split, "BLOCK": BLOCK}
+    sizes = {"vocab": vocab_size, "TILES": per_split, "BLOCK": BLOCK}
 
     if needs.edits:
         kernel.edit_kernel[(rows,)](**logits_of, **rows_of, positions_ptr=batch.positions, BLOCK=128)
@@ -110,7 +112,9 @@ def _launch(logits: Tensor, state: SamplingState, batch: SamplingBatch) -> Sampl
             bins = torch.zeros(rows, kernel.BINS.value, dtype=torch.int32, device=device)
             sums, found, above = torch.zeros(3, rows, dtype=torch.int64, device=device).unbind(0)
             gathered = {"brackets_ptr": brackets, "found_ptr": found, "above_ptr": above, "keys_ptr": keys}
-            kernel.histogram_kernel[grid](**logits_of, **rows_of, **peaks_of, **sizes, bins_ptr=bins, sums_ptr=sums, num_warps=8)
+            kernel.histogram_kernel[grid](
+                **logits_of, **rows_of, **peaks_of, **sizes, bins_ptr=bins, sums_ptr=sums, num_warps=8
+            )
             kernel.bracket_kernel[(rows,)](**rows_of, **peaks_of, bins_ptr=bins, sums_ptr=sums, brackets_ptr=brackets)
             kernel.gather_kernel[grid](**logits_of, **rows_of, **peaks_of, **sizes, **gathered, CAPACITY=CAPACITY)
             kernel.threshold_kernel[(rows,)](
@@ -123,7 +127,7 @@ def _launch(logits: Tensor, state: SamplingState, batch: SamplingBatch) -> Sampl
                 vocab=vocab_size,
                 CAPACITY=CAPACITY,
                 BLOCK=BLOCK,
-                num_warps=8,
+                num_warps=16,
             )
         masses = torch.empty(grid, dtype=torch.int64, device=device)
         kernel.mass_kernel[grid](
@@ -167,9 +171,9 @@ def _logprobs(raw: Tensor, tokens: Tensor, state: SamplingState, batch: Sampling
     device = raw.device
     stats = torch.empty(rows, tiles, 2, dtype=torch.float32, device=device)
     best = torch.empty(rows, tiles, top, dtype=torch.int64, device=device)
-    logprobs = torch.zeros(rows, dtype=torch.float32, device=device)
-    top_tokens = torch.zeros(rows, top, dtype=torch.int64, device=device)
-    top_logprobs = torch.zeros(rows, top, dtype=torch.float32, device=device)
+    logprobs = torch.empty(rows, dtype=torch.float32, device=device)
+    top_tokens = torch.empty(rows, top, dtype=torch.int64, device=device)
+    top_logprobs = torch.empty(rows, top, dtype=torch.float32, device=device)
     shared = {
         "logits_ptr": raw,
         "slots_ptr": batch.slots,
@@ -188,7 +192,7 @@ def _logprobs(raw: Tensor, tokens: Tensor, state: SamplingState, batch: Sampling
         top_tokens_ptr=top_tokens,
         top_logprobs_ptr=top_logprobs,
         num_tiles=tiles,
-        TILES=max(16, 1 << (tiles - 1).bit_length()),
+        BLOCK_TILES=max(16, 1 << (tiles - 1).bit_length()),
         CANDIDATES=max(16, 1 << (tiles * top - 1).bit_length()) if top else 16,
     )
     return logprobs, top_tokens, top_logprobs

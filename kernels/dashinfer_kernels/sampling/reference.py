@@ -10,6 +10,7 @@ The fraction comes from Philox4x32-10 (Salmon et al. 2011, doi:10.1145/2063384.2
 position, and the first word's upper 31 bits are taken.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,27 +18,19 @@ from dashinfer_kernels.sampling.state import MAX_COUNT, TOP_P_ONE, Field, Sample
 
 WEIGHT_BITS = 40
 DRAW_BITS = 31
-_WORD = 2**32 - 1
 
 
-def philox(seed: Tensor, position: Tensor) -> Tensor:
-    """[rows] int64 each -> the first word of Philox4x32-10, [rows] int64 in [0, 2^32)."""
-    keys = [seed & _WORD, (seed >> 32) & _WORD]
-    zero = torch.zeros_like(position)
-    c0, c1, c2, c3 = position & _WORD, zero, zero, zero
+def philox(seed: np.ndarray, position: np.ndarray) -> np.ndarray:
+    """[rows] int64 each -> the first word of Philox4x32-10, [rows] uint64 below 2^32."""
+    word, upper = np.uint64(2**32 - 1), np.uint64(32)
+    k0, k1 = seed.view(np.uint64) & word, seed.view(np.uint64) >> upper
+    c0 = position.view(np.uint64) & word
+    c1 = c2 = c3 = np.zeros_like(c0)
     for _ in range(10):
-        high0, low0 = _multiply(c0, 0xD2511F53)
-        high2, low2 = _multiply(c2, 0xCD9E8D57)
-        c0, c1, c2, c3 = high2 ^ c1 ^ keys[0], low2, high0 ^ c3 ^ keys[1], low0
-        keys = [(keys[0] + 0x9E3779B9) & _WORD, (keys[1] + 0xBB67AE85) & _WORD]
+        first, second = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c1, c2, c3 = second >> upper ^ c1 ^ k0, second & word, first >> upper ^ c3 ^ k1, first & word
+        k0, k1 = k0 + np.uint64(0x9E3779B9) & word, k1 + np.uint64(0xBB67AE85) & word
     return c0
-
-
-def _multiply(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """Upper and lower words of a product of 32-bit words, without a 64-bit overflow."""
-    upper = word * (factor >> 16)
-    lower = word * (factor & 0xFFFF) + ((upper & 0xFFFF) << 16)
-    return (upper >> 16) + (lower >> 32), lower & _WORD
 
 
 def fraction(total: Tensor, numerator: Tensor, bits: int) -> Tensor:
@@ -46,6 +39,7 @@ def fraction(total: Tensor, numerator: Tensor, bits: int) -> Tensor:
 
 
 def sample(logits: Tensor, state: SamplingState, batch: SamplingBatch) -> Sampled:
+    """As the public function; everything is in host memory."""
     slots = batch.slots.tolist()
     rows = [row for row, slot in enumerate(slots) if slot >= 0]
     raw = logits.clone()
@@ -64,7 +58,7 @@ def sample(logits: Tensor, state: SamplingState, batch: SamplingBatch) -> Sample
             weights = ((line - line[place]) / temperature).exp()
             kept = weights >= threshold(weights, params)
             cumulative = integers(weights).where(kept, 0).cumsum(0)
-            target = fraction(cumulative[-1], draws(state.params[slots[row]], batch.positions[row]), DRAW_BITS)
+            target = fraction(cumulative[-1], draws(params[None], batch.positions[row : row + 1])[0], DRAW_BITS)
             tokens[row] = torch.searchsorted(cumulative, target, right=True)
     record(tokens, failed, state, batch)
     if batch.needs.top_logprobs is None:
@@ -98,7 +92,7 @@ def adjust(logits: Tensor, state: SamplingState, batch: SamplingBatch) -> Tensor
 
 def _penalise(line: Tensor, counts: Tensor, floats: Tensor) -> None:
     """`line` and `counts` are [vocab]."""
-    seen = counts.nonzero().squeeze(1)
+    seen = torch.from_numpy(np.flatnonzero(counts.numpy() != 0))
     count, values = counts[seen] & MAX_COUNT, line[seen]
     penalty = floats[Field.REPETITION_PENALTY]
     values = torch.where(values > 0, values / penalty, values * penalty)
@@ -113,9 +107,9 @@ def integers(weights: Tensor) -> Tensor:
 
 
 def draws(params: Tensor, positions: Tensor) -> Tensor:
-    """Fractions of 2^31, int64. `params` is [..., words], `positions` [...]."""
-    seeds = (params[..., Field.SEED_HIGH].long() << 32) | (params[..., Field.SEED_LOW].long() & _WORD)
-    return philox(seeds, positions.long()) >> (32 - DRAW_BITS)
+    """Fractions of 2^31, [rows] int64. `params` is [rows, words], `positions` [rows]."""
+    seeds = params[:, Field.SEED_LOW : Field.SEED_HIGH + 1].contiguous().view(torch.int64).squeeze(1)
+    return torch.from_numpy((philox(seeds.numpy(), positions.long().numpy()) >> np.uint64(32 - DRAW_BITS)).view(np.int64))
 
 
 def threshold(weights: Tensor, params: Tensor) -> Tensor:

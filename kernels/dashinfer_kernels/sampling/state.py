@@ -86,9 +86,8 @@ class SamplingState:
         self._max_edits = max_edits
 
     def _zeros(self, shape: tuple[int, int], dtype: type) -> Tensor:
-        if self.device.type == "cpu":
-            return torch.from_numpy(np.zeros(shape, dtype))  # memory is taken when a row is first used
-        return torch.from_numpy(np.zeros(0, dtype)).new_zeros(shape, device=self.device)
+        """Numpy's zeros take memory only where they are written."""
+        return torch.from_numpy(np.zeros(shape, dtype)).to(self.device)
 
     def enter(
         self,
@@ -200,6 +199,8 @@ class Sampled:
 
     tokens: Tensor  # [rows] int64
     failed: Tensor  # [rows] bool: no finite logits; the token means nothing
-    logprobs: Tensor | None = None  # [rows] float32, of the chosen tokens; like the next two arbitrary for rows that ask for none
+    logprobs: Tensor | None = (
+        None  # [rows] float32, of the chosen tokens; like the next two arbitrary for rows that ask for none
+    )
     top_tokens: Tensor | None = None  # [rows, top_logprobs] int64, the likeliest first
     top_logprobs: Tensor | None = None  # [rows, top_logprobs] float32
