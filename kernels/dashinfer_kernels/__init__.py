@@ -11,6 +11,7 @@ from dashinfer_kernels.attention.launch import paged_attention
 from dashinfer_kernels.linear.launch import Linear, pack_linear
 from dashinfer_kernels.norm.launch import add_rms_norm, rms_norm
 from dashinfer_kernels.rope.launch import rope_kv_write
+from dashinfer_kernels.varlen_attention.launch import varlen_attention
 
 __all__ = [
     "Linear",
@@ -22,4 +23,5 @@ __all__ = [
     "rms_norm",
     "rope_kv_write",
     "silu_mul",
+    "varlen_attention",
 ]
