@@ -14,6 +14,7 @@ from dashinfer_kernels.norm.launch import add_rms_norm, rms_norm
 from dashinfer_kernels.rope.launch import rope_kv_write
 from dashinfer_kernels.sampling.launch import sample
 from dashinfer_kernels.sampling.state import Sampled, SamplingBatch, SamplingState
+from dashinfer_kernels.varlen_attention.launch import varlen_attention
 
 __all__ = [
     "Linear",
@@ -29,4 +30,5 @@ __all__ = [
     "rope_kv_write",
     "sample",
     "silu_mul",
+    "varlen_attention",
 ]
