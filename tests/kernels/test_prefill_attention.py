@@ -12,7 +12,7 @@ from dashinfer_kernels import PagedBatch, dispatch, paged_attention
 from dashinfer_kernels.attention import prefill, reference
 from dashinfer_kernels.attention.prefill import PrefillConfig, Shape
 
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 SCALE = 0.125
 
 # (start, length) of each sequence: a whole prompt, a chunk after a prefix, a single token
@@ -90,6 +90,8 @@ def test_half_precision(triton_path: str, config: PrefillConfig, dtype: torch.dt
 @pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("config", [POINTERS, DESCRIPTOR])
 def test_quantized_cache(triton_path: str, config: PrefillConfig, stored: torch.dtype) -> None:
+    if triton_path == "cuda" and stored == torch.float8_e4m3fn and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs a GPU that knows float8")
     q, cache, batch = make([(0, 20), (50, 11)], heads=(6, 2))
     integers = cache.nan_to_num(0).mul(30).round().clamp(-127, 127)
     values = integers.to(stored) if stored == torch.int8 else cache.to(stored)
@@ -133,7 +135,7 @@ def test_sequences_before_the_first_are_left_alone(triton_path: str) -> None:
     out = attend(q, cache, batch, POINTERS, first=2)
 
     assert out[:2].isnan().all()
-    torch.testing.assert_close(out[2:].double(), expect(q, cache, batch)[2:], rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(out[2:].double(), expect(q, cache, batch)[2:], rtol=1e-5, atol=1e-5)
 
 
 def test_queries_with_gaps_between_tokens(triton_path: str) -> None:
@@ -162,17 +164,15 @@ def test_tiles_cover_every_row_once_and_the_longest_come_first(group: int) -> No
     assert sorted(map(tuple, tiles.tolist())) == expected
     last = np.minimum(((tiles[:, 1] + 1) * 32 - 1) // group, batch.host_lengths[tiles[:, 0]] - 1)
     assert (np.diff(batch.host_starts[tiles[:, 0]] + last) <= 0).all()
-    assert prefill._tiles(batch, 1, group, 32) is prefill._tiles(batch, 1, group, 32)
 
 
 def test_deterministic_mode_ignores_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = [Shape(128, 64, quantized=False, wide=False, rows=rows) for rows in (16, 4096)]
-    device = torch.device("cpu")
-    assert len({prefill.choose_config(shape, device) for shape in shapes}) == 2
+    shapes = [Shape(128, 64, quantized=False, wide=False, short=short) for short in (False, True)]
+    assert len({prefill.choose_config(shape, "hopper") for shape in shapes}) == 2
 
     monkeypatch.setattr(dispatch, "deterministic", True)
 
-    assert len({prefill.choose_config(shape, device) for shape in shapes}) == 1
+    assert len({prefill.choose_config(shape, "hopper") for shape in shapes}) == 1
 
 
 @pytest.mark.gpu

@@ -11,7 +11,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 __all__ = ["TensorDescriptor", "prefill_kernel"]
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["table_stride", "window"],
+    do_not_specialize_on_alignment=["tiles_ptr", "query_starts_ptr", "context_lengths_ptr", "block_tables_ptr"],
+)
 def prefill_kernel(
     q_ptr,  # [tokens, NUM_KV_HEADS * GROUP, HEAD_DIM], the last dimension contiguous
     cache_ptr,  # [num_blocks, 2, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]

@@ -3,9 +3,10 @@
 Owns what one step's sequences of several tokens need on the device, made once a step and used by every layer.
 """
 
+import dataclasses
 import functools
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import ModuleType
 
 import numpy as np
@@ -32,13 +33,13 @@ class PrefillConfig:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a config may depend on: of the model, and, as `rows`, of the step."""
+    """What a config may depend on: of the model and, as `short`, of the step."""
 
     head_dim: int
     block_size: int
     quantized: bool
     wide: bool  # float32 queries
-    rows: int  # query rows of the longest sequence and one KV head: tokens * heads a KV head
+    short: bool  # tiles of 128 rows would be half empty or too few for the GPU
 
 
 def paged_attention(
@@ -75,11 +76,17 @@ def paged_attention(
     assert q.stride(2) == 1 and out.is_contiguous()
     if first == batch.num_sequences:
         return
-    if config is None:
-        rows = int(batch.host_lengths[first:].max()) * group
-        shape = Shape(head_dim, block_size, kv_scales is not None, q.dtype == torch.float32, rows)
-        config = choose_config(shape, q.device)
-    tiles = _tiles(batch, first, group, config.block_m)
+    key = ("prefill", first, q.shape[1], kv_cache.shape[2:], q.dtype, kv_cache.dtype, config)
+    if key not in batch.plans:
+        if config is None:
+            lengths = batch.host_lengths[first:]
+            tiles_of_128 = int(lengths.sum()) * q.shape[1] // 128
+            short = int(lengths.max()) * group <= 64 or tiles_of_128 < _multiprocessors(q.device)
+            config = choose_config(
+                Shape(head_dim, block_size, kv_scales is not None, q.dtype == torch.float32, short), _generation(q.device)
+            )
+        batch.plans[key] = config, _tiles(batch, first, group, config.block_m)
+    config, tiles = batch.plans[key]
 
     kernel, descriptor = _kernel(), None
     block_d = 1 << (head_dim - 1).bit_length()
@@ -122,15 +129,14 @@ def paged_attention(
     )
 
 
-def choose_config(shape: Shape, device: torch.device) -> PrefillConfig:
-    """The table's launch parameters for the GPU, else those of a heuristic."""
-    if dispatch.deterministic:
-        shape = Shape(**{**asdict(shape), "rows": 1 << 30})
-    key = (shape.head_dim, shape.block_size, int(shape.quantized), int(shape.wide), "short" if shape.rows <= 64 else "long")
+def choose_config(shape: Shape, generation: str) -> PrefillConfig:
+    """The table's launch parameters for the GPU, else those of the heuristic; arguments are the heuristic's."""
+    short = shape.short and not dispatch.deterministic
+    key = (shape.head_dim, shape.block_size, int(shape.quantized), int(shape.wide), int(short))
     found = tuning.lookup("prefill_attention", key)
     if found is not None:
         return PrefillConfig(**found)
-    return heuristic_config(shape, _generation(device))
+    return heuristic_config(dataclasses.replace(shape, short=short), generation)
 
 
 def heuristic_config(shape: Shape, generation: str) -> PrefillConfig:
@@ -140,7 +146,7 @@ def heuristic_config(shape: Shape, generation: str) -> PrefillConfig:
         shape: what is launched.
         generation: "ampere", "hopper" (and what came after) or "amd".
     """
-    short = shape.rows <= 64
+    short = shape.short
     if shape.wide:
         return PrefillConfig(block_m=16, block_n=16, num_warps=4, num_stages=1)
     if generation == "amd":
@@ -164,19 +170,21 @@ def heuristic_config(shape: Shape, generation: str) -> PrefillConfig:
 
 def _tiles(batch: PagedBatch, first: int, group: int, block_m: int) -> Tensor:
     """[tiles, 2] int32, sequence and number of the tile within it; those that see most keys come first."""
-    key = ("prefill tiles", first, group, block_m)
-    if key not in batch.plans:
-        lengths, starts = batch.host_lengths[first:], batch.host_starts[first:]
-        counts = -(-lengths * group // block_m)
-        sequences = np.repeat(np.arange(len(lengths)), counts)
-        numbers = np.arange(len(sequences)) - np.repeat(np.cumsum(counts) - counts, counts)
-        last = np.minimum(((numbers + 1) * block_m - 1) // group, lengths[sequences] - 1)
-        order = np.argsort(-(starts[sequences] + last), kind="stable")
-        tiles = torch.from_numpy(np.stack((sequences + first, numbers), 1)[order].astype(np.int32))
-        if batch.positions.is_cuda:
-            tiles = tiles.pin_memory()
-        batch.plans[key] = tiles.to(batch.positions.device, non_blocking=True)
-    return batch.plans[key]
+    lengths, starts = batch.host_lengths[first:], batch.host_starts[first:]
+    counts = -(-lengths * group // block_m)
+    sequences = np.repeat(np.arange(len(lengths)), counts)
+    numbers = np.arange(len(sequences)) - np.repeat(np.cumsum(counts) - counts, counts)
+    last = np.minimum(((numbers + 1) * block_m - 1) // group, lengths[sequences] - 1)
+    order = np.argsort(-(starts[sequences] + last), kind="stable")
+    tiles = torch.from_numpy(np.stack((sequences + first, numbers), 1)[order].astype(np.int32))
+    if batch.positions.is_cuda:
+        tiles = tiles.pin_memory()
+    return tiles.to(batch.positions.device, non_blocking=True)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @functools.cache

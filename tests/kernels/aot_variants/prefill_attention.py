@@ -11,15 +11,15 @@ def variant(
     target: str,
     head_dim: int,
     block_size: int,
-    rows: int,
     *,
+    short: bool = False,
     kv: str = "bf16",
     heads: tuple[int, int] = (28, 4),
     options: bool = False,
 ) -> Variant:
     """`options`: with a window and a soft cap."""
     quantized = kv != "bf16"
-    shape = Shape(head_dim, block_size, quantized=quantized, wide=False, rows=rows)
+    shape = Shape(head_dim, block_size, quantized=quantized, wide=False, short=short)
     config = heuristic_config(shape, GENERATION[target])
     block_d = 1 << (head_dim - 1).bit_length()
     signature = {"q_ptr": "*bf16", "cache_ptr": f"*{kv}", "out_ptr": "*bf16"}
@@ -50,7 +50,7 @@ def variant(
         signature["scales_ptr"] = "*fp32"
     else:
         constants["scales_ptr"] = None
-    words = [head_dim, f"block{block_size}", kv, "short" if rows <= 64 else "long", *(["options"] if options else []), target]
+    words = [head_dim, f"block{block_size}", kv, "short" if short else "long", *(["options"] if options else []), target]
     return Variant(
         "-".join(map(str, ["prefill", *words])),
         "attention.kernel_prefill:prefill_kernel",
@@ -64,16 +64,16 @@ def variant(
 
 
 VARIANTS = [
-    *(variant(target, 128, 16, 4096, options=True) for target in TARGETS),
-    *(variant(target, 256, 16, 4096, kv="i8", options=True) for target in TARGETS),
-    *(variant("sm_90", head_dim, 64, 4096) for head_dim in (64, 80, 128, 256)),
-    variant("sm_90", 128, 128, 4096, heads=(32, 8), options=True),
-    variant("sm_90", 128, 128, 4096, heads=(8, 8)),
-    variant("sm_90", 256, 64, 4096, options=True),
-    variant("sm_90", 128, 64, 64, options=True),
-    variant("sm_90", 256, 64, 64, options=True),
-    variant("sm_90", 128, 64, 4096, kv="fp8e4nv", options=True),
-    variant("sm_90", 64, 128, 4096, kv="i8", options=True),
-    variant("sm_80", 64, 16, 4096, options=True),
-    variant("sm_80", 128, 16, 64),
+    *(variant(target, 128, 16, options=True) for target in TARGETS),
+    *(variant(target, 256, 16, kv="i8", options=True) for target in TARGETS),
+    *(variant("sm_90", head_dim, 64) for head_dim in (64, 80, 128, 256)),
+    variant("sm_90", 128, 128, heads=(32, 8), options=True),
+    variant("sm_90", 128, 128, heads=(8, 8)),
+    variant("sm_90", 256, 64, options=True),
+    variant("sm_90", 128, 64, short=True, options=True),
+    variant("sm_90", 256, 64, short=True, options=True),
+    variant("sm_90", 128, 64, kv="fp8e4nv", options=True),
+    variant("sm_90", 64, 128, kv="i8", options=True),
+    variant("sm_80", 64, 16, options=True),
+    variant("sm_80", 128, 16, short=True),
 ]
