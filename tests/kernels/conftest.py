@@ -23,6 +23,17 @@ if not torch.cuda.is_available() and find_spec("triton"):
     triton.knobs.runtime.interpret = True  # sets the variable too
     del os.environ["TRITON_INTERPRET"]
 
+    if triton.__version__.startswith("3.6."):  # its loop bounds are arrays of one element, which NumPy 2.4 makes no integers of
+        from triton.runtime import interpreter
+
+        _patch_lang_tensor = interpreter._patch_lang_tensor
+
+        def _patch_index(tensor: type, scope: interpreter._LangPatchScope) -> None:
+            _patch_lang_tensor(tensor, scope)
+            scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+        interpreter._patch_lang_tensor = _patch_index
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
