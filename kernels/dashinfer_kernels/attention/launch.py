@@ -1,8 +1,10 @@
 """Public function of attention over the paged cache."""
 
+import torch
 from torch import Tensor
 
-from dashinfer_kernels.attention import cpu, reference
+from dashinfer_kernels import dispatch
+from dashinfer_kernels.attention import cpu, decode, reference
 from dashinfer_kernels.attention.batch import PagedBatch
 
 
@@ -14,6 +16,7 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    kv_scales: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of a step's tokens over their sequences' cached keys and values, those of the step included.
 
@@ -21,11 +24,13 @@ def paged_attention(
         q: [tokens, num_heads, head_dim]; num_heads is a multiple of num_kv_heads, and query heads that share a KV head are
             neighbours.
         kv_cache: [num_blocks, 2, num_kv_heads, block_size, head_dim], keys and then values of each block; contiguous, the type
-            of `q`. Slots that no position of the batch maps to may hold anything, NaN included.
+            of `q`, or int8 or float8_e4m3fn. Slots that no position of the batch maps to may hold anything, NaN included.
         batch: the step's layout.
         scale: what scores are multiplied with, usually head_dim ** -0.5.
         window: a token sees the last `window` positions, its own included; None: all.
         softcap: scores become `softcap * tanh(scores / softcap)` before the mask; None: unchanged.
+        kv_scales: [num_blocks, 2, num_kv_heads, block_size] float32, what an int8 or float8 cache's values are multiplied with,
+            one a token and head; None otherwise.
 
     Returns:
         [tokens, num_heads * head_dim], the type of `q`.
@@ -38,7 +43,16 @@ def paged_attention(
     assert kv_cache.is_contiguous()
     assert q.shape[1] % num_kv_heads == 0
     assert block_size == batch.block_size
-    assert q.dtype == kv_cache.dtype
+    assert (kv_scales is None) == (q.dtype == kv_cache.dtype)
+    assert kv_scales is None or kv_scales.shape == kv_cache.shape[:4]
     assert window is None or window > 0
-    path = cpu if q.device.type == "cpu" else reference
-    return path.paged_attention(q, kv_cache, batch, scale=scale, window=window, softcap=softcap)
+    options = {"scale": scale, "window": window, "softcap": softcap}
+    if not dispatch.use_triton(q):
+        if kv_scales is not None:
+            return reference.paged_attention(q, kv_cache, batch, **options, kv_scales=kv_scales)
+        return cpu.paged_attention(q, kv_cache, batch, **options)
+    if batch.num_decodes < batch.num_tokens:
+        return reference.paged_attention(q, kv_cache, batch, **options, kv_scales=kv_scales)
+    out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
+    decode.paged_attention(q, kv_cache, batch, out, **options, kv_scales=kv_scales)
+    return out
