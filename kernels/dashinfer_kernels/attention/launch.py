@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dashinfer_kernels import dispatch
-from dashinfer_kernels.attention import cpu, prefill
+from dashinfer_kernels.attention import cpu, decode, prefill, reference
 from dashinfer_kernels.attention.batch import PagedBatch
 
 
@@ -46,10 +46,14 @@ def paged_attention(
     assert (kv_scales is None) == (q.dtype == kv_cache.dtype)
     assert kv_scales is None or kv_scales.shape == kv_cache.shape[:4]
     assert window is None or window > 0
+    options = {"scale": scale, "window": window, "softcap": softcap}
     if not dispatch.use_triton(q):
-        assert kv_scales is None
-        return cpu.paged_attention(q, kv_cache, batch, scale=scale, window=window, softcap=softcap)
+        if kv_scales is not None:
+            return reference.paged_attention(q, kv_cache, batch, **options, kv_scales=kv_scales)
+        return cpu.paged_attention(q, kv_cache, batch, **options)
     out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
-    options = {"scale": scale, "window": window, "softcap": softcap, "kv_scales": kv_scales}
-    prefill.paged_attention(q, kv_cache, batch, out, **options, first_sequence=0)
+    if (decodes := batch.num_decodes) > 0:
+        decode.paged_attention(q[:decodes], kv_cache, batch, out[:decodes], **options, kv_scales=kv_scales)
+    if decodes < batch.num_sequences:
+        prefill.paged_attention(q, kv_cache, batch, out, **options, kv_scales=kv_scales, first_sequence=decodes)
     return out

@@ -14,6 +14,7 @@ def paged_attention(
     scale: float,
     window: int | None,
     softcap: float | None,
+    kv_scales: Tensor | None = None,
 ) -> Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
     num_heads, head_dim = q.shape[1:]
@@ -24,8 +25,8 @@ def paged_attention(
         context = start + length
         blocks = batch.block_tables[row, : -(-context // block_size)].long()
         k, v = (
-            cache[blocks].transpose(0, 1).reshape(num_kv_heads, -1, head_dim)[:, :context].to(wide)
-            for cache in kv_cache.unbind(1)
+            tiles.transpose(0, 1).reshape(num_kv_heads, -1, head_dim)[:, :context]
+            for tiles in _dequantise(kv_cache, kv_scales, blocks, wide).unbind(1)
         )
         queries = q[begin : begin + length].to(wide).view(length, num_kv_heads, -1, head_dim)
         scores = torch.einsum("lhgd,htd->hglt", queries, k) * scale
@@ -40,3 +41,12 @@ def paged_attention(
         out[begin : begin + length] = torch.einsum("hglt,htd->lhgd", weights, v).reshape(length, -1).to(q.dtype)
         begin += length
     return out
+
+
+def _dequantise(kv_cache: Tensor, kv_scales: Tensor | None, blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    """[blocks, 2, num_kv_heads, block_size, head_dim], the values that the cache stands for."""
+    # Indexing does not know float8.
+    held = kv_cache.view(torch.uint8)[blocks].view(kv_cache.dtype) if kv_cache.dtype.itemsize == 1 else kv_cache[blocks]
+    if kv_scales is None:
+        return held.to(dtype)
+    return held.to(dtype) * kv_scales[blocks].to(dtype).unsqueeze(-1)
