@@ -49,14 +49,14 @@ class Plan:
     merge_tile: tuple[int, int]  # work items, columns of the output
 
 
-def choose_config(head_dim: int, kv_itemsize: int, *, hip: bool = False) -> Config:
-    """The heuristic: tiles of `_STAGE_BYTES`; fewer where converting, or products of float32, take the registers."""
+def choose_config(head_dim: int, kv_itemsize: int, block_m: int, *, hip: bool = False) -> Config:
+    """The heuristic: tiles of `_STAGE_BYTES`; fewer tokens or more warps where registers are short."""
     padded = _power_of_two(head_dim)
     stage_bytes = _STAGE_BYTES if kv_itemsize == 2 else _STAGE_BYTES // 4 if hip and kv_itemsize == 1 else _STAGE_BYTES // 2
     block_n = max(16, min(128, stage_bytes // (2 * padded * kv_itemsize)))
     return Config(
         block_n=block_n,
-        num_warps=8 if padded * kv_itemsize >= 1024 else 4,
+        num_warps=8 if block_m == 64 or padded * kv_itemsize >= 1024 else 4,
         num_stages=2 if hip else 4 if kv_itemsize == 1 else 3,
         min_chunk=_MIN_CHUNK_TOKENS // block_n,
     )
@@ -104,7 +104,7 @@ def paged_attention(
     key = ("decode", q.dtype, kv_cache.dtype, num_heads, num_kv_heads, head_dim, window, query_len, config)
     plan = batch.plans.get(key)
     if plan is None:
-        config = config or _config(num_heads, num_kv_heads, head_dim, kv_cache)
+        config = config or _config(num_heads, kv_cache, query_len)
         plan = batch.plans[key] = make_plan(q, batch, num_kv_heads, window, query_len, config)
     if kv_cache.dtype == torch.float8_e4m3fn and not _has_float8(q.device):
         kv_cache = kv_cache.view(torch.uint8)
@@ -213,12 +213,14 @@ def choose_merge_tile(elements: int, multiprocessors: int) -> tuple[int, int]:
     return (128, 32) if elements <= 4 * multiprocessors * 32 else (16, 256)
 
 
-def _config(num_heads: int, num_kv_heads: int, head_dim: int, kv_cache: Tensor) -> Config:
-    key = (num_heads, num_kv_heads, head_dim, str(kv_cache.dtype).removeprefix("torch."))
+def _config(num_heads: int, kv_cache: Tensor, query_len: int) -> Config:
+    num_kv_heads, _, head_dim = kv_cache.shape[2:]
+    key = (num_heads, num_kv_heads, head_dim, query_len, str(kv_cache.dtype).removeprefix("torch."))
     tuned = tuning.lookup("paged_attention_decode", key)
     if tuned is not None:
         return Config(**tuned)
-    return choose_config(head_dim, kv_cache.element_size(), hip=torch.version.hip is not None)
+    block_m = choose_block_m(query_len * num_heads // num_kv_heads)
+    return choose_config(head_dim, kv_cache.element_size(), block_m, hip=torch.version.hip is not None)
 
 
 @functools.cache

@@ -28,13 +28,14 @@ def attend(
     max_registers: int | None = THREE_PROGRAMS,
 ) -> Variant:
     """`kv` is what a quantised cache holds."""
-    config = decode.choose_config(head_dim, SIZES[kv or q], hip=targets == AMD)
+    block_m = decode.choose_block_m(query_len * heads[0] // heads[1])
+    config = decode.choose_config(head_dim, SIZES[kv or q], block_m, hip=targets == AMD)
     signature = {"q_ptr": q, "kv_ptr": kv or q, "tables_ptr": "*i32", "context_lengths_ptr": "*i32", "items_ptr": "*i32"}
     signature |= {"item_starts_ptr": "*i32", "out_ptr": q, "partial_ptr": "*fp32", "stats_ptr": "*fp32"}
     signature |= {"num_sequences": "i32", "q_stride": "i32:16", "table_stride": "i32", "window": "i32"}
     signature |= {"score_scale": "fp32", "softcap": "fp32"}
     constants = {"NUM_HEADS": heads[0], "NUM_KV_HEADS": heads[1], "HEAD_DIM": head_dim, "BLOCK_SIZE": block_size}
-    constants |= {"QUERY_LEN": query_len, "BLOCK_M": decode.choose_block_m(query_len * heads[0] // heads[1])}
+    constants |= {"QUERY_LEN": query_len, "BLOCK_M": block_m}
     constants |= {"BLOCK_N": config.block_n, "BLOCK_D": 1 << (head_dim - 1).bit_length(), "USE_SCALES": kv is not None}
     constants |= {"USE_SOFTCAP": softcap, "USE_WINDOW": window, "USE_PTX": targets != AMD}
     if kv is None:
@@ -84,6 +85,7 @@ VARIANTS = [
     attend("128-float8", (28, 4), 128, kv="*fp8e4nv", targets=("sm_90",), max_registers=TWO_PROGRAMS),
     attend("128-float8-bits", (28, 4), 128, kv="*u8", targets=("sm_80",), max_registers=TWO_PROGRAMS),
     attend("128-4-tokens", (32, 4), 128, query_len=4, max_registers=None),
+    attend("128-int8-8-tokens", (32, 4), 128, kv="*i8", query_len=8, max_registers=None),
     attend("128-float32", (32, 8), 128, q="*fp32", max_registers=None),
     SCHEDULE,
     merge(128, 32),
