@@ -154,14 +154,15 @@ def penalise_kernel(
     logits_ptr += row * logits_stride
     params_ptr += slot * params_stride
     counts_ptr += slot * vocab
-    penalised = False
+    penalised = 0  # or 1
     if USE_PENALTIES:
-        penalised = tl.load(params_ptr + PENALISED) > 0
+        penalised = tl.load(params_ptr + PENALISED)
     mask_row = tl.full((), -1, tl.int64)
     if USE_BITMASK:
         mask_row = tl.load(mask_rows_ptr + row).to(tl.int64)
-    if (not penalised) & (mask_row < 0):
+    if (penalised == 0) & (mask_row < 0):
         return
+    masked = tl.where(mask_row >= 0, vocab, 0)  # tokens that a grammar speaks of
     repetition = _float(params_ptr, REPETITION_PENALTY)
     presence = _float(params_ptr, PRESENCE_PENALTY)
     frequency = _float(params_ptr, FREQUENCY_PENALTY)
@@ -170,7 +171,7 @@ def penalise_kernel(
         inside = at < vocab
         x = tl.load(logits_ptr + at, mask=inside, other=0.0)
         if USE_PENALTIES:
-            seen = tl.load(counts_ptr + at, mask=inside & penalised, other=0).to(tl.int32)
+            seen = tl.load(counts_ptr + at, mask=at < penalised * vocab, other=0).to(tl.int32)
             count = seen & COUNT_BITS
             factor = tl.zeros_like(x) + repetition
             y = tl.where(x > 0, tl.div_rn(x, factor), x * factor)
@@ -178,7 +179,7 @@ def penalise_kernel(
             x = tl.where(seen != 0, y, x)
             x = tl.where(count > 0, x - (presence + frequency * count.to(tl.float32)), x)
         if USE_BITMASK:
-            words = tl.load(bitmask_ptr + mask_row * bitmask_stride + (at >> 5), mask=inside & (mask_row >= 0), other=-1)
+            words = tl.load(bitmask_ptr + mask_row * bitmask_stride + (at >> 5), mask=at < masked, other=-1)
             x = tl.where(((words >> (at & 31)) & 1) == 0, float("-inf"), x)
         tl.store(logits_ptr + at, x, mask=inside)
 
