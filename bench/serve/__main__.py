@@ -16,6 +16,7 @@ import trio
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from bench.machine import describe_machine
 from bench.serve import report
 from bench.serve.measure import Run, Settings, measure_round, prepare, schedule
 from bench.serve.servers import read_memory, running
@@ -180,7 +181,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
             raise BenchError(f"--out {arguments.out} does not end in .json")
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
     settings = Settings(**{field.name: getattr(arguments, field.name) for field in fields(Settings)})
-    machine = report.describe_machine()
+    machine = describe_machine()
     runs, extra = trio.run(measure, arguments, targets, settings, console)
     console.print(report.as_table(runs, baseline))
     for item in runs:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.machine import describe_machine
 from bench.serve import report
 from bench.serve.measure import Run, Settings
 from bench.serve.stats import Figures
@@ -95,7 +96,7 @@ def test_caveats_name_what_spoils_figures() -> None:
 
 
 def test_the_machine_is_described_without_its_name() -> None:
-    machine = report.describe_machine()
+    machine = describe_machine()
 
     assert machine["cores"] >= 1
     assert machine["versions"]["trio"]

@@ -1,0 +1,1 @@
+"""What a GPU run measures, and how it is reported."""

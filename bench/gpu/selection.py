@@ -1,0 +1,14 @@
+"""A pytest plugin: of all tests, those that run a kernel on the GPU where there is one."""
+
+import pytest
+
+FIXTURES = {"triton_path"}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    chosen, others = [], []
+    for item in items:
+        on_gpu = item.get_closest_marker("gpu") is not None or FIXTURES & set(getattr(item, "fixturenames", ()))
+        (chosen if on_gpu else others).append(item)
+    config.hook.pytest_deselected(items=others)
+    items[:] = chosen

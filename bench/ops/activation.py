@@ -1,0 +1,46 @@
+"""Gated activations."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.ops.case import COPY_MARK, Case, Job, Model, Place, poisoned, relative_error
+from dashinfer_kernels import silu_mul
+
+
+def jobs(place: Place) -> list[Job]:
+    return [
+        Job(
+            "silu_mul",
+            model,
+            f"{tokens} tokens",
+            partial(_build, place, model, tokens),
+            (COPY_MARK,) if tokens == 4096 else (),
+            tokens,
+        )
+        for model in place.models
+        for tokens in ((3,) if place.toy else (4096, 64, 1))
+    ]
+
+
+def _build(place: Place, model: Model, tokens: int) -> Case:
+    moved = 3 * tokens * model.intermediate * place.dtype.itemsize
+    sets = [place.normal(tokens, 2 * model.intermediate) for _ in range(place.copies(moved))]
+
+    def verify() -> float:
+        gate, up = sets[0].to(torch.float64).chunk(2, -1)
+        with poisoned():
+            return relative_error(silu_mul(sets[0]), F.silu(gate) * up)
+
+    def library(gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate) * up
+
+    return Case(
+        calls=[partial(silu_mul, each) for each in sets],
+        verify=verify,
+        bytes_moved=moved,
+        libraries={"F.silu, mul": [partial(library, each) for each in sets]},
+    )

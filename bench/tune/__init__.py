@@ -1,0 +1,1 @@
+"""Launch parameters, measured on the GPU at hand."""
