@@ -167,7 +167,7 @@ def test_tiles_cover_every_row_once_and_the_longest_come_first(group: int) -> No
 
 
 def test_deterministic_mode_ignores_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = [Shape(128, 64, quantized=False, wide=False, short=short) for short in (False, True)]
+    shapes = [Shape(128, 64, quantized=False, wide=False, windowed=False, short=short) for short in (False, True)]
     assert len({prefill.choose_config(shape, "hopper") for shape in shapes}) == 2
 
     monkeypatch.setattr(dispatch, "deterministic", True)

@@ -39,6 +39,7 @@ class Shape:
     block_size: int
     quantized: bool
     wide: bool  # float32 queries
+    windowed: bool
     short: bool  # tiles of 128 rows would be half empty or too few for the GPU
 
 
@@ -76,14 +77,15 @@ def paged_attention(
     assert q.stride(2) == 1 and out.is_contiguous()
     if first == batch.num_sequences:
         return
-    key = ("prefill", first, q.shape[1], kv_cache.shape[2:], q.dtype, kv_cache.dtype, config)
+    key = ("prefill", first, q.shape[1], kv_cache.shape[2:], q.dtype, kv_cache.dtype, window is None, config)
     if key not in batch.plans:
         if config is None:
             lengths = batch.host_lengths[first:]
             tiles_of_128 = int(lengths.sum()) * q.shape[1] // 128
             short = int(lengths.max()) * group <= 64 or tiles_of_128 < _multiprocessors(q.device)
             config = choose_config(
-                Shape(head_dim, block_size, kv_scales is not None, q.dtype == torch.float32, short), _generation(q.device)
+                Shape(head_dim, block_size, kv_scales is not None, q.dtype == torch.float32, window is not None, short),
+                _generation(q.device),
             )
         batch.plans[key] = config, _tiles(batch, first, group, config.block_m)
     config, tiles = batch.plans[key]
@@ -132,7 +134,7 @@ def paged_attention(
 def choose_config(shape: Shape, generation: str) -> PrefillConfig:
     """The table's launch parameters for the GPU, else those of the heuristic; arguments are the heuristic's."""
     short = shape.short and not dispatch.deterministic
-    key = (shape.head_dim, shape.block_size, int(shape.quantized), int(shape.wide), int(short))
+    key = (shape.head_dim, shape.block_size, int(shape.quantized), int(shape.wide), int(shape.windowed), int(short))
     found = tuning.lookup("prefill_attention", key)
     if found is not None:
         return PrefillConfig(**found)
@@ -156,11 +158,12 @@ def heuristic_config(shape: Shape, generation: str) -> PrefillConfig:
     if generation == "ampere":
         if shape.head_dim > 128:
             return PrefillConfig(64, 32, num_warps=8, num_stages=2)
-        block_n = 32 if shape.head_dim > 64 else 64
-        return PrefillConfig(64 if short else 128, block_n, num_warps=4 if short else 8, num_stages=3)
+        if shape.head_dim > 64:
+            return PrefillConfig(64 if short else 128, 32, num_warps=8, num_stages=3)
+        return PrefillConfig(64 if short else 128, 64, num_warps=4 if short else 8, num_stages=3)
     if shape.head_dim > 128:
         block_n, num_stages = 32 if shape.quantized or short else 64, 2
-    elif shape.block_size >= 128 and not shape.quantized:
+    elif shape.block_size >= 128 and not shape.quantized and not shape.windowed:
         block_n, num_stages = 128, 3 if shape.head_dim <= 64 else 2
     else:
         block_n, num_stages = 64, 3

@@ -19,7 +19,7 @@ def variant(
 ) -> Variant:
     """`options`: with a window and a soft cap."""
     quantized = kv != "bf16"
-    shape = Shape(head_dim, block_size, quantized=quantized, wide=False, short=short)
+    shape = Shape(head_dim, block_size, quantized=quantized, wide=False, windowed=options, short=short)
     config = heuristic_config(shape, GENERATION[target])
     block_d = 1 << (head_dim - 1).bit_length()
     signature = {"q_ptr": "*bf16", "cache_ptr": f"*{kv}", "out_ptr": "*bf16"}
@@ -75,5 +75,5 @@ VARIANTS = [
     variant("sm_90", 128, 64, kv="fp8e4nv", options=True),
     variant("sm_90", 64, 128, kv="i8", options=True),
     variant("sm_80", 64, 16, options=True),
-    variant("sm_80", 128, 16, short=True),
+    variant("sm_80", 128, 16, short=True, options=True),
 ]
