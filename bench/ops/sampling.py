@@ -4,11 +4,11 @@ from functools import partial
 
 import numpy as np
 import torch
-from dashinfer_kernels.sampling import reference
 from torch import Tensor
 
 from bench.ops.case import Case, Job, Model, Place
 from dashinfer_kernels import SamplingBatch, SamplingState, sample
+from dashinfer_kernels.sampling import reference
 
 PARAMS = {
     "greedy": {"temperature": 0.0},

@@ -4,13 +4,13 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from dashinfer_kernels.varlen_attention import reference
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.ops.attention import BACKENDS
 from bench.ops.case import Case, Job, Model, Place, poisoned, relative_error
 from dashinfer_kernels import varlen_attention
+from dashinfer_kernels.varlen_attention import reference
 
 TOWERS = (
     Model("Qwen2.5-VL vision", 1280, 3420, 16, 16, 80, 0),

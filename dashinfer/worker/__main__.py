@@ -112,7 +112,8 @@ def serve(connection: Connection) -> None:
     gc.collect()
     gc.freeze()
     connection.send(runner.ready)
-    rank, steps = start.config.rank, queue.SimpleQueue[LaunchedStep]()
+    rank = start.config.rank
+    steps: queue.SimpleQueue[LaunchedStep] = queue.SimpleQueue()
     if runner.on_gpu and rank == 0:
         threading.Thread(target=_guarded, args=(connection, partial(send_results, connection, steps)), daemon=True).start()
     while True:
