@@ -18,7 +18,7 @@ from dashinfer.worker.capacity import MEMORY_SHARE, count_blocks, free_memory, s
 from dashinfer.worker.executor import Executor, LaunchedStep
 from dashinfer.worker.graphs import bucket_sizes
 
-BLOCK_SIZE = {"cpu": 16, "cuda": 16}
+BLOCK_SIZE = {"cpu": 16, "cuda": 64}  # from 64 on, Hopper's copy engine brings tiles of keys and values
 STEP_TOKENS = {"cpu": 1024, "cuda": 8192}
 GRAPH_BYTES = 32 << 20  # that a CUDA graph takes besides its tensors, generously
 
