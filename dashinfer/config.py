@@ -160,6 +160,7 @@ class ServerConfig:
         None, "most tokens computed in one step (default: chosen for the device)", group=_ENGINE, parse=_positive, metavar="N"
     )
     disable_prefix_cache: bool = _setting(False, "compute every prompt from its first token", group=_ENGINE)
+    deterministic: bool = _setting(False, "give a request the same tokens whatever else runs, at a lower speed", group=_ENGINE)
 
     def __post_init__(self) -> None:
         if self.mode == "vlm":

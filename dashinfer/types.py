@@ -60,6 +60,7 @@ class WorkerConfig(Struct, frozen=True):
     block_size: int | None  # tokens a block
     kv_cache_memory: int | None  # bytes a rank
     log_level: str = "info"
+    deterministic: bool = False  # results do not depend on what else is in the batch
 
 
 class Start(Struct, tag="start", frozen=True):

@@ -271,4 +271,5 @@ def worker_config(config: ServerConfig, files: ModelFiles, rank: int, world_size
         block_size=config.block_size,
         kv_cache_memory=config.kv_cache_memory,
         log_level=config.log_level,
+        deterministic=config.deterministic,
     )

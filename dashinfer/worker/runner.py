@@ -1,7 +1,7 @@
 """Executes plans: turns a plan into the step's tensors, runs the model over the paged KV cache, and samples.
 
-Owns a rank's model, KV cache and slots. Plans are executed strictly in order, which is all the synchronisation that the
-parent's bookkeeping needs.
+Owns a rank's model, KV cache and slots, and sets for its process whether ops are deterministic. Plans are executed strictly in
+order, which is all the synchronisation that the parent's bookkeeping needs.
 """
 
 import logging
@@ -20,7 +20,7 @@ from dashinfer.models.weights import ReportProgress
 from dashinfer.types import DataType, Ready, StepPlan, StepResult, WorkerConfig
 from dashinfer.worker.sampler import Sampler
 from dashinfer.worker.slots import Slots
-from dashinfer_kernels import PagedBatch
+from dashinfer_kernels import PagedBatch, dispatch
 
 BLOCK_SIZE = {"cpu": 16, "cuda": 16}
 STEP_TOKENS = {"cpu": 1024, "cuda": 8192}
@@ -41,6 +41,7 @@ class Runner:
     """
 
     def __init__(self, config: WorkerConfig, model_config: ModelConfig, report: ReportProgress) -> None:
+        dispatch.deterministic = config.deterministic
         device = select_device(config.device)
         max_length = model_config.resolve_max_length(config.max_length)
         self._name = config.files.name
