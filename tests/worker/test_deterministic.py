@@ -1,7 +1,7 @@
 """Deterministic mode on a random model in bfloat16, driven by the scheduler's plans.
 
-A request's tokens and log-probabilities are, to the bit, those of the request alone, however its prompt is chunked or cached and
-whatever else runs.
+A request's tokens and log-probabilities are, to the bit, those of the request alone, however its prompt is chunked or cached
+and whatever else runs.
 """
 
 import pytest
