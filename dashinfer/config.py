@@ -178,6 +178,7 @@ class ServerConfig:
     )
     enforce_eager: bool = _setting(False, "record no CUDA graphs: slower, starts sooner", group=_ENGINE)
     disable_prefix_cache: bool = _setting(False, "compute every prompt from its first token", group=_ENGINE)
+    deterministic: bool = _setting(False, "give a request the same tokens whatever else runs, at a lower speed", group=_ENGINE)
 
     def __post_init__(self) -> None:
         if self.mode == "vlm":

@@ -62,6 +62,7 @@ class WorkerConfig(Struct, frozen=True):
     log_level: str = "info"
     gpu_memory_utilization: float = 0.9  # of the device's memory, everything together
     enforce_eager: bool = False  # no CUDA graphs
+    deterministic: bool = False  # results do not depend on what else is in the batch
 
 
 class Start(Struct, tag="start", frozen=True):

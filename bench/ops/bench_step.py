@@ -163,8 +163,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=2.0, help="for each case")
     parser.add_argument("--fragmented", action="store_true", help="scatter each sequence's blocks over the cache")
+    parser.add_argument("--deterministic", action="store_true", help="as --deterministic makes the server compute")
     options = parser.parse_args()
 
+    ops.dispatch.deterministic = options.deterministic
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     num_blocks = max(blocks_needed(case, options.block_size) for case in options.cases)

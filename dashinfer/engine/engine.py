@@ -273,4 +273,5 @@ def worker_config(config: ServerConfig, files: ModelFiles, rank: int, world_size
         log_level=config.log_level,
         gpu_memory_utilization=config.gpu_memory_utilization,
         enforce_eager=config.enforce_eager,
+        deterministic=config.deterministic,
     )

@@ -202,7 +202,7 @@ class VocabParallelHead:
         self.exact = exact if exact is not None and exact.dtype in _NEARLY_BEST else None
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        logits = self.linear(hidden).float()
+        logits = self.linear.wide(hidden)
         if self.exact is not None:
             close = _nearly_best(logits, _NEARLY_BEST[self.exact.dtype])
             for rows, tokens in (part.unbind(1) for part in close.split(_CANDIDATES)):

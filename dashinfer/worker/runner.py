@@ -1,4 +1,7 @@
-"""A rank's model: loaded, sized to the device's memory, ready for plans. How plans are executed is the executor's matter."""
+"""A rank's model: loaded, sized to the device's memory, ready for plans. How plans are executed is the executor's matter.
+
+Sets for its process whether ops are deterministic.
+"""
 
 import logging
 from collections.abc import Iterator
@@ -17,6 +20,7 @@ from dashinfer.types import Chunk, Enter, Ready, SamplingParams, StepPlan, StepR
 from dashinfer.worker.capacity import MEMORY_SHARE, count_blocks, free_memory, step_bytes
 from dashinfer.worker.executor import Executor, LaunchedStep
 from dashinfer.worker.graphs import bucket_sizes
+from dashinfer_kernels import dispatch
 
 BLOCK_SIZE = {"cpu": 16, "cuda": 64}  # from 64 on, Hopper's copy engine brings tiles of keys and values
 STEP_TOKENS = {"cpu": 1024, "cuda": 8192}
@@ -37,6 +41,7 @@ class Runner:
     """
 
     def __init__(self, config: WorkerConfig, model_config: ModelConfig, report: ReportProgress) -> None:
+        dispatch.deterministic = config.deterministic
         device = select_device(config.device)
         self.on_gpu = on_gpu = device.type == "cuda"
         max_length = model_config.resolve_max_length(config.max_length)
@@ -60,7 +65,8 @@ class Runner:
             self._executor = Executor(
                 model, device=device, max_batch=config.max_batch, max_length=max_length, block_size=block_size
             )
-            graphs = on_gpu and not config.enforce_eager
+            # graphs hold decoding kernels, whose sums are not those of the kernel that chunks of prompts take
+            graphs = on_gpu and not (config.enforce_eager or config.deterministic)
             if on_gpu:
                 self._executor.use_caches(allocate_kv_cache(model_config, 1, block_size, dtype, device, config.world_size))
                 activations = self._peak(step_tokens, config.max_batch, max_length, block_size)

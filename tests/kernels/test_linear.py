@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from dashinfer_kernels import pack_linear
-from dashinfer_kernels.linear import reference
+from dashinfer_kernels import dispatch, pack_linear
+from dashinfer_kernels.linear import launch, reference
 
 
 @pytest.mark.parametrize(
@@ -52,3 +52,67 @@ def test_keeps_no_reference_to_the_weight_it_packed() -> None:
     weight.zero_()
 
     torch.testing.assert_close(layer(torch.ones(1, 6)), expected)
+
+
+@pytest.mark.parametrize(("out_features", "in_features", "biased"), [(70, 100, True), (64, 64, False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_invariant_rows_have_the_same_bits_in_any_company(
+    triton_path: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, out_features: int, in_features: int, biased: bool
+) -> None:
+    if dtype == torch.bfloat16 and triton_path == "cpu":
+        pytest.skip("the interpreter cannot multiply bfloat16")
+    monkeypatch.setattr(dispatch, "deterministic", True)
+    weight = (torch.randn(out_features, in_features) * in_features**-0.5).to(dtype).to(triton_path)
+    bias = torch.randn(out_features).to(dtype).to(triton_path) if biased else None
+    x = torch.randn(140, in_features).to(dtype).to(triton_path)
+    layer = pack_linear(weight, bias)
+    whole = layer(x)
+
+    assert whole.dtype == dtype
+    expected = reference.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(whole.double(), expected, rtol=tolerance, atol=tolerance)
+    for rows in (1, 3, 16, 100):
+        for start in (0, 5, 40):
+            assert torch.equal(layer(x[start : start + rows]), whole[start : start + rows])
+    assert torch.equal(layer(x.flip(0)), whole.flip(0))
+
+
+def test_invariant_linear_of_no_rows_and_of_rows_with_gaps(triton_path: str) -> None:
+    weight, x = torch.randn(8, 6, device=triton_path), torch.randn(4, 12, device=triton_path)[:, ::2]
+
+    assert launch.invariant_linear(x[:0], weight, None).shape == (0, 8)
+    torch.testing.assert_close(launch.invariant_linear(x, weight, None), x @ weight.T)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("out_features", [152064, 3584])
+def test_invariant_linear_of_a_real_size(out_features: int) -> None:
+    weight = (torch.randn(out_features, 3584, device="cuda") * 3584**-0.5).bfloat16()
+    x = torch.randn(15000, 3584, device="cuda").bfloat16()  # with the greater size, past 2**31 outputs
+    whole = launch.invariant_linear(x, weight, None)
+
+    for start, rows in ((0, 1), (7, 130), (14990, 10)):
+        part = x[start : start + rows]
+        assert torch.equal(launch.invariant_linear(part, weight, None), whole[start : start + rows])
+        expected = reference.linear(part.double(), weight.double(), None)
+        torch.testing.assert_close(whole[start : start + rows].double(), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_wide_results_are_not_rounded_to_the_weights_type(
+    triton_path: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, deterministic: bool
+) -> None:
+    monkeypatch.setattr(dispatch, "deterministic", deterministic)
+    x = torch.randn(5, 96, device=triton_path).to(dtype)
+    weight = torch.randn(40, 96, device=triton_path).to(dtype)
+    linear = launch.PlainLinear(weight, None)
+
+    wide = linear.wide(x)
+
+    assert wide.dtype == torch.float32
+    exact = x.double() @ weight.double().T
+    rounded = dtype == torch.float16 and not deterministic and triton_path == "cpu"  # where torch offers no wide product
+    torch.testing.assert_close(wide.double(), exact, rtol=2e-3 if rounded else 1e-5, atol=2e-2 if rounded else 1e-4)

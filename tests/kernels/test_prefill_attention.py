@@ -190,3 +190,19 @@ def test_addresses_beyond_two_to_the_31(config: PrefillConfig) -> None:
     q = torch.randn(65, 4, 128, dtype=torch.bfloat16, device="cuda")
 
     assert torch.equal(attend(q, cache, batch, config), attend(q, cache[-8:].clone(), near, config))
+
+
+def test_in_deterministic_mode_a_token_alone_is_the_token_of_a_chunk(triton_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bitwise: prompts end in chunks of one token, and answers are computed again after a preemption."""
+    monkeypatch.setattr(dispatch, "deterministic", True)
+    q, cache = torch.randn(40, 6, 64, device=triton_path), torch.randn(6, 2, 3, 16, 64, device=triton_path)
+    table = [[4, 0, 5]]
+
+    def attend(start: int, length: int) -> Tensor:
+        batch = PagedBatch.build([start], [length], table, block_size=16, device=triton_path)
+        return paged_attention(q[start : start + length], cache, batch, scale=0.125)
+
+    whole = attend(0, 40)
+
+    for start, length in [(0, 1), (17, 1), (39, 1), (31, 2), (5, 30)]:
+        assert torch.equal(attend(start, length), whole[start : start + length])

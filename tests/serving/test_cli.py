@@ -35,7 +35,7 @@ def test_every_flag() -> None:
             "--data-type float16 --api-keys sk-key1,sk-key2 --log-level debug --vision-engine transformers --min-pixels 1 "
             "--max-pixels 2 --served-model-name name --max-queue 3 --drain-timeout 1.5 --step-timeout 9 "
             "--device cpu --load-format dummy --kv-cache-memory 4GiB --block-size 32 --max-step-tokens 100 "
-            "--disable-prefix-cache"
+            "--disable-prefix-cache --deterministic"
         )
     )
 
@@ -44,6 +44,7 @@ def test_every_flag() -> None:
         api_keys=("sk-key1", "sk-key2"), log_level="debug", vision_engine="transformers", min_pixels=1, max_pixels=2,
         served_model_name="name", max_queue=3, drain_timeout=1.5, step_timeout=9.0, device="cpu",
         load_format="dummy", kv_cache_memory=4 * 2**30, block_size=32, max_step_tokens=100, disable_prefix_cache=True,
+        deterministic=True,
     )  # fmt: skip
 
 

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dashinfer_kernels import dispatch
+from dashinfer_kernels.attention import cpu_invariant
 from dashinfer_kernels.attention.batch import PagedBatch
 from dashinfer_kernels.attention.cpu_plan import Group, LongPrefill, make_plan
 
@@ -35,6 +37,8 @@ def paged_attention(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
+    if dispatch.deterministic:
+        return cpu_invariant.paged_attention(q, kv_cache, batch, scale=scale, window=window, softcap=softcap)
     num_heads, head_dim = q.shape[1:]
     num_kv_heads = kv_cache.shape[2]
     key = (num_kv_heads, window, q.dtype, softcap is None)

@@ -52,7 +52,8 @@ def paged_attention(
             return reference.paged_attention(q, kv_cache, batch, **options, kv_scales=kv_scales)
         return cpu.paged_attention(q, kv_cache, batch, **options)
     out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
-    if (decodes := batch.num_decodes) > 0:
+    # a token's sums must not depend on whether it came alone or in a chunk
+    if (decodes := 0 if dispatch.deterministic else batch.num_decodes) > 0:
         decode.paged_attention(q[:decodes], kv_cache, batch, out[:decodes], **options, kv_scales=kv_scales)
     if decodes < batch.num_sequences:
         prefill.paged_attention(q, kv_cache, batch, out, **options, kv_scales=kv_scales, first_sequence=decodes)

@@ -7,11 +7,19 @@ gains nothing.
 A type that the processor cannot multiply is packed as float32, which costs twice the memory, keeps full precision and shows in
 `nbytes`: bfloat16 without AVX512, and float16 without AVX512-FP16 or AVX-NE-CONVERT. `F.linear` in float16 is quicker there
 for one row, and five times slower from 16 rows up.
+
+Libraries choose how to sum by the number of rows (one row is summed otherwise than two, where there are many inputs).
+Deterministic mode therefore multiplies `TILE` rows at a time, always: then a row's place and its neighbours do not matter.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dashinfer_kernels import dispatch
+
+# Rows of a product in deterministic mode. Fewer would make prefills slower still, more a single row.
+TILE = 16
 
 _packers = torch.ops.mkldnn
 _multiply = None
@@ -49,9 +57,24 @@ class PackedLinear:
         self.nbytes = elements * self._compute.itemsize
 
     def __call__(self, x: Tensor) -> Tensor:
+        y = x.to(self._compute)
+        y = self._product_of_tiles(y) if dispatch.deterministic else self._product(y)
+        return y.to(self.dtype)
+
+    def wide(self, x: Tensor) -> Tensor:
+        return self(x).float()
+
+    def _product(self, x: Tensor) -> Tensor:
         if not self._packed:
             return F.linear(x, self._weight, self._bias)
         assert _multiply is not None
-        if x.dtype == self._compute:
-            return _multiply(x, self._weight, self._bias, "none", [], "")
-        return _multiply(x.to(self._compute), self._weight, self._bias, "none", [], "").to(self.dtype)
+        return _multiply(x, self._weight, self._bias, "none", [], "")
+
+    def _product_of_tiles(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features).contiguous()
+        count = len(rows)
+        if count % TILE:
+            rows = F.pad(rows, (0, 0, 0, TILE - count % TILE))
+        tiles = [self._product(tile) for tile in rows.split(TILE)]
+        y = tiles[0] if len(tiles) == 1 else torch.cat(tiles)
+        return y[:count].view(*x.shape[:-1], self.out_features)

@@ -1,13 +1,16 @@
 """RMS normalisation on CPU, in float32: a vectorised sum of squares and two passes over the rows.
 
 `F.rms_norm` is not one operator on CPU but seven; this takes half its time at one row and a fifth at 512. The root of the mean
-square plus eps is the hypotenuse of the row's length and a constant, over the root of the size.
+square plus eps is the hypotenuse of the row's length and a constant, over the root of the size. Its vectorised form may round
+otherwise than the one for the last few rows, so deterministic mode takes the root of a sum, which is exactly rounded.
 """
 
 from functools import cache
 
 import torch
 from torch import Tensor
+
+from dashinfer_kernels import dispatch
 
 
 @cache
@@ -19,7 +22,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tenso
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     size = x.shape[-1]
     length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    root = torch.hypot(length, _least_length(size, eps, wide.dtype)).mul_(size**-0.5)
+    if dispatch.deterministic:
+        root = length.square_().mul_(1 / size).add_(eps).sqrt_()
+    else:
+        root = torch.hypot(length, _least_length(size, eps, wide.dtype)).mul_(size**-0.5)
     return torch.div(wide, root).mul_(weight).to(dtype)
 
 

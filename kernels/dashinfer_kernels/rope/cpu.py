@@ -2,7 +2,8 @@
 
 At one token the cost is the number of calls and not the arithmetic. So both halves are multiplied by the cosines, and the
 swapped halves by the signed sines, in one call each; the result goes back to where it came from, so that keys and values lie
-together and one indexed store writes both; and what depends on the step alone is kept from one layer to the next.
+together and one indexed store writes both; and what depends on the step alone is kept from one layer to the next. Deterministic
+mode multiplies and adds one after the other, since whether torch fuses the two may change with an element's place.
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dashinfer_kernels import dispatch
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,11 @@ def rope_kv_write(
             rotated[..., rotary_dim:].copy_(wide[..., rotary_dim:])
 
     halves = (wide if rotary_dim == head_dim else wide[..., :rotary_dim]).unflatten(-1, (2, rotary_dim // 2))
-    turned = torch.mul(halves, step.cos).addcmul_(halves.flip(2), step.sin)
+    turned = torch.mul(halves, step.cos)
+    if dispatch.deterministic:
+        turned.add_(halves.flip(2).mul_(step.sin))
+    else:
+        turned.addcmul_(halves.flip(2), step.sin)
     (rotated if rotary_dim == head_dim else rotated[..., :rotary_dim]).copy_(turned.view(tokens, num_rotated, rotary_dim))
 
     written = heads[:, num_heads:].view(tokens, 2, num_kv_heads, head_dim)
