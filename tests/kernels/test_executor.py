@@ -1,4 +1,4 @@
-"""Whole steps of a model on the Triton path, as a GPU takes them: static inputs, padded rows, tokens that stay on the device."""
+"""Whole steps of a model on the Triton path, as a GPU takes them: static inputs, padded rows, tokens kept on the device."""
 
 import msgspec
 import numpy as np
