@@ -17,7 +17,7 @@ from dashinfer.models.decoder import DecoderLM
 from dashinfer.types import Chunk, Enter, StepPlan, StepResult, TokenLogprobs
 from dashinfer.worker.graphs import DecodeGraphs
 from dashinfer.worker.staging import Download, Staging
-from dashinfer_kernels import PagedBatch, Sampled, SamplingBatch, SamplingState, sample
+from dashinfer_kernels import PagedBatch, Sampled, SamplingBatch, SamplingState, sample, warm_up_sampling
 
 # Rows of a decoding step's inputs: the slot, its tokens after the step, and a block that the step adds to a table: whose, where
 # and which.
@@ -51,6 +51,11 @@ class Executor:
             self._graphs = graphs(
                 self._decode, max_batch=len(self._num_blocks), padding=padding, device=self._device, **options
             )
+
+    def warm_up(self) -> None:
+        """Have all kernels compiled that sampling may take, rather than when a request is the first to need one."""
+        with torch.inference_mode():
+            warm_up_sampling(self._state)
 
     def launch(self, plan: StepPlan) -> "LaunchedStep":
         """Queue a step behind those before it. Call it, and read results, in the order of the plans."""

@@ -53,17 +53,18 @@ class DecodeGraphs:
         self._sizes = bucket_sizes(max_batch)
         self._recordings: dict[int, _Recording] = {}
         pool = torch.cuda.graph_pool_handle()
+        # one stream for all: libraries keep a workspace for each that they have seen
+        aside = torch.cuda.Stream()
         for size in reversed(self._sizes):
             report(len(self._recordings), len(self._sizes))
             inputs = torch.from_numpy(np.repeat(self._padding, size, 1)).to(device)
-            aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):  # compiles kernels, and lets libraries take their workspaces
                 for _ in range(2):
                     record(inputs)
             torch.cuda.current_stream().wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            with torch.cuda.graph(graph, pool=pool, stream=aside):
                 logits = record(inputs)
             self._recordings[size] = _Recording(graph, inputs, logits)
         report(len(self._sizes), len(self._sizes))

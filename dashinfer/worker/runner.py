@@ -73,7 +73,9 @@ class Runner:
                 graph_bytes = 0
                 if graphs:
                     graph_bytes = self._peak(config.max_batch, config.max_batch, max_length, block_size)
-                    graph_bytes += GRAPH_BYTES * len(bucket_sizes(config.max_batch))
+                    sizes = bucket_sizes(config.max_batch)  # each graph keeps its logits
+                    graph_bytes += GRAPH_BYTES * len(sizes) + sum(sizes) * model_config.vocab_size * torch.float32.itemsize
+                self._warm_up(config.max_batch, max_length, block_size, decodes=not graphs)
                 self._executor.use_caches([])
                 torch.cuda.empty_cache()
         free = free_memory(device, config.world_size)
@@ -130,6 +132,14 @@ class Runner:
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step; raises as `launch`."""
         return self.launch(plan).result()
+
+    def _warm_up(self, max_batch: int, max_length: int, block_size: int, *, decodes: bool) -> None:
+        """Have the kernels compiled that requests may need and a step of as many tokens as possible does not: those of short
+        prompts, of sampling in other ways and, where no graphs are recorded, with `decodes` those of fewer sequences."""
+        sizes = [min(1 << each, max_batch) for each in range((max_batch - 1).bit_length() + 1)] if decodes else []
+        for plan in [costly_plan(2, 1, max_length, block_size), *(costly_plan(n, n, max_length, block_size) for n in sizes)]:
+            self._executor.launch(plan).result()
+        self._executor.warm_up()
 
     def _peak(self, tokens: int, max_batch: int, max_length: int, block_size: int) -> int:
         """Bytes that a step of so many tokens, `max_batch` of which sample in the most costly way, takes for a while."""

@@ -12,7 +12,7 @@ from dashinfer_kernels.attention.launch import paged_attention
 from dashinfer_kernels.linear.launch import Linear, pack_linear
 from dashinfer_kernels.norm.launch import add_rms_norm, rms_norm
 from dashinfer_kernels.rope.launch import rope_kv_write
-from dashinfer_kernels.sampling.launch import sample
+from dashinfer_kernels.sampling.launch import sample, warm_up_sampling
 from dashinfer_kernels.sampling.state import Sampled, SamplingBatch, SamplingState
 from dashinfer_kernels.varlen_attention.launch import varlen_attention
 
@@ -31,4 +31,5 @@ __all__ = [
     "sample",
     "silu_mul",
     "varlen_attention",
+    "warm_up_sampling",
 ]

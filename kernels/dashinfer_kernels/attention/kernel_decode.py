@@ -19,7 +19,10 @@ def tile_range(context, window, QUERY_LEN: tl.constexpr, BLOCK_N: tl.constexpr, 
     return first, end
 
 
-@triton.jit(do_not_specialize=["num_sequences", "workers", "min_chunk", "window"])
+@triton.jit(
+    do_not_specialize=["num_sequences", "workers", "min_chunk", "window"],
+    do_not_specialize_on_alignment=["context_lengths_ptr"],
+)
 def schedule(
     context_lengths_ptr,  # [sequences] int32
     items_ptr,  # [max_items, 4] int32: sequence, first tile, tiles, items of the sequence
@@ -133,7 +136,10 @@ def to_half(stored, USE_PTX: tl.constexpr, IN_PLACE: tl.constexpr):
     return half
 
 
-@triton.jit(do_not_specialize=["num_sequences", "table_stride", "window"])
+@triton.jit(
+    do_not_specialize=["num_sequences", "table_stride", "window"],
+    do_not_specialize_on_alignment=["context_lengths_ptr"],
+)
 def attend(
     q_ptr,  # [sequences * QUERY_LEN, NUM_HEADS, HEAD_DIM], tokens q_stride apart
     kv_ptr,  # [num_blocks, 2, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]

@@ -1,6 +1,6 @@
 """Sampling kernels. A step's sequence of them is in launch.py; what they compute is defined in reference.py.
 
-Most run a grid of rows and splits: a split is TILES tiles of BLOCK tokens of a row. Programs whose row does not need
+Most run a grid of rows and splits: a split is `tiles` tiles of BLOCK tokens of a row. Programs whose row does not need
 a kernel return at once. Keys are the bits of float32 weights, which order as the weights do; a histogram has 16 bins to each
 power of two. Sums over splits are of integers, so neither their number nor their order changes a token.
 """
@@ -37,6 +37,10 @@ BIN_KEYS = tl.constexpr(1 << 19)
 FIRST_KEY = tl.constexpr(((127 - 32) << 23) + (1 << 19))  # of bin 0, which also has all from LEAST_KEY; that of 1 has bin 511
 BINS = tl.constexpr(512)
 LEAST_INT64 = tl.constexpr(-(2**63))
+
+# What differs from step to step; specialised on it, a kernel would be compiled again in the midst of serving.
+_NUMBERS = ["num_splits", "tiles"]
+_ROWS = ["slots_ptr", "positions_ptr"]
 
 
 @triton.jit
@@ -92,7 +96,7 @@ def _is_cut(params_ptr):
     return on & (_float(params_ptr, TEMPERATURE) > 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_ROWS)
 def edit_kernel(
     logits_ptr,  # [rows, vocab] float32, in place
     slots_ptr,  # [rows]
@@ -130,7 +134,7 @@ def edit_kernel(
             start += BLOCK
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_ROWS)
 def penalise_kernel(
     logits_ptr,  # [rows, vocab] float32, in place
     slots_ptr,  # [rows]
@@ -142,7 +146,7 @@ def penalise_kernel(
     logits_stride,
     params_stride,
     bitmask_stride,
-    TILES: tl.constexpr,
+    tiles,
     USE_PENALTIES: tl.constexpr,
     USE_BITMASK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -166,8 +170,8 @@ def penalise_kernel(
     repetition = _float(params_ptr, REPETITION_PENALTY)
     presence = _float(params_ptr, PRESENCE_PENALTY)
     frequency = _float(params_ptr, FREQUENCY_PENALTY)
-    for tile in range(TILES):
-        at = (tl.program_id(1) * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
+    for tile in range(tiles):
+        at = (tl.program_id(1) * tiles + tile) * BLOCK + tl.arange(0, BLOCK)
         inside = at < vocab
         x = tl.load(logits_ptr + at, mask=inside, other=0.0)
         if USE_PENALTIES:
@@ -184,7 +188,7 @@ def penalise_kernel(
         tl.store(logits_ptr + at, x, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_ROWS)
 def peak_kernel(
     logits_ptr,  # [rows, vocab]
     slots_ptr,  # [rows]
@@ -192,7 +196,7 @@ def peak_kernel(
     places_ptr,  # [rows, splits] int32
     vocab,
     logits_stride,
-    TILES: tl.constexpr,
+    tiles,
     BLOCK: tl.constexpr,
 ):
     """Each split's greatest logit, NaN where it has one, and the lowest token that has it."""
@@ -202,8 +206,8 @@ def peak_kernel(
     logits_ptr += row * logits_stride
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
     place = tl.zeros((BLOCK,), tl.int32)
-    for tile in range(TILES):
-        at = (tl.program_id(1) * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
+    for tile in tl.range(tiles, disable_licm=True):  # else 16-bit logits cost a register too many
+        at = (tl.program_id(1) * tiles + tile) * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(logits_ptr + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
         better = (x > best) | (x != x)
         best = tl.where(better, x, best)
@@ -214,7 +218,7 @@ def peak_kernel(
     tl.store(places_ptr + split, tl.min(tl.where(best == peak, place, vocab), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_ROWS)
 def histogram_kernel(
     logits_ptr,  # [rows, vocab]
     slots_ptr,  # [rows]
@@ -226,7 +230,7 @@ def histogram_kernel(
     logits_stride,
     params_stride,
     num_splits,
-    TILES: tl.constexpr,
+    tiles,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -245,8 +249,8 @@ def histogram_kernel(
     temperature = _float(params_ptr, TEMPERATURE)
     counts = tl.zeros((BINS,), tl.int32)
     sums = tl.zeros((BLOCK,), tl.int64)
-    for tile in range(TILES):
-        at = (tl.program_id(1) * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
+    for tile in range(tiles):
+        at = (tl.program_id(1) * tiles + tile) * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(logits_ptr + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
         weights = _weigh(x, peak, temperature)
         keys = weights.to(tl.int32, bitcast=True)
@@ -257,7 +261,7 @@ def histogram_kernel(
     tl.atomic_add(sums_ptr + row, tl.sum(sums, 0), sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_ROWS)
 def bracket_kernel(
     slots_ptr,  # [rows]
     params_ptr,  # [slots, words]
@@ -299,7 +303,7 @@ def bracket_kernel(
     tl.store(brackets_ptr + 2 * row + 1, ((high + 1) << BIN_BITS) + FIRST_KEY)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_ROWS)
 def gather_kernel(
     logits_ptr,  # [rows, vocab]
     slots_ptr,  # [rows]
@@ -313,7 +317,7 @@ def gather_kernel(
     logits_stride,
     params_stride,
     num_splits,
-    TILES: tl.constexpr,
+    tiles,
     CAPACITY: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -333,8 +337,8 @@ def gather_kernel(
     low = tl.load(brackets_ptr + 2 * row)
     high = tl.load(brackets_ptr + 2 * row + 1)
     above = tl.zeros((BLOCK,), tl.int64)
-    for tile in range(TILES):
-        at = (tl.program_id(1) * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
+    for tile in range(tiles):
+        at = (tl.program_id(1) * tiles + tile) * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(logits_ptr + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
         weights = _weigh(x, peak, temperature)
         keys = weights.to(tl.int32, bitcast=True)
@@ -378,7 +382,7 @@ def _at_least(key, high, keys, found, logits_ptr, vocab, peak, temperature, CAPA
     return count, mass
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_ROWS)
 def threshold_kernel(
     logits_ptr,  # [rows, vocab]
     slots_ptr,  # [rows]
@@ -452,7 +456,7 @@ def _least_key(params_ptr, thresholds_ptr, row, USE_CUTS: tl.constexpr):
     return least
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_ROWS)
 def mass_kernel(
     logits_ptr,  # [rows, vocab]
     slots_ptr,  # [rows]
@@ -464,7 +468,7 @@ def mass_kernel(
     logits_stride,
     params_stride,
     num_splits,
-    TILES: tl.constexpr,
+    tiles,
     USE_CUTS: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -484,15 +488,15 @@ def mass_kernel(
     logits_ptr += row * logits_stride
     least = _least_key(params_ptr, thresholds_ptr, row, USE_CUTS)
     sums = tl.zeros((BLOCK,), tl.int64)
-    for tile in range(TILES):
-        at = (tl.program_id(1) * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
+    for tile in range(tiles):
+        at = (tl.program_id(1) * tiles + tile) * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(logits_ptr + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
         weights = _weigh(x, peak, temperature)
         sums += tl.where(weights.to(tl.int32, bitcast=True) >= least, _integers(weights), 0)
     tl.store(masses_ptr + row * num_splits + tl.program_id(1), tl.sum(sums, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_ROWS)
 def finish_kernel(
     logits_ptr,  # [rows, vocab]
     slots_ptr,  # [rows]
@@ -511,10 +515,9 @@ def finish_kernel(
     params_stride,
     history_stride,
     num_splits,
-    TILES: tl.constexpr,
+    tiles,
     USE_DRAWS: tl.constexpr,
     USE_CUTS: tl.constexpr,
-    USE_PENALTIES: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -546,21 +549,20 @@ def finish_kernel(
                     split = tl.sum(before.to(tl.int32), 0)
                     rest = target - tl.sum(tl.where(before, masses, 0), 0)
                     least = _least_key(params_ptr, thresholds_ptr, row, USE_CUTS)
-                    token = split * TILES * BLOCK
+                    token = split * tiles * BLOCK
                     passed = tl.zeros((), tl.int64)
-                    for tile in range(TILES):
-                        at = (split * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
+                    for tile in range(tiles):
+                        at = (split * tiles + tile) * BLOCK + tl.arange(0, BLOCK)
                         x = tl.load(logits_ptr + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
                         weights = _weigh(x, peak, temperature)
                         kept = tl.where(weights.to(tl.int32, bitcast=True) >= least, _integers(weights), 0)
                         token += tl.sum((passed + tl.cumsum(kept, 0) <= rest).to(tl.int32), 0)
                         passed += tl.sum(kept, 0)
             tl.store(history_ptr + slot * history_stride + position, token)
-            if USE_PENALTIES:  # noqa: SIM102
-                if tl.load(params_ptr + PENALISED) > 0:
-                    count = tl.load(counts_ptr + slot * vocab + token)
-                    more = (count & COUNT_BITS) != COUNT_BITS
-                    tl.store(counts_ptr + slot * vocab + token, count + more.to(tl.int16))
+            if tl.load(params_ptr + PENALISED) > 0:
+                count = tl.load(counts_ptr + slot * vocab + token)
+                more = (count & COUNT_BITS) != COUNT_BITS
+                tl.store(counts_ptr + slot * vocab + token, count + more.to(tl.int16))
         else:
             failed = slot >= 0
     tl.store(tokens_ptr + row, token.to(tl.int64))
@@ -574,7 +576,7 @@ def _ordered(x):
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_ROWS)
 def top_kernel(
     logits_ptr,  # [rows, vocab] as the model gave them
     slots_ptr,  # [rows]
@@ -609,7 +611,7 @@ def top_kernel(
             packed = tl.where(packed == best, LEAST_INT64, packed)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_ROWS)
 def logprob_kernel(
     logits_ptr,  # [rows, vocab] as the model gave them
     slots_ptr,  # [rows]

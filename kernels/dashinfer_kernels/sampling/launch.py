@@ -8,13 +8,14 @@ from torch import Tensor
 
 from dashinfer_kernels.dispatch import use_triton
 from dashinfer_kernels.sampling import cpu
-from dashinfer_kernels.sampling.state import Sampled, SamplingBatch, SamplingState
+from dashinfer_kernels.sampling.state import Needs, Sampled, SamplingBatch, SamplingState
 from dashinfer_kernels.tuning import lookup
 
 BLOCK = 2048  # tokens a tile
 CAPACITY = 8192  # keys among which a threshold is searched without going through the row again
 TOP_BLOCK = 4096  # tokens of which the likeliest are taken at a time; the sums of log-probabilities are grouped by it
 PROGRAMS = 4  # a multiprocessor
+TOPS = (0, 5, 20)  # how many of the likeliest are taken: the least of these that is enough
 MIN_SPLITS = 16  # of a row: the last kernel goes through one of them alone
 
 
@@ -74,7 +75,8 @@ def _launch(logits: Tensor, state: SamplingState, batch: SamplingBatch) -> Sampl
     per_split = config["tiles"] if config else tiles_per_split(rows, vocab_size, _multiprocessors(device))
     num_splits = -(-vocab_size // (BLOCK * per_split))
     grid = (rows, num_splits)
-    splits = max(16, 1 << (num_splits - 1).bit_length())
+    most_splits = -(-vocab_size // BLOCK)  # whatever the number of rows
+    splits = max(16, 1 << (most_splits - 1).bit_length())
     raw = logits
     if needs.edits or needs.penalties or batch.bitmask is not None:
         logits = logits.float() if logits.dtype != torch.float32 else logits
@@ -82,7 +84,7 @@ def _launch(logits: Tensor, state: SamplingState, batch: SamplingBatch) -> Sampl
             raw = logits.clone()
     rows_of = {"slots_ptr": batch.slots, "params_ptr": state.params, "params_stride": state.params.stride(0)}
     logits_of = {"logits_ptr": logits, "logits_stride": logits.stride(0)}
-    sizes = {"vocab": vocab_size, "TILES": per_split, "BLOCK": BLOCK}
+    sizes = {"vocab": vocab_size, "tiles": per_split, "BLOCK": BLOCK}
 
     if needs.edits:
         kernel.edit_kernel[(rows,)](**logits_of, **rows_of, positions_ptr=batch.positions, BLOCK=128)
@@ -110,7 +112,8 @@ def _launch(logits: Tensor, state: SamplingState, batch: SamplingBatch) -> Sampl
             brackets = torch.empty(rows, 2, dtype=torch.int32, device=device)
             keys = torch.empty(rows, CAPACITY, dtype=torch.int32, device=device)
             bins = torch.zeros(rows, kernel.BINS.value, dtype=torch.int32, device=device)
-            sums, found, above = torch.zeros(3, rows, dtype=torch.int64, device=device).unbind(0)
+            # an even number, since kernels are specialised on pointers that 16 divides
+            sums, found, above = torch.zeros(3, rows + rows % 2, dtype=torch.int64, device=device).unbind(0)
             gathered = {"brackets_ptr": brackets, "found_ptr": found, "above_ptr": above, "keys_ptr": keys}
             kernel.histogram_kernel[grid](
                 **logits_of, **rows_of, **peaks_of, **sizes, bins_ptr=bins, sums_ptr=sums, num_warps=8
@@ -138,6 +141,7 @@ def _launch(logits: Tensor, state: SamplingState, batch: SamplingBatch) -> Sampl
             thresholds_ptr=thresholds,
             masses_ptr=masses,
             USE_CUTS=needs.cuts,
+            num_warps=8,
         )
     kernel.finish_kernel[(rows,)](
         **logits_of,
@@ -155,7 +159,6 @@ def _launch(logits: Tensor, state: SamplingState, batch: SamplingBatch) -> Sampl
         history_stride=state.history.stride(0),
         USE_DRAWS=needs.draws,
         USE_CUTS=needs.cuts,
-        USE_PENALTIES=needs.penalties,
         num_warps=8,
     )
     if needs.top_logprobs is None:
@@ -167,7 +170,8 @@ def _logprobs(raw: Tensor, tokens: Tensor, state: SamplingState, batch: Sampling
     kernel = _kernel()
     rows, vocab_size = raw.shape
     assert batch.needs.top_logprobs is not None
-    top, tiles = min(batch.needs.top_logprobs, vocab_size), -(-vocab_size // TOP_BLOCK)
+    wanted, tiles = min(batch.needs.top_logprobs, vocab_size), -(-vocab_size // TOP_BLOCK)
+    top = min(next((each for each in TOPS if each >= wanted), wanted), vocab_size)
     device = raw.device
     stats = torch.empty(rows, tiles, 2, dtype=torch.float32, device=device)
     best = torch.empty(rows, tiles, top, dtype=torch.int64, device=device)
@@ -195,4 +199,14 @@ def _logprobs(raw: Tensor, tokens: Tensor, state: SamplingState, batch: Sampling
         BLOCK_TILES=max(16, 1 << (tiles - 1).bit_length()),
         CANDIDATES=max(16, 1 << (tiles * top - 1).bit_length()) if top else 16,
     )
-    return logprobs, top_tokens, top_logprobs
+    return logprobs, top_tokens[:, :wanted], top_logprobs[:, :wanted]
+
+
+def warm_up_sampling(state: SamplingState) -> None:
+    """Have every kernel compiled that `sample` may launch for float32 logits without masks; changes nothing of `state`."""
+    nobody = torch.full((1,), -1, dtype=torch.int32, device=state.device)
+    steps = [Needs(top_logprobs=top) for top in TOPS]
+    steps += [Needs(draws=True), Needs(draws=True, cuts=True), Needs(edits=True), Needs(penalties=True)]
+    for needs in steps:
+        logits = torch.zeros(1, state.vocab_size, dtype=torch.float32, device=state.device)
+        sample(logits, state, SamplingBatch(nobody, nobody, needs))

@@ -6,8 +6,9 @@ ROWS = {"slots_ptr": "*i32", "params_ptr": "*i32", "params_stride": "i32:16"}
 LOGITS = {"logits_ptr": "*fp32", "logits_stride": "i32:16"}
 PEAKS = {"peaks_ptr": "*fp32", "num_splits": "i32"}
 GATHERED = {"brackets_ptr": "*i32", "found_ptr": "*i64", "above_ptr": "*i64", "keys_ptr": "*i32"}
-WORD, SUMS = {"vocab": "i32:16"}, {"sums_ptr": "*i64"}
-TILED = {"TILES": 5, "BLOCK": 2048}
+VOCAB, SUMS = {"vocab": "i32:16"}, {"sums_ptr": "*i64"}
+SIZES = VOCAB | {"tiles": "i32"}
+TILED = {"BLOCK": 2048}
 WIDE_ACCESS = {"sm_90": (r"ld\.global[^;]*v4\.b32",), "gfx942": (r"dwordx4",)}
 
 
@@ -20,7 +21,7 @@ def variant(
         signature,
         constants,
         num_warps=num_warps,
-        instructions=WIDE_ACCESS if "TILES" in constants and constants.get("USE_DRAWS", True) else {},
+        instructions=WIDE_ACCESS if "tiles" in signature and constants.get("USE_DRAWS", True) else {},
         max_registers=168 if name in ("gather", "histogram", "threshold") else 128,
     )
 
@@ -30,7 +31,7 @@ VARIANTS = [
     variant(
         "penalise",
         {
-            **(LOGITS | ROWS | WORD),
+            **(LOGITS | ROWS | SIZES),
             "counts_ptr": "*i16",
             "bitmask_ptr": "*i32",
             "mask_rows_ptr": "*i32",
@@ -38,25 +39,26 @@ VARIANTS = [
         },
         {**TILED, "USE_PENALTIES": True, "USE_BITMASK": True},
     ),
-    variant("peak", {**LOGITS, **WORD, "slots_ptr": "*i32", "peaks_ptr": "*fp32", "places_ptr": "*i32"}, TILED),
-    variant("histogram", LOGITS | ROWS | PEAKS | WORD | SUMS | {"bins_ptr": "*i32"}, {**TILED, "SPLITS": 16}, num_warps=8),
-    variant("bracket", ROWS | PEAKS | SUMS | {"bins_ptr": "*i32", "brackets_ptr": "*i32"}, {"SPLITS": 16}),
-    variant("gather", LOGITS | ROWS | PEAKS | WORD | GATHERED, {**TILED, "SPLITS": 16, "CAPACITY": 8192}),
+    variant("peak", {**LOGITS, **SIZES, "slots_ptr": "*i32", "peaks_ptr": "*fp32", "places_ptr": "*i32"}, TILED),
+    variant("histogram", LOGITS | ROWS | PEAKS | SIZES | SUMS | {"bins_ptr": "*i32"}, {**TILED, "SPLITS": 128}, num_warps=8),
+    variant("bracket", ROWS | PEAKS | SUMS | {"bins_ptr": "*i32", "brackets_ptr": "*i32"}, {"SPLITS": 128}),
+    variant("gather", LOGITS | ROWS | PEAKS | SIZES | GATHERED, {**TILED, "SPLITS": 128, "CAPACITY": 8192}),
     variant(
         "threshold",
-        LOGITS | ROWS | PEAKS | WORD | GATHERED | SUMS | {"thresholds_ptr": "*i32"},
-        {"SPLITS": 16, "CAPACITY": 8192, "BLOCK": 2048},
+        LOGITS | ROWS | PEAKS | VOCAB | GATHERED | SUMS | {"thresholds_ptr": "*i32"},
+        {"SPLITS": 128, "CAPACITY": 8192, "BLOCK": 2048},
         num_warps=16,
     ),
     variant(
         "mass",
-        LOGITS | ROWS | PEAKS | WORD | {"thresholds_ptr": "*i32", "masses_ptr": "*i64"},
-        {**TILED, "SPLITS": 16, "USE_CUTS": True},
+        LOGITS | ROWS | PEAKS | SIZES | {"thresholds_ptr": "*i32", "masses_ptr": "*i64"},
+        {**TILED, "SPLITS": 128, "USE_CUTS": True},
+        num_warps=8,
     ),
     variant(
         "finish",
         {
-            **(LOGITS | ROWS | PEAKS | WORD),
+            **(LOGITS | ROWS | PEAKS | SIZES),
             "positions_ptr": "*i32",
             "counts_ptr": "*i16",
             "history_ptr": "*i32",
@@ -67,12 +69,12 @@ VARIANTS = [
             "failed_ptr": "*i1",
             "history_stride": "i32",
         },
-        {**TILED, "SPLITS": 16, "USE_DRAWS": True, "USE_CUTS": True, "USE_PENALTIES": True},
+        {**TILED, "SPLITS": 128, "USE_DRAWS": True, "USE_CUTS": True},
         num_warps=8,
     ),
     variant(
         "top",
-        LOGITS | ROWS | WORD | {"stats_ptr": "*fp32", "best_ptr": "*i64"},
+        LOGITS | ROWS | VOCAB | {"stats_ptr": "*fp32", "best_ptr": "*i64"},
         {"TOP": 20, "BLOCK": 4096},
     ),
     variant(
@@ -94,7 +96,7 @@ VARIANTS = [
         {
             "logits_ptr": "*bf16",
             "logits_stride": "i32:16",
-            **WORD,
+            **SIZES,
             "slots_ptr": "*i32",
             "peaks_ptr": "*fp32",
             "places_ptr": "*i32",
@@ -105,7 +107,7 @@ VARIANTS = [
     variant(
         "finish",
         {
-            **(LOGITS | ROWS | PEAKS | WORD),
+            **(LOGITS | ROWS | PEAKS | SIZES),
             "positions_ptr": "*i32",
             "counts_ptr": "*i16",
             "history_ptr": "*i32",
@@ -116,19 +118,18 @@ VARIANTS = [
         },
         {
             **TILED,
-            "SPLITS": 16,
+            "SPLITS": 128,
             "thresholds_ptr": None,
             "masses_ptr": None,
             "USE_DRAWS": False,
             "USE_CUTS": False,
-            "USE_PENALTIES": False,
         },
         num_warps=8,
         suffix="-greedy",
     ),
     variant(
         "penalise",
-        {**(LOGITS | ROWS | WORD), "counts_ptr": "*i16"},
+        {**(LOGITS | ROWS | SIZES), "counts_ptr": "*i16"},
         {
             **TILED,
             "bitmask_ptr": None,
@@ -141,8 +142,9 @@ VARIANTS = [
     ),
     variant(
         "mass",
-        LOGITS | ROWS | PEAKS | WORD | {"masses_ptr": "*i64"},
-        {**TILED, "SPLITS": 16, "thresholds_ptr": None, "USE_CUTS": False},
+        LOGITS | ROWS | PEAKS | SIZES | {"masses_ptr": "*i64"},
+        {**TILED, "SPLITS": 128, "thresholds_ptr": None, "USE_CUTS": False},
+        num_warps=8,
         suffix="-uncut",
     ),
 ]
