@@ -1,6 +1,4 @@
 import math
-from itertools import product
-from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -278,52 +276,6 @@ def test_likeliest_tokens_of_equal_logits_come_in_order(triton_path: str) -> Non
     sampled = sample(logits.to(triton_path), state, batch)
 
     assert sampled.top_tokens.tolist() == [[0, 1, 2, 3]]
-
-
-class Launches:
-    """In the place of the kernels' module: collects what Triton would compile each launch for."""
-
-    BINS = SimpleNamespace(value=512)
-
-    def __init__(self, kernel: ModuleType) -> None:
-        self.numbers, self.rows = kernel._NUMBERS, kernel._ROWS
-        self.variants: set[tuple] = set()
-
-    def __getattr__(self, name: str) -> "Launches":
-        self._name = name
-        return self
-
-    def __getitem__(self, grid: tuple[int, ...]) -> "Launches":
-        return self
-
-    def __call__(self, **arguments: object) -> None:
-        self.variants.add((self._name, *sorted((name, self._kind(name, value)) for name, value in arguments.items())))
-
-    def _kind(self, name: str, value: object) -> str:
-        if isinstance(value, Tensor):
-            return f"{value.dtype}, {value.data_ptr() % 16 == 0 or name in self.rows}"
-        if value is None or name.isupper() or name == "num_warps":
-            return f"{value}"
-        return "a number" if name in self.numbers else f"{value % 16 == 0}, {value == 1}"
-
-
-@pytest.mark.parametrize("vocab_size", [4500, 152064])
-def test_no_step_launches_what_the_warm_up_did_not(triton_path: str, vocab_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    launches = Launches(launch._kernel())
-    monkeypatch.setattr(launch, "_kernel", lambda: launches)
-    monkeypatch.setattr(launch, "_multiprocessors", lambda device: 132)
-    state = SamplingState(1, 8, vocab_size, device=triton_path, max_edits=8)
-    warm_up_sampling(state)
-    warm = launches.variants.copy()
-    flags = [Needs(*each, top) for each in product([False, True], repeat=4) for top in (None, 0, 1, 20)]
-    flags = [each for each in flags if each.draws or not each.cuts]  # greedy rows have no cuts
-    for rows, needs in [*product((1, 5), flags), *((rows, flags[-1]) for rows in (2, 8, 11, 16, 20, 32, 64))]:
-        graph_inputs = torch.zeros(2, rows, dtype=torch.int32, device=triton_path)
-        logits = torch.zeros(rows, vocab_size, device=triton_path)
-        sample(logits, state, SamplingBatch(*graph_inputs, needs))
-
-    assert launches.variants == warm
-    assert len(warm) < 25
 
 
 def test_warming_up_leaves_the_state_alone(triton_path: str) -> None:
