@@ -1,4 +1,4 @@
-"""Triton compiles a kernel again for other constants, types, alignments and numbers: all of that happens before the first request."""
+"""Triton compiles a kernel again for other constants, types and alignments: all of that is done before the first request."""
 
 from itertools import product
 from types import ModuleType
