@@ -8,7 +8,7 @@ power of two. Sums over splits are of integers, so neither their number nor thei
 import triton
 import triton.language as tl
 
-from dashinfer_kernels.sampling.state import IN_PROMPT, MAX_COUNT, TOP_P_ONE, Field
+from dashinfer_kernels.sampling.state import MAX_COUNT, TOP_P_ONE, Field
 
 TEMPERATURE = tl.constexpr(int(Field.TEMPERATURE))
 TOP_K = tl.constexpr(int(Field.TOP_K))
@@ -26,7 +26,6 @@ NUM_BIASES = tl.constexpr(int(Field.NUM_BIASES))
 LOGPROBS = tl.constexpr(int(Field.LOGPROBS))
 END = tl.constexpr(int(Field.END))
 COUNT_BITS = tl.constexpr(MAX_COUNT)
-PROMPT_BIT = tl.constexpr(IN_PROMPT)
 P_ONE = tl.constexpr(TOP_P_ONE)
 
 GREATEST_FLOAT = tl.constexpr(3.4028234663852886e38)
