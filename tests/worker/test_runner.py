@@ -23,8 +23,6 @@ def runner(request):
     if request.param == "graphs":
         loaded._executor.use_graphs(CalledGraphs)
     yield loaded
-    if request.param == "graphs":
-        assert loaded._executor._graphs.calls > 50
     torch.set_num_threads(threads)
 
 
