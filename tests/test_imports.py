@@ -35,6 +35,7 @@ PARENT: list[set[str]] = [
         "dashinfer.engine",
         "dashinfer.engine.api",
         "dashinfer.engine.blocks",
+        "dashinfer.engine.pace",
         "dashinfer.engine.sequence",
         "dashinfer.engine.scheduler",
     },

@@ -1,10 +1,11 @@
 """The engine: requests go in, tokens come out, and the workers never wait for Python.
 
-Owns the worker group, the scheduler and the open requests, and the one loop that moves work between them. Two plans are with
-the workers whenever there is work for two, so that the next step is theirs already when one ends. Knows no HTTP and no text.
+Owns the worker group, the scheduler and the open requests, and the one loop that moves work between them. While there is work,
+the workers have their next plan before a step ends. Knows no HTTP and no text.
 """
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Many
@@ -15,6 +16,7 @@ import trio
 from dashinfer.config import ServerConfig
 from dashinfer.engine.api import EngineState, EngineStats
 from dashinfer.engine.generation import SequenceGroup
+from dashinfer.engine.pace import Pace
 from dashinfer.engine.scheduler import Scheduler
 from dashinfer.engine.sequence import Sequence
 from dashinfer.errors import (
@@ -171,29 +173,38 @@ class Engine:
     async def _drive(self, scheduler: Scheduler) -> None:
         """Keep the workers supplied and the requests informed."""
         steps: deque[_RunningStep] = deque()  # that the workers have
+        pace = Pace()
         while True:
             self._wake = trio.Event()
             while self._results:
                 self._apply(scheduler, self._results.popleft())
-                steps.popleft()
+                ended, now = steps.popleft(), trio.current_time()
+                pace.observe(ended.tokens, now - ended.begun)
                 if steps:  # the next step has only begun
-                    steps[0].begun = trio.current_time()
-            while scheduler.num_planned < PLANS_AHEAD and (plan := scheduler.schedule()) is not None:
+                    steps[0].begun = now
+            due = math.inf  # when there may be something to plan
+            while scheduler.num_planned < PLANS_AHEAD:
+                if steps and (due := steps[0].begun + pace.delay(steps[0].tokens)) > trio.current_time():
+                    break
+                if (plan := scheduler.schedule()) is None:
+                    due = math.inf
+                    break
                 await self._workers.send(plan)
-                steps.append(_RunningStep(plan.step, trio.current_time()))
+                steps.append(_RunningStep(plan.step, sum(chunk.length for chunk in plan.chunks), trio.current_time()))
             if not self._results:
-                await self._wait(steps[0] if steps else None)
+                await self._wait(steps[0] if steps else None, due)
 
-    async def _wait(self, step: "_RunningStep | None") -> None:
-        """Until work or results have come, or it is time to warn of the running step. Raises WorkerError at its deadline."""
+    async def _wait(self, step: "_RunningStep | None", due: float) -> None:
+        """Until work or results have come, it is due to plan, or it is time to warn of the running step. Raises WorkerError at
+        its deadline."""
         if step is None:
             await self._wake.wait()
             return
         end = step.begun + self._config.step_timeout
-        with trio.move_on_at(end if step.warned else min(end, step.begun + LONG_STEP)):
+        with trio.move_on_at(min(due, end if step.warned else min(end, step.begun + LONG_STEP))):
             await self._wake.wait()
         now = trio.current_time()
-        if self._wake.is_set():
+        if self._wake.is_set() or now >= due:
             return
         if now > end + LATE:
             # The whole server was stopped, by Ctrl-Z or with its machine. The workers were too: the step starts afresh.
@@ -252,6 +263,7 @@ class Engine:
 @dataclass
 class _RunningStep:
     number: int
+    tokens: int
     begun: float  # trio's time at which the workers had nothing before it to do
     warned: bool = False
 

@@ -20,10 +20,10 @@ from dashinfer.errors import (
     UnsupportedModel,
     WorkerError,
 )
-from dashinfer.types import ModelFiles, SamplingParams
+from dashinfer.types import ModelFiles, Ready, SamplingParams
 from dashinfer.worker.supervisor import one_error
 
-from .fake_rank import continuation
+from .fake_rank import FakeRank, continuation
 
 FAKE_WORKER = Path(__file__).parents[1] / "worker" / "fake_worker.py"
 FILES = ModelFiles("fake", "safetensors", (), {})
@@ -305,3 +305,41 @@ async def test_shutting_down_tells_the_readers():
                 nursery.cancel_scope.cancel()
                 while await generation.receive():
                     pass
+
+
+class TimedWorkers:
+    """In the place of the worker group: a step takes a second a token, on the test's clock. `sent` has (time, plan)."""
+
+    def __init__(self) -> None:
+        self.sent: list = []
+        self._send, self._receive = trio.open_memory_channel(10)
+
+    async def run(self, *, on_progress, on_result, task_status) -> None:
+        ready = Ready("F", "llm", "cpu", "float32", 50, 64, 32, 4, 64, 0, 0)
+        rank = FakeRank(num_blocks=64, block_size=4, max_batch=4, max_step_tokens=32)
+        task_status.started(ready)
+        async for plan in self._receive:
+            await trio.sleep(sum(chunk.length for chunk in plan.chunks))
+            on_result(rank.execute(plan))
+
+    async def send(self, plan) -> None:
+        self.sent.append((trio.current_time(), plan))
+        await self._send.send(plan)
+
+
+async def test_what_arrives_during_a_long_step_is_in_the_next_one(autojump_clock):
+    engine = new_engine()
+    engine._workers = workers = TimedWorkers()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(engine.run)
+        start = trio.current_time()
+        for arrival in (0, 60, 67):
+            await trio.sleep_until(start + arrival)
+            nursery.start_soon(generate, engine, [arrival % 50] * 20, params(2))
+        await trio.sleep_until(start + 200)
+        nursery.cancel_scope.cancel()
+
+    entered = [time - start for time, plan in workers.sent for _ in plan.enter]
+    # The second prompt takes 20 s, as the first one did: what follows it is planned after four fifths of that.
+    assert entered == [0, 60, pytest.approx(60 + 0.8 * 20, abs=0.1)]
+    assert [time - start for time, _ in workers.sent[:2]] == [0, 0]  # of the first one nobody knew

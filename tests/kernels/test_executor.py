@@ -1,0 +1,118 @@
+"""Whole steps of a model on the Triton path, as a GPU takes them: static inputs, padded rows, tokens kept on the device."""
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dashinfer.engine.scheduler import Scheduler
+from dashinfer.engine.sequence import Sequence
+from dashinfer.models.config import ModelConfig
+from dashinfer.types import ModelFiles, SamplingParams, WorkerConfig
+from dashinfer.worker.graphs import bucket_sizes
+from dashinfer.worker.runner import Runner
+
+MODEL = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 131,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "rope_theta": 100.0,
+}
+CONFIG = WorkerConfig(
+    rank=0,
+    world_size=1,
+    files=ModelFiles("toy", "safetensors", (), MODEL),
+    device="cpu",
+    data_type="float32",
+    load_format="dummy",
+    max_batch=4,
+    max_length=48,
+    max_step_tokens=None,
+    block_size=8,
+    kv_cache_memory=1 << 20,
+)
+PARAMS = [
+    {"temperature": 0.0},
+    {"temperature": 1.0},
+    {"temperature": 0.9, "top_p": 0.8, "top_k": 20},
+    {"temperature": 0.0, "repetition_penalty": 1.3, "frequency_penalty": 0.4},
+    {"temperature": 1.2, "min_p": 0.05, "logit_bias": {3: 2.0}},
+]
+
+
+class PaddedGraphs:
+    """In the place of `DecodeGraphs`: calls, on static inputs, what that would record."""
+
+    def __init__(self, record, *, max_batch: int, padding: np.ndarray, device: torch.device) -> None:
+        self.record = record
+        self.inputs = {
+            size: torch.from_numpy(np.repeat(padding[:, None], size, 1)).to(device) for size in bucket_sizes(max_batch)
+        }
+        self.padding = padding
+        self.padded = self.calls = 0
+
+    def __call__(self, columns: np.ndarray, staging) -> tuple[Tensor, Tensor]:
+        rows = columns.shape[1]
+        size = next(size for size in self.inputs if size >= rows)
+        self.calls += 1
+        self.padded += size - rows
+        full = np.repeat(self.padding[:, None], size, 1)
+        full[:, :rows] = columns
+        staging.upload_into(self.inputs[size], full)
+        logits = self.record(self.inputs[size])
+        assert logits.isfinite().all(), "a row without a sequence must not be a source of NaN"
+        return logits[:rows], self.inputs[size][:, :rows]
+
+
+def generate(runner: Runner, *, num_blocks: int = 40, max_step_tokens: int = 24) -> list[list[int]]:
+    """Tokens of five sequences, two plans ahead; blocks that run out and budgets that split prompts are part of it."""
+    scheduler = Scheduler(num_blocks=num_blocks, block_size=8, max_batch=4, max_step_tokens=max_step_tokens)
+    generator = torch.Generator().manual_seed(5)
+    sequences = []
+    for seed, (length, changes) in enumerate(zip([1, 9, 30, 16, 17], PARAMS, strict=True)):
+        tokens = torch.randint(0, 131, (length,), generator=generator).tolist()
+        sequences.append(Sequence(length, tokens, SamplingParams(max_tokens=4 + 2 * seed, seed=seed, **changes)))
+        scheduler.add(sequences[-1])
+    steps: list = []
+    while True:
+        while len(steps) < 2 and (plan := scheduler.schedule()) is not None:
+            steps.append(runner.launch(plan))
+        if not steps:
+            return [sequence.tokens[sequence.prompt_length :] for sequence in sequences]
+        result = steps.pop(0).result()
+        assert result.failed == []
+        scheduler.apply(result)
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[list[int]]:
+    with torch.inference_mode():
+        return generate(Runner(CONFIG, ModelConfig.from_hf(MODEL), lambda *_: None))
+
+
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
+def test_tokens_are_those_of_the_cpu(triton_path: str, expected: list[list[int]], graphs: bool) -> None:
+    runner = Runner(msgspec.structs.replace(CONFIG, device=triton_path), ModelConfig.from_hf(MODEL), lambda *_: None)
+    runner._executor._graphs = None
+    if graphs:
+        runner._executor.use_graphs(PaddedGraphs)
+
+    assert generate(runner) == expected
+    if graphs:
+        calls = runner._executor._graphs
+        assert calls.calls > 5
+        assert calls.padded > 0
+
+
+def test_preempted_sequences_go_on(triton_path: str, expected: list[list[int]]) -> None:
+    runner = Runner(msgspec.structs.replace(CONFIG, device=triton_path), ModelConfig.from_hf(MODEL), lambda *_: None)
+    runner._executor.use_graphs(PaddedGraphs)
+
+    assert generate(runner, num_blocks=10, max_step_tokens=16) == expected
