@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.ops.case import COPY_MARK, Case, Job, Mark, Model, Place, poisoned, relative_error
 from dashinfer_kernels import PagedBatch, paged_attention
 
-BLOCK_SIZE = 16  # the engine's on CUDA
+BLOCK_SIZE = 64  # the engine's on CUDA
 LARGE_BLOCK = 128  # what a prefill kernel may read in one piece; measured for the first model
 CHECKED_ROWS = 32  # query rows of a case that are compared with the reference
 MOST_LIBRARY_BYTES = 40 << 30  # of keys and values laid out for a library call

@@ -10,7 +10,7 @@ from dashinfer.worker import capacity
 from dashinfer.worker import runner as runner_module
 from dashinfer.worker.capacity import count_blocks, step_bytes
 from dashinfer.worker.runner import costly_plan, select_device
-from tests.worker.toy import BLOCK_BYTES, MODEL, CalledGraphs, generate, greedy, load, prompt
+from tests.worker.toy import BLOCK_BYTES, MODEL, PaddedGraphs, generate, greedy, load, prompt
 
 MIB = 1 << 20
 
@@ -21,7 +21,7 @@ def runner(request):
     torch.set_num_threads(1)
     loaded = load()
     if request.param == "graphs":
-        loaded._executor.use_graphs(CalledGraphs)
+        loaded._executor.use_graphs(PaddedGraphs)
     yield loaded
     torch.set_num_threads(threads)
 
