@@ -91,7 +91,7 @@ class Runner:
             max_batch=config.max_batch,
             max_length=max_length,
             requested=config.kv_cache_memory,
-            free=free,
+            free=max(free - activations - graph_bytes, 0),
             available=available,
         )
         with self._out_of_memory("for the KV cache; lower --kv-cache-memory or --max-length"):

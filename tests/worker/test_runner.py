@@ -130,6 +130,15 @@ def test_ranks_on_one_machine_share_its_memory(monkeypatch):
     assert capacity.free_memory(torch.device("cpu"), 4) == 30
 
 
+def test_a_cache_that_is_asked_for_leaves_room_for_steps(monkeypatch):
+    activations = step_bytes(ModelConfig.from_hf(MODEL), 1024, 3)
+    monkeypatch.setattr(runner_module, "free_memory", lambda *_: 24 * BLOCK_BYTES + activations)
+
+    assert load(kv_cache_memory=24 * BLOCK_BYTES).ready.num_blocks == 24
+    with pytest.raises(InsufficientMemory, match=r"^toy: --kv-cache-memory asks for .* steps leave only"):
+        load(kv_cache_memory=25 * BLOCK_BYTES)
+
+
 def test_a_step_of_many_tokens_keeps_memory_for_them():
     config = ModelConfig.from_hf(MODEL)
     wide = ModelConfig.from_hf(MODEL | {"intermediate_size": 1000})
@@ -193,7 +202,7 @@ def test_how_many_blocks(changes, expected):
         ),
         (
             {"requested": 2048 * MIB},
-            "toy: --kv-cache-memory asks for 2.0 GiB, but only 50 MiB of memory is free; "
+            "toy: --kv-cache-memory asks for 2.0 GiB, but steps leave only 50 MiB of memory free; "
             "lower it, or leave it out to take what is there",
         ),
     ],
