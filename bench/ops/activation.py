@@ -6,23 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.ops.case import COPY_MARK, Case, Job, Model, Place, poisoned, relative_error
+from bench.ops.case import Case, Job, Model, Place, poisoned, relative_error, token_jobs
 from dashinfer_kernels import silu_mul
 
 
 def jobs(place: Place) -> list[Job]:
-    return [
-        Job(
-            "silu_mul",
-            model,
-            f"{tokens} tokens",
-            partial(_build, place, model, tokens),
-            (COPY_MARK,) if tokens == 4096 else (),
-            tokens,
-        )
-        for model in place.models
-        for tokens in ((3,) if place.toy else (4096, 64, 1))
-    ]
+    return token_jobs(place, {"silu_mul": _build})
 
 
 def _build(place: Place, model: Model, tokens: int) -> Case:

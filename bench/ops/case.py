@@ -3,9 +3,10 @@
 Knows nothing of time. A case is built just before it is measured, so that only its own inputs are in memory.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -131,3 +132,18 @@ def poisoned() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def token_jobs(place: Place, builds: Mapping[str, Callable[[Place, Model, int], Case]]) -> list[Job]:
+    """Of ops that move memory and treat a token alone: each with many tokens, which should reach the copy's rate, and with few.
+
+    Args:
+        builds: what builds the case of a number of tokens, by the name of its op.
+    """
+    found = []
+    for model in place.models:
+        for tokens in (3,) if place.toy else (4096, 64, 1):
+            marks = (COPY_MARK,) if tokens == 4096 else ()
+            for op, build in builds.items():
+                found.append(Job(op, model, f"{tokens} tokens", partial(build, place, model, tokens), marks, tokens))
+    return found

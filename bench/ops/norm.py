@@ -6,20 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.ops.case import COPY_MARK, Case, Job, Model, Place, poisoned, relative_error
+from bench.ops.case import Case, Job, Model, Place, poisoned, relative_error, token_jobs
 from dashinfer_kernels import add_rms_norm, rms_norm
 
 EPS = 1e-6
 
 
 def jobs(place: Place) -> list[Job]:
-    found = []
-    for model in place.models:
-        for tokens in (3,) if place.toy else (4096, 64, 1):
-            marks = (COPY_MARK,) if tokens == 4096 else ()
-            for op, build in (("rms_norm", _plain), ("add_rms_norm", _added)):
-                found.append(Job(op, model, f"{tokens} tokens", partial(build, place, model, tokens), marks, tokens))
-    return found
+    return token_jobs(place, {"rms_norm": _plain, "add_rms_norm": _added})
 
 
 def _reference(x: Tensor, weight: Tensor) -> Tensor:

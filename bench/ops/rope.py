@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.ops.case import COPY_MARK, Case, Job, Model, Place, poisoned, relative_error
+from bench.ops.case import Case, Job, Model, Place, poisoned, relative_error, token_jobs
 from dashinfer_kernels import rope_kv_write
 from dashinfer_kernels.rope import reference
 
@@ -14,18 +14,7 @@ MAX_POSITIONS = 8192
 
 
 def jobs(place: Place) -> list[Job]:
-    return [
-        Job(
-            "rope_kv_write",
-            model,
-            f"{tokens} tokens",
-            partial(_build, place, model, tokens),
-            (COPY_MARK,) if tokens == 4096 else (),
-            tokens,
-        )
-        for model in place.models
-        for tokens in ((3,) if place.toy else (4096, 64, 1))
-    ]
+    return token_jobs(place, {"rope_kv_write": _build})
 
 
 def _build(place: Place, model: Model, tokens: int) -> Case:

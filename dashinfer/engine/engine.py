@@ -191,6 +191,7 @@ class Engine:
                     break
                 await self._workers.send(plan)
                 steps.append(_RunningStep(plan.step, sum(chunk.length for chunk in plan.chunks), trio.current_time()))
+                due = math.inf
             if not self._results:
                 await self._wait(steps[0] if steps else None, due)
 

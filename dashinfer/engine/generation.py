@@ -35,7 +35,7 @@ class SequenceGroup:
         on_stop: Callable[[Sequence], None],
     ) -> None:
         self.sequences = [Sequence(len(prompt), list(prompt), each) for each in params]
-        self._index = {id(sequence): index for index, sequence in enumerate(self.sequences)}
+        self._index = {sequence: index for index, sequence in enumerate(self.sequences)}
         self._open = set(range(len(params)))  # choices that the reader still expects something of
         self._on_enter = on_enter
         self._on_exit = on_exit
@@ -77,7 +77,7 @@ class SequenceGroup:
 
     def deliver(self, update: Update) -> None:
         """Pass on what a step gave one of the sequences."""
-        index = self._index[id(update.sequence)]
+        index = self._index[update.sequence]
         self._ready.append(TokenOutput(index, update.token, update.logprobs, update.finish))
         self._changed.set()
 

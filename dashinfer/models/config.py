@@ -45,7 +45,6 @@ _FAMILIES = {
 _BY_MODEL_TYPE = {
     "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"
 }  # fmt: skip
-SUPPORTED_ARCHITECTURES = tuple(_FAMILIES)
 
 
 @dataclass(frozen=True, kw_only=True)

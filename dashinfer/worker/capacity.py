@@ -43,7 +43,7 @@ def count_blocks(
     Args:
         block_bytes: of one block of `block_size` tokens.
         requested: bytes asked for by --kv-cache-memory.
-        free: bytes there are.
+        free: bytes there are, less what steps take.
         available: those of them that the KV cache may take where nothing is asked for; below 0 where there are none.
 
     Raises:
@@ -51,8 +51,8 @@ def count_blocks(
     """
     if requested is not None and requested > free:
         raise InsufficientMemory(
-            f"{name}: --kv-cache-memory asks for {format_size(requested)}, but only {format_size(free)} of memory is free; "
-            "lower it, or leave it out to take what is there"
+            f"{name}: --kv-cache-memory asks for {format_size(requested)}, but steps leave only {format_size(free)} of memory "
+            "free; lower it, or leave it out to take what is there"
         )
     budget = available if requested is None else requested
     num_blocks = max(budget, 0) // block_bytes

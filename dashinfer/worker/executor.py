@@ -18,6 +18,7 @@ from dashinfer.types import Chunk, Enter, StepPlan, StepResult, TokenLogprobs
 from dashinfer.worker.graphs import DecodeGraphs
 from dashinfer.worker.staging import Download, Staging
 from dashinfer_kernels import PagedBatch, Sampled, SamplingBatch, SamplingState, sample, warm_up_sampling
+from dashinfer_kernels.dispatch import use_triton
 
 # Rows of a decoding step's inputs: the slot, its tokens after the step, and a block that the step adds to a table: whose, where
 # and which.
@@ -44,12 +45,17 @@ class Executor:
         self._kv_caches = kv_caches
         self._graphs = None
 
-    def use_graphs(self, graphs: type[DecodeGraphs] = DecodeGraphs, **options: Callable[[int, int], None]) -> None:
-        """Record graphs for steps that only decode, and replay those from now on."""
+    def use_graphs(
+        self,
+        make: Callable[..., DecodeGraphs] = DecodeGraphs,
+        *,
+        report: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        """Have `make` record graphs for steps that only decode, and replay those from now on; `report` as of `DecodeGraphs`."""
         padding = np.array([-1, 0, len(self._num_blocks), 0, 0], dtype=np.int32)
         with torch.inference_mode():
-            self._graphs = graphs(
-                self._decode, max_batch=len(self._num_blocks), padding=padding, device=self._device, **options
+            self._graphs = make(
+                self._decode, max_batch=len(self._num_blocks), padding=padding, device=self._device, report=report
             )
 
     def warm_up(self) -> None:
@@ -64,8 +70,8 @@ class Executor:
                 self._num_blocks[enter.slot] = 0
                 enter_slot(self._state, enter)
             decodes = all(chunk.length == 1 and chunk.sample and len(chunk.new_blocks) <= 1 for chunk in plan.chunks)
-            launch = self._replay if decodes and self._graphs is not None else self._run
-            logits, slots, positions = launch(plan.chunks)
+            run = self._replay if decodes and self._graphs is not None else self._run
+            logits, slots, positions = run(plan.chunks)
             if logits is None:
                 return LaunchedStep(plan.step, [], None)
             needs = [self._state.needs[chunk.slot] for chunk in plan.chunks if chunk.sample]
@@ -122,7 +128,7 @@ class Executor:
             block_size=self._block_size,
             host_starts=starts,
             host_lengths=lengths,
-            host_tables=tables.numpy() if self._device.type == "cpu" else None,
+            host_tables=None if use_triton(tables) else tables.numpy(),
         )
         hidden = self._model.forward(self._state.history[owner, position].long(), batch, self._kv_caches)
         if not len(samplers):
@@ -153,7 +159,7 @@ class Executor:
         rows, positions = slot.clamp(min=0).long(), (context - 1).clamp(min=0).long()
         tables = self._block_tables.index_select(0, rows)
         cache_slots = self._cache_slots(tables.gather(1, (positions // self._block_size).unsqueeze(1)).squeeze(1), positions)
-        on_cpu = inputs.device.type == "cpu"
+        on_host = not use_triton(inputs)
         batch = PagedBatch(
             positions=positions,
             slot_mapping=torch.where(context > 0, cache_slots, -1),
@@ -162,9 +168,9 @@ class Executor:
             block_tables=tables,
             num_decodes=len(slot),
             block_size=self._block_size,
-            host_starts=positions.numpy() if on_cpu else None,
-            host_lengths=np.ones(len(slot), dtype=np.int64) if on_cpu else None,
-            host_tables=tables.numpy() if on_cpu else None,
+            host_starts=positions.numpy() if on_host else None,
+            host_lengths=np.ones(len(slot), dtype=np.int64) if on_host else None,
+            host_tables=tables.numpy() if on_host else None,
         )
         input_ids = self._state.history[rows, positions].long()
         return self._model.logits(self._model.forward(input_ids, batch, self._kv_caches))
@@ -205,11 +211,6 @@ class LaunchedStep:
                 assert sampled.top_tokens is not None and sampled.top_logprobs is not None
                 tensors += [sampled.logprobs, sampled.top_tokens, sampled.top_logprobs]
             self._download = Download(tensors)
-
-    @property
-    def ready(self) -> bool:
-        """Whether `result` returns at once."""
-        return self._download is None or self._download.ready
 
     def result(self) -> StepResult:
         """What the step produced, once it has."""

@@ -3,7 +3,6 @@
 Sets for its process whether ops are deterministic.
 """
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,8 +24,8 @@ from dashinfer_kernels import dispatch
 BLOCK_SIZE = {"cpu": 16, "cuda": 64}  # from 64 on, Hopper's copy engine brings tiles of keys and values
 STEP_TOKENS = {"cpu": 1024, "cuda": 8192}
 GRAPH_BYTES = 32 << 20  # that a CUDA graph takes besides its tensors, generously
-
-logger = logging.getLogger("dashinfer.worker")
+# What torch on CPU, torch, CUDA and Triton on GPU, and cuBLAS say.
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class Runner:
@@ -94,7 +93,7 @@ class Runner:
             max_batch=config.max_batch,
             max_length=max_length,
             requested=config.kv_cache_memory,
-            free=free,
+            free=max(free - activations - graph_bytes, 0),
             available=available,
         )
         with self._out_of_memory("for the KV cache; lower --kv-cache-memory or --max-length"):
@@ -154,9 +153,9 @@ class Runner:
         """Turns a failed allocation into the one line that a user sees."""
         try:
             yield
-        except RuntimeError as error:
-            # on CPU it is a RuntimeError like any other
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        except (RuntimeError, MemoryError) as error:
+            # CUDA's and Triton's own failures, and torch's on CPU, are RuntimeErrors like any other
+            if not isinstance(error, MemoryError) and not any(words in str(error) for words in _OUT_OF_MEMORY):
                 raise
             raise InsufficientMemory(f"{self._name}: memory ran out {where}") from error
 
@@ -176,7 +175,7 @@ def costly_plan(tokens: int, max_batch: int, max_length: int, block_size: int) -
     sampling = SamplingParams(max_tokens=1, seed=0, top_p=0.9, frequency_penalty=1.0, logprobs=20)
     enter, chunks = [], []
     for slot in reversed(range(max_batch)):  # the last ones are long
-        length = min(tokens - slot, max_length - 1)
+        length = min(tokens - slot, max(max_length - 1, 1))
         tokens -= length
         blocks = (0,) * -(-length // block_size)
         enter.append(Enter(slot, np.zeros(length, dtype="<i4").tobytes(), length, sampling))

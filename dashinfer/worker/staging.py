@@ -59,7 +59,7 @@ class Staging:
 
 
 class Download:
-    """Tensors on their way to host memory. `ready` and `wait` speak of the copies and all that was queued before them."""
+    """Tensors on their way to host memory, queued on the current stream."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._event: torch.cuda.Event | None = None
@@ -71,10 +71,6 @@ class Download:
             self._event.record()
         else:
             self._host = list(tensors)
-
-    @property
-    def ready(self) -> bool:
-        return self._event is None or self._event.query()
 
     def wait(self) -> list[Tensor]:
         """The tensors in host memory, once they are there."""

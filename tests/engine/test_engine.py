@@ -343,3 +343,18 @@ async def test_what_arrives_during_a_long_step_is_in_the_next_one(autojump_clock
     # The second prompt takes 20 s, as the first one did: what follows it is planned after four fifths of that.
     assert entered == [0, 60, pytest.approx(60 + 0.8 * 20, abs=0.1)]
     assert [time - start for time, _ in workers.sent[:2]] == [0, 0]  # of the first one nobody knew
+
+
+async def test_a_step_is_waited_for_twice_at_most(monkeypatch):
+    waits = []
+    wait = Engine._wait
+
+    async def counted(self, *arguments):
+        waits.append(arguments)
+        await wait(self, *arguments)
+
+    monkeypatch.setattr(Engine, "_wait", counted)
+    async with running("slow") as engine:
+        await generate(engine, [1], params(16))
+
+    assert len(waits) <= 2 * 16 + 4  # until the next step is planned, and until the result

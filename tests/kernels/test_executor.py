@@ -1,17 +1,15 @@
 """Whole steps of a model on the Triton path, as a GPU takes them: static inputs, padded rows, tokens kept on the device."""
 
 import msgspec
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from dashinfer.engine.scheduler import Scheduler
 from dashinfer.engine.sequence import Sequence
 from dashinfer.models.config import ModelConfig
 from dashinfer.types import ModelFiles, SamplingParams, WorkerConfig
-from dashinfer.worker.graphs import bucket_sizes
 from dashinfer.worker.runner import Runner
+from tests.worker.toy import PaddedGraphs
 
 MODEL = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -45,30 +43,6 @@ PARAMS = [
     {"temperature": 0.0, "repetition_penalty": 1.3, "frequency_penalty": 0.4},
     {"temperature": 1.2, "min_p": 0.05, "logit_bias": {3: 2.0}},
 ]
-
-
-class PaddedGraphs:
-    """In the place of `DecodeGraphs`: calls, on static inputs, what that would record."""
-
-    def __init__(self, record, *, max_batch: int, padding: np.ndarray, device: torch.device) -> None:
-        self.record = record
-        self.inputs = {
-            size: torch.from_numpy(np.repeat(padding[:, None], size, 1)).to(device) for size in bucket_sizes(max_batch)
-        }
-        self.padding = padding
-        self.padded = self.calls = 0
-
-    def __call__(self, columns: np.ndarray, staging) -> tuple[Tensor, Tensor]:
-        rows = columns.shape[1]
-        size = next(size for size in self.inputs if size >= rows)
-        self.calls += 1
-        self.padded += size - rows
-        full = np.repeat(self.padding[:, None], size, 1)
-        full[:, :rows] = columns
-        staging.upload_into(self.inputs[size], full)
-        logits = self.record(self.inputs[size])
-        assert logits.isfinite().all(), "a row without a sequence must not be a source of NaN"
-        return logits[:rows], self.inputs[size][:, :rows]
 
 
 def generate(runner: Runner, *, num_blocks: int = 40, max_step_tokens: int = 24) -> list[list[int]]:

@@ -5,20 +5,26 @@ after the token 49. While loading `refuse` fails, `crash` breaks, `lost` dies an
 later ones have fewer blocks. At its third step `die` ends, `killed` kills itself, `realtime` does so with a signal that has no
 name, `hang` never answers, `stopped` stops the whole process, `talk` writes a line that does not end, and `garbage` sends no
 frame.
+
+Three modes run the real `serve` over a fake GPU, on which a step has no result before the next one is launched: `queued` goes
+on for ever, `illegal` fails in the third result, and `exhausted` in the third launch.
 """
 
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
+from types import ModuleType
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import msgspec
 
-from dashinfer.errors import UnsupportedModel
-from dashinfer.types import Progress, Ready, StepPlan
+from dashinfer.errors import InsufficientMemory, UnsupportedModel
+from dashinfer.models.config import ModelConfig
+from dashinfer.types import Progress, Ready, StepPlan, StepResult, WorkerConfig
 from dashinfer.worker import __main__ as worker
 from tests.engine.fake_rank import FakeRank
 
@@ -58,6 +64,48 @@ def misbehave(connection: worker.Connection) -> None:
             connection._socket.sendall(b"\xff" * 64)
 
 
+def fake_rank(config: WorkerConfig) -> FakeRank:
+    return FakeRank(
+        num_blocks=READY.num_blocks,
+        block_size=READY.block_size,
+        max_batch=config.max_batch,
+        max_step_tokens=READY.max_step_tokens,
+        poison=49 if MODE == "overflow" else None,
+    )
+
+
+class QueuedStep:
+    def __init__(self, result: StepResult) -> None:
+        self._result = result
+        self.followed = threading.Event()
+
+    def result(self) -> StepResult:
+        self.followed.wait()
+        if MODE == "illegal" and self._result.step == 2:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return self._result
+
+
+class QueuingRunner:
+    """In the place of `dashinfer.worker.runner.Runner`."""
+
+    on_gpu = True
+    ready = READY
+
+    def __init__(self, config: WorkerConfig, *_: object) -> None:
+        self._rank = fake_rank(config)
+        self._last: QueuedStep | None = None
+
+    def launch(self, plan: StepPlan) -> QueuedStep:
+        if MODE == "exhausted" and plan.step == 2:
+            raise InsufficientMemory("fake: memory ran out in a step")
+        step = QueuedStep(self._rank.execute(plan))
+        if self._last is not None:
+            self._last.followed.set()
+        self._last = step
+        return step
+
+
 def serve(connection: worker.Connection) -> None:
     config = connection.inbox.get().config
     if MODE == "refuse":
@@ -72,13 +120,7 @@ def serve(connection: worker.Connection) -> None:
         time.sleep(3600)
     num_blocks = READY.num_blocks - 5 * config.rank if MODE == "uneven" else READY.num_blocks
     connection.send(msgspec.structs.replace(READY, num_blocks=num_blocks))
-    rank = FakeRank(
-        num_blocks=READY.num_blocks,
-        block_size=READY.block_size,
-        max_batch=config.max_batch,
-        max_step_tokens=READY.max_step_tokens,
-        poison=49 if MODE == "overflow" else None,
-    )
+    rank = fake_rank(config)
     while True:
         plan = connection.inbox.get()
         assert isinstance(plan, StepPlan)
@@ -90,5 +132,10 @@ def serve(connection: worker.Connection) -> None:
 
 
 if __name__ == "__main__":
-    worker.serve = serve
+    if MODE in ("queued", "illegal", "exhausted"):
+        module = sys.modules["dashinfer.worker.runner"] = ModuleType("dashinfer.worker.runner")
+        module.Runner = QueuingRunner
+        ModelConfig.from_hf = staticmethod(lambda config: None)
+    else:
+        worker.serve = serve
     worker.main()

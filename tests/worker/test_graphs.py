@@ -39,10 +39,8 @@ def test_an_upload_into_a_static_tensor():
 
 def test_what_is_on_the_host_is_downloaded_already():
     tensor = torch.arange(3)
-    download = Download([tensor])
 
-    assert download.ready
-    assert download.wait()[0].tolist() == [0, 1, 2]
+    assert Download([tensor]).wait()[0].tolist() == [0, 1, 2]
 
 
 @pytest.mark.gpu

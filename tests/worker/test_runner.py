@@ -1,66 +1,18 @@
-"""The runner on a small random model, driven by the scheduler's plans as the engine drives it."""
+"""The runner on a small random model."""
 
-import msgspec
-import numpy as np
 import pytest
 import torch
 
-from dashinfer.engine.scheduler import Scheduler
-from dashinfer.engine.sequence import Sequence
 from dashinfer.errors import ConfigurationError, InsufficientMemory
 from dashinfer.models.config import ModelConfig
-from dashinfer.types import Chunk, Enter, ModelFiles, SamplingParams, StepPlan, WorkerConfig
+from dashinfer.types import Chunk, Enter, StepPlan
 from dashinfer.worker import capacity
 from dashinfer.worker import runner as runner_module
 from dashinfer.worker.capacity import count_blocks, step_bytes
-from dashinfer.worker.runner import Runner, costly_plan, select_device
+from dashinfer.worker.runner import costly_plan, select_device
+from tests.worker.toy import BLOCK_BYTES, MODEL, PaddedGraphs, generate, greedy, load, prompt
 
-MODEL = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 211,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "rope_theta": 100.0,
-}
 MIB = 1 << 20
-BLOCK_BYTES = 2 * 2 * 2 * 8 * 16 * 4  # keys and values, layers, heads, tokens, head_dim, float32
-CONFIG = WorkerConfig(
-    rank=0,
-    world_size=1,
-    files=ModelFiles("toy", "safetensors", (), MODEL),
-    device="cpu",
-    data_type="float32",
-    load_format="dummy",
-    max_batch=3,
-    max_length=64,
-    max_step_tokens=None,
-    block_size=8,
-    kv_cache_memory=24 * BLOCK_BYTES,
-)
-
-
-def load(**changes) -> Runner:
-    config = msgspec.structs.replace(CONFIG, **changes)
-    return Runner(config, ModelConfig.from_hf(MODEL), lambda *_: None)
-
-
-class CalledGraphs:
-    """In the place of `DecodeGraphs` where nothing can be recorded: calls what it would replay."""
-
-    def __init__(self, record, *, max_batch: int, padding: np.ndarray, device: torch.device) -> None:
-        self.record = record
-        self.calls = 0
-        assert len(padding) == 5
-
-    def __call__(self, columns, staging):
-        self.calls += 1
-        inputs = torch.empty(columns.shape, dtype=torch.int32)
-        staging.upload_into(inputs, columns)
-        return self.record(inputs), inputs
 
 
 @pytest.fixture(scope="module", params=["plain", "graphs"])
@@ -69,36 +21,9 @@ def runner(request):
     torch.set_num_threads(1)
     loaded = load()
     if request.param == "graphs":
-        loaded._executor.use_graphs(CalledGraphs)
+        loaded._executor.use_graphs(PaddedGraphs)
     yield loaded
-    if request.param == "graphs":
-        assert loaded._executor._graphs.calls > 50
     torch.set_num_threads(threads)
-
-
-def prompt(length: int, seed: int) -> list[int]:
-    return torch.randint(0, 211, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def generate(
-    runner: Runner, prompts: list[list[int]], each: list[SamplingParams], *, max_step_tokens: int = 512, ahead: int = 2
-) -> list[list[int]]:
-    """What the prompts are continued with, all of them submitted at once."""
-    scheduler = Scheduler(num_blocks=24, block_size=8, max_batch=3, max_step_tokens=max_step_tokens)
-    sequences = [Sequence(len(tokens), list(tokens), one) for tokens, one in zip(prompts, each, strict=True)]
-    for sequence in sequences:
-        scheduler.add(sequence)
-    results: list = []
-    while True:
-        while len(results) < ahead and (plan := scheduler.schedule()) is not None:
-            results.append(runner.execute(plan))
-        if not results:
-            return [sequence.tokens[sequence.prompt_length :] for sequence in sequences]
-        scheduler.apply(results.pop(0))
-
-
-def greedy(max_tokens: int = 12, **changes) -> SamplingParams:
-    return SamplingParams(max_tokens=max_tokens, seed=3, **{"temperature": 0.0, **changes})
 
 
 def test_what_it_says_when_it_is_ready(runner):
@@ -159,10 +84,20 @@ def test_a_model_that_overflows_fails_its_rows(runner, monkeypatch):
     assert runner.execute(plan).failed == [0]
 
 
-@pytest.mark.parametrize("message", ["DefaultCPUAllocator: can't allocate memory: you tried", "CUDA out of memory"])
-def test_memory_that_runs_out_in_a_step_is_one_line(runner, monkeypatch, message):
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        MemoryError("Unable to allocate 1 TiB"),
+    ],
+    ids=str,
+)
+def test_memory_that_runs_out_in_a_step_is_one_line(runner, monkeypatch, error):
     def forward(*_):
-        raise (torch.OutOfMemoryError if "CUDA" in message else RuntimeError)(message)
+        raise error
 
     monkeypatch.setattr(runner._executor._model, "forward", forward)
     plan = StepPlan(0, [Enter(0, bytes(4), 1, greedy())], [Chunk(0, 0, 1, True, (0,))])
@@ -193,6 +128,15 @@ def test_ranks_on_one_machine_share_its_memory(monkeypatch):
 
     assert capacity.free_memory(torch.device("cpu"), 1) == 120
     assert capacity.free_memory(torch.device("cpu"), 4) == 30
+
+
+def test_a_cache_that_is_asked_for_leaves_room_for_steps(monkeypatch):
+    activations = step_bytes(ModelConfig.from_hf(MODEL), 1024, 3)
+    monkeypatch.setattr(runner_module, "free_memory", lambda *_: 24 * BLOCK_BYTES + activations)
+
+    assert load(kv_cache_memory=24 * BLOCK_BYTES).ready.num_blocks == 24
+    with pytest.raises(InsufficientMemory, match=r"^toy: --kv-cache-memory asks for .* steps leave only"):
+        load(kv_cache_memory=25 * BLOCK_BYTES)
 
 
 def test_a_step_of_many_tokens_keeps_memory_for_them():
@@ -258,7 +202,7 @@ def test_how_many_blocks(changes, expected):
         ),
         (
             {"requested": 2048 * MIB},
-            "toy: --kv-cache-memory asks for 2.0 GiB, but only 50 MiB of memory is free; "
+            "toy: --kv-cache-memory asks for 2.0 GiB, but steps leave only 50 MiB of memory free; "
             "lower it, or leave it out to take what is there",
         ),
     ],
@@ -286,15 +230,18 @@ def test_a_device_that_is_not_there(monkeypatch):
         select_device("cuda")
 
 
-@pytest.mark.parametrize(("tokens", "max_batch", "max_length"), [(512, 8, 100), (8, 8, 100), (8192, 32, 8192), (700, 300, 64)])
+@pytest.mark.parametrize(
+    ("tokens", "max_batch", "max_length"), [(512, 8, 100), (8, 8, 100), (8192, 32, 8192), (700, 300, 64), (9, 3, 1)]
+)
 def test_the_costly_plan_has_every_token_and_slot(tokens, max_batch, max_length):
     plan = costly_plan(tokens, max_batch, max_length, 16)
 
     lengths = [chunk.length for chunk in plan.chunks]
-    assert sum(lengths) == min(tokens, max_batch * (max_length - 1))
+    longest = max(max_length - 1, 1)
+    assert sum(lengths) == min(tokens, max_batch * longest)
     assert {chunk.slot for chunk in plan.chunks} == set(range(max_batch)) == {enter.slot for enter in plan.enter}
     assert lengths == sorted(lengths)
-    assert all(1 <= length < max_length for length in lengths)
+    assert all(1 <= length <= longest for length in lengths)
     assert all(len(chunk.new_blocks) == -(-chunk.length // 16) for chunk in plan.chunks)
 
 

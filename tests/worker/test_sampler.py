@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from dashinfer.protocol.chat import MAX_BIASES
 from dashinfer.types import Chunk, Enter, SamplingParams
 from dashinfer.worker.executor import LaunchedStep, enter_slot
 from dashinfer_kernels import SamplingBatch, SamplingState
@@ -256,3 +257,10 @@ def test_stop_tokens_beyond_the_vocabulary_are_dropped():
     row = torch.tensor([[0.0, 5.0, 1.0]])
 
     assert sample(row, [params(temperature=0.0, min_tokens=2, stop_token_ids=(1, 3, 100_000, -1))])[0] == [2]
+
+
+def test_a_slot_has_room_for_all_that_a_request_may_ask_for():
+    stops = tuple(range(300))  # of a request at most 256; the model's own come on top
+    one = params(temperature=0.0, min_tokens=1, stop_token_ids=stops, logit_bias=dict.fromkeys(range(MAX_BIASES), 1.0))
+
+    assert sample(torch.zeros(1, VOCAB_SIZE), [one])[0] == [300]

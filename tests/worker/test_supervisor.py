@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from dashinfer.errors import StartupError, UnsupportedModel, WorkerError
+from dashinfer.errors import InsufficientMemory, StartupError, UnsupportedModel, WorkerError
 from dashinfer.types import Chunk, Enter, ModelFiles, SamplingParams, StepPlan, WorkerConfig
 from dashinfer.worker import supervisor
 from dashinfer.worker.supervisor import WorkerGroup
@@ -73,19 +73,20 @@ async def run_steps(mode: str) -> None:
             await trio.sleep_forever()
 
 
-async def test_plans_go_out_and_results_come_back():
+@pytest.mark.parametrize(("mode", "stages"), [("good", ["weights"]), ("queued", [])])
+async def test_plans_go_out_and_results_come_back(mode, stages):
     with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
-            recorder = Recorder(WorkerGroup([config()], command=command("good")))
+            recorder = Recorder(WorkerGroup([config()], command=command(mode)))
             ready = await recorder.start(nursery)
-            for plan, _ in zip(plans(), range(3), strict=False):
+            for plan, _ in zip(plans(), range(4 if mode == "queued" else 3), strict=False):
                 await recorder.group.send(plan)
             while len(recorder.results) < 3:
                 await trio.sleep(0.01)
             nursery.cancel_scope.cancel()
 
     assert ready.architecture == "FakeForCausalLM"
-    assert [message.stage for message in recorder.progress] == ["weights"]
+    assert [message.stage for message in recorder.progress] == stages
     assert [result.step for result in recorder.results] == [0, 1, 2]
 
 
@@ -94,9 +95,11 @@ async def test_plans_go_out_and_results_come_back():
     [
         ("refuse", UnsupportedModel, "this model is not supported"),
         ("crash", WorkerError, "rank 0: RuntimeError: something broke"),
+        ("illegal", WorkerError, "rank 0: RuntimeError: CUDA error: an illegal memory access was encountered"),
+        ("exhausted", InsufficientMemory, "fake: memory ran out in a step"),
     ],
 )
-async def test_a_rank_that_cannot_load_says_why(mode, error, message):
+async def test_a_rank_that_fails_says_why(mode, error, message):
     with trio.fail_after(30), pytest.raises(error, match=message):
         await run_steps(mode)
 

@@ -18,7 +18,8 @@ class PagedBatch:
     """Sequences in the order of their tokens, those of one token (decode) first.
 
     A sequence computes positions [start, start + length) and attends to [0, start + length) through its block table. Tensors
-    are on the device, `host_` arrays in host memory.
+    are on the device, `host_` arrays in host memory. The CPU path reads all of those; the Triton path reads starts and
+    lengths, and only where there are sequences of several tokens.
     """
 
     positions: Tensor  # [tokens] int64
@@ -28,9 +29,9 @@ class PagedBatch:
     block_tables: Tensor  # [sequences, blocks] int32; entries beyond a sequence's context are arbitrary
     num_decodes: int  # leading sequences of one token each
     block_size: int
-    host_starts: np.ndarray  # [sequences] int64
-    host_lengths: np.ndarray  # [sequences] int64
-    host_tables: np.ndarray  # [sequences, blocks] int32
+    host_starts: np.ndarray | None  # [sequences] int64
+    host_lengths: np.ndarray | None  # [sequences] int64
+    host_tables: np.ndarray | None  # [sequences, blocks] int32
     plans: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -90,7 +91,7 @@ class PagedBatch:
 
     @property
     def num_sequences(self) -> int:
-        return len(self.host_lengths)
+        return self.context_lengths.shape[0]
 
 
 def _tables(block_tables: "Sequence[Sequence[int]] | np.ndarray | Tensor", width: int) -> np.ndarray:

@@ -70,36 +70,14 @@ def rope_kv_write(
     assert (q_norm is None) == (k_norm is None)
     assert (kv_scales is None) == (kv_cache.dtype not in _LARGEST)
     assert kv_scales is None or (kv_scales.shape == kv_cache.shape[:4] and kv_scales.dtype == torch.float32)
+    tensors = (qkv, positions, cos_sin, kv_cache, slot_mapping)
+    heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    norms = {"q_norm": q_norm, "k_norm": k_norm, "eps": eps}
     if not use_triton(qkv) and positions.ndim == 1 and kv_scales is None:
-        return cpu.rope_kv_write(
-            qkv,
-            positions,
-            cos_sin,
-            kv_cache,
-            slot_mapping,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            q_norm=q_norm,
-            k_norm=k_norm,
-            eps=eps,
-        )
-    return (_launch if use_triton(qkv) else reference.rope_kv_write)(
-        qkv,
-        positions,
-        cos_sin,
-        kv_cache,
-        slot_mapping,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        q_norm=q_norm,
-        k_norm=k_norm,
-        eps=eps,
-        kv_scales=kv_scales,
-        mrope_section=mrope_section,
-        mrope_interleaved=mrope_interleaved,
-    )
+        return cpu.rope_kv_write(*tensors, **heads, **norms)
+    path = _launch if use_triton(qkv) else reference.rope_kv_write
+    rotation = {"mrope_section": mrope_section, "mrope_interleaved": mrope_interleaved}
+    return path(*tensors, **heads, **norms, kv_scales=kv_scales, **rotation)
 
 
 def _launch(

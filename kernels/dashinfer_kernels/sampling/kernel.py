@@ -8,7 +8,7 @@ power of two. Sums over splits are of integers, so neither their number nor thei
 import triton
 import triton.language as tl
 
-from dashinfer_kernels.sampling.state import IN_PROMPT, MAX_COUNT, TOP_P_ONE, Field
+from dashinfer_kernels.sampling.state import MAX_COUNT, TOP_P_ONE, Field
 
 TEMPERATURE = tl.constexpr(int(Field.TEMPERATURE))
 TOP_K = tl.constexpr(int(Field.TOP_K))
@@ -26,7 +26,6 @@ NUM_BIASES = tl.constexpr(int(Field.NUM_BIASES))
 LOGPROBS = tl.constexpr(int(Field.LOGPROBS))
 END = tl.constexpr(int(Field.END))
 COUNT_BITS = tl.constexpr(MAX_COUNT)
-PROMPT_BIT = tl.constexpr(IN_PROMPT)
 P_ONE = tl.constexpr(TOP_P_ONE)
 
 GREATEST_FLOAT = tl.constexpr(3.4028234663852886e38)
@@ -38,9 +37,11 @@ FIRST_KEY = tl.constexpr(((127 - 32) << 23) + (1 << 19))  # of bin 0, which also
 BINS = tl.constexpr(512)
 LEAST_INT64 = tl.constexpr(-(2**63))
 
-# What differs from step to step; specialised on it, a kernel would be compiled again in the midst of serving.
-_NUMBERS = ["num_splits", "tiles"]
-_ROWS = ["slots_ptr", "positions_ptr"]
+# What differs from step to step does not compile a kernel again: rows of one tensor of numbers a row, aligned or not.
+_VARYING = {
+    "do_not_specialize": ["num_splits", "tiles"],
+    "do_not_specialize_on_alignment": ["slots_ptr", "positions_ptr", "found_ptr", "above_ptr"],
+}
 
 
 @triton.jit
@@ -96,7 +97,7 @@ def _is_cut(params_ptr):
     return on & (_float(params_ptr, TEMPERATURE) > 0)
 
 
-@triton.jit(do_not_specialize_on_alignment=_ROWS)
+@triton.jit(**_VARYING)
 def edit_kernel(
     logits_ptr,  # [rows, vocab] float32, in place
     slots_ptr,  # [rows]
@@ -134,7 +135,7 @@ def edit_kernel(
             start += BLOCK
 
 
-@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_ROWS)
+@triton.jit(**_VARYING)
 def penalise_kernel(
     logits_ptr,  # [rows, vocab] float32, in place
     slots_ptr,  # [rows]
@@ -188,7 +189,7 @@ def penalise_kernel(
         tl.store(logits_ptr + at, x, mask=inside)
 
 
-@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_ROWS)
+@triton.jit(**_VARYING)
 def peak_kernel(
     logits_ptr,  # [rows, vocab]
     slots_ptr,  # [rows]
@@ -218,7 +219,7 @@ def peak_kernel(
     tl.store(places_ptr + split, tl.min(tl.where(best == peak, place, vocab), 0))
 
 
-@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_ROWS)
+@triton.jit(**_VARYING)
 def histogram_kernel(
     logits_ptr,  # [rows, vocab]
     slots_ptr,  # [rows]
@@ -261,7 +262,7 @@ def histogram_kernel(
     tl.atomic_add(sums_ptr + row, tl.sum(sums, 0), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_ROWS)
+@triton.jit(**_VARYING)
 def bracket_kernel(
     slots_ptr,  # [rows]
     params_ptr,  # [slots, words]
@@ -303,7 +304,7 @@ def bracket_kernel(
     tl.store(brackets_ptr + 2 * row + 1, ((high + 1) << BIN_BITS) + FIRST_KEY)
 
 
-@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_ROWS)
+@triton.jit(**_VARYING)
 def gather_kernel(
     logits_ptr,  # [rows, vocab]
     slots_ptr,  # [rows]
@@ -382,7 +383,7 @@ def _at_least(key, high, keys, found, logits_ptr, vocab, peak, temperature, CAPA
     return count, mass
 
 
-@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_ROWS)
+@triton.jit(**_VARYING)
 def threshold_kernel(
     logits_ptr,  # [rows, vocab]
     slots_ptr,  # [rows]
@@ -456,7 +457,7 @@ def _least_key(params_ptr, thresholds_ptr, row, USE_CUTS: tl.constexpr):
     return least
 
 
-@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_ROWS)
+@triton.jit(**_VARYING)
 def mass_kernel(
     logits_ptr,  # [rows, vocab]
     slots_ptr,  # [rows]
@@ -496,7 +497,7 @@ def mass_kernel(
     tl.store(masses_ptr + row * num_splits + tl.program_id(1), tl.sum(sums, 0))
 
 
-@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_ROWS)
+@triton.jit(**_VARYING)
 def finish_kernel(
     logits_ptr,  # [rows, vocab]
     slots_ptr,  # [rows]
@@ -576,7 +577,7 @@ def _ordered(x):
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-@triton.jit(do_not_specialize_on_alignment=_ROWS)
+@triton.jit(**_VARYING)
 def top_kernel(
     logits_ptr,  # [rows, vocab] as the model gave them
     slots_ptr,  # [rows]
@@ -611,7 +612,7 @@ def top_kernel(
             packed = tl.where(packed == best, LEAST_INT64, packed)
 
 
-@triton.jit(do_not_specialize_on_alignment=_ROWS)
+@triton.jit(**_VARYING)
 def logprob_kernel(
     logits_ptr,  # [rows, vocab] as the model gave them
     slots_ptr,  # [rows]

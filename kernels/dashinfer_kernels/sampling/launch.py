@@ -112,8 +112,7 @@ def _launch(logits: Tensor, state: SamplingState, batch: SamplingBatch) -> Sampl
             brackets = torch.empty(rows, 2, dtype=torch.int32, device=device)
             keys = torch.empty(rows, CAPACITY, dtype=torch.int32, device=device)
             bins = torch.zeros(rows, kernel.BINS.value, dtype=torch.int32, device=device)
-            # an even number, since kernels are specialised on pointers that 16 divides
-            sums, found, above = torch.zeros(3, rows + rows % 2, dtype=torch.int64, device=device).unbind(0)
+            sums, found, above = torch.zeros(3, rows, dtype=torch.int64, device=device).unbind(0)
             gathered = {"brackets_ptr": brackets, "found_ptr": found, "above_ptr": above, "keys_ptr": keys}
             kernel.histogram_kernel[grid](
                 **logits_of, **rows_of, **peaks_of, **sizes, bins_ptr=bins, sums_ptr=sums, num_warps=8
