@@ -4,6 +4,7 @@ A request's tokens and log-probabilities are, to the bit, those of the request a
 and whatever else runs.
 """
 
+import msgspec
 import pytest
 import torch
 
@@ -51,12 +52,20 @@ MAX_TOKENS = 10
 Answer = tuple[list[int], list[TokenLogprobs]]
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 thread", "2 threads"])
+ON_GPU = pytest.param(
+    ("cuda", 1), id="GPU", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+)
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(("cpu", 1), id="1 thread"), pytest.param(("cpu", 2), id="2 threads"), ON_GPU]
+)
 def runner(request: pytest.FixtureRequest):
+    device, num_threads = request.param
     threads = torch.get_num_threads()
-    torch.set_num_threads(request.param)
+    torch.set_num_threads(num_threads)
     torch.manual_seed(0)
-    yield Runner(CONFIG, ModelConfig.from_hf(MODEL), lambda *_: None)
+    yield Runner(msgspec.structs.replace(CONFIG, device=device), ModelConfig.from_hf(MODEL), lambda *_: None)
     dispatch.deterministic = False
     torch.set_num_threads(threads)
 
