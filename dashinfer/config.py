@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from dashinfer.errors import ConfigurationError
-from dashinfer.types import DataType
+from dashinfer.types import DataType, QuantType
 
 Mode = Literal["auto", "llm", "vlm"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LoadFormat = Literal["auto", "dummy"]
 Device = Literal["auto", "cuda", "cpu"]
 VisionEngine = Literal["tensorrt", "transformers"]
-QuantType = Literal["gptq", "a8w8", "a16w4", "a16w8", "fp8"]
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 
@@ -127,7 +126,6 @@ class ServerConfig:
     vision_engine: VisionEngine = _setting("tensorrt", "what runs the vision tower", group=_VLM)
     min_pixels: int = _setting(3136, "least image size in pixels", group=_VLM, parse=_positive, metavar="N")
     max_pixels: int = _setting(12845056, "greatest image size in pixels", group=_VLM, parse=_positive, metavar="N")
-    quant_type: QuantType | None = _setting(None, "quantisation of the weights and activations", group=_VLM)
 
     served_model_name: str | None = _setting(
         None, "name in the API (default: last part of --model)", group=_SERVER, parse=str, metavar="NAME"
@@ -151,6 +149,20 @@ class ServerConfig:
     )
 
     device: Device = _setting("auto", "where the model runs; auto takes CUDA if there is a GPU", group=_ENGINE)
+    quant_type: QuantType | None = _setting(
+        None,
+        "quantisation of the linear layers: gptq for such checkpoints, the others round 16-bit weights while loading "
+        "(default: as the checkpoint is)",
+        group=_ENGINE,
+    )
+    quant_group_size: int | None = _setting(
+        None,
+        "weights that share a scale in a16w4 (default: 128) and a16w8 (default: an output's): 32, 64 or 128",
+        group=_ENGINE,
+        parse=_whole,
+        metavar="N",
+    )
+    quantize_head: bool = _setting(False, "quantise the output layer too, which else stays in 16 bits", group=_ENGINE)
     load_format: LoadFormat = _setting("auto", "dummy builds random weights of the model's shape", group=_ENGINE)
     kv_cache_memory: int | None = _setting(
         None,
@@ -189,10 +201,13 @@ class ServerConfig:
             raise ConfigurationError(
                 f"--tensor-parallel {self.tensor_parallel} is not supported yet: this version serves --tensor-parallel 1"
             )
-        if self.quant_type is not None:
-            raise ConfigurationError(
-                f"--quant-type {self.quant_type} is not supported yet: leave it out, or serve a quantised .gguf file"
-            )
+        if self.quant_group_size is not None:
+            if self.quant_group_size not in (32, 64, 128):
+                raise ConfigurationError(f"--quant-group-size {self.quant_group_size} is none of 32, 64 and 128")
+            if self.quant_type not in ("a16w4", "a16w8"):
+                raise ConfigurationError("--quant-group-size goes with --quant-type a16w4 or a16w8")
+        if self.quantize_head and self.quant_type is None:
+            raise ConfigurationError("--quantize-head goes with --quant-type")
         if self.min_pixels > self.max_pixels:
             raise ConfigurationError(f"--min-pixels {self.min_pixels} is more than --max-pixels {self.max_pixels}")
         if self.block_size is not None and self.block_size & (self.block_size - 1):

@@ -10,6 +10,8 @@ from typing import Any, Literal
 from msgspec import Struct
 
 DataType = Literal["float16", "bfloat16", "float32"]
+QuantType = Literal["gptq", "a8w8", "a16w4", "a16w8", "fp8"]
+KVCacheDtype = Literal["auto", "int8", "fp8"]
 FinishReason = Literal["stop", "length"]
 
 
@@ -63,6 +65,10 @@ class WorkerConfig(Struct, frozen=True):
     gpu_memory_utilization: float = 0.9  # of the device's memory, everything together
     enforce_eager: bool = False  # no CUDA graphs
     deterministic: bool = False  # results do not depend on what else is in the batch
+    quant_type: QuantType | None = None  # None: as the checkpoint is
+    quant_group_size: int | None = None  # inputs that share a scale in a16w4 and a16w8; None: the mode's own
+    quantize_head: bool = False  # the output layer too
+    kv_cache_dtype: KVCacheDtype = "auto"  # auto: `data_type`
 
 
 class Start(Struct, tag="start", frozen=True):

@@ -287,4 +287,7 @@ def worker_config(config: ServerConfig, files: ModelFiles, rank: int, world_size
         gpu_memory_utilization=config.gpu_memory_utilization,
         enforce_eager=config.enforce_eager,
         deterministic=config.deterministic,
+        quant_type=config.quant_type,
+        quant_group_size=config.quant_group_size,
+        quantize_head=config.quantize_head,
     )

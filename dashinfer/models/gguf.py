@@ -123,6 +123,9 @@ class GGUFSource:
         for _ in self._pool.map(chunk, range(start, stop, step)):
             pass  # an exception of a chunk is raised here
 
+    def read_stored(self, part: Part) -> Tensor:
+        raise UnsupportedModel(f"the GGUF tensor of {part.name} cannot be read as it is stored")
+
     def _rows(self, entry: _Entry, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of the tensor as they are stored: [rows, columns]."""
         data = torch.empty((stop - start) * entry.row_bytes, dtype=torch.uint8)

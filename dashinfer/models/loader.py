@@ -2,12 +2,14 @@
 
 import torch
 
-from dashinfer.errors import ModelNotFound
+from dashinfer.errors import ModelNotFound, UnsupportedModel
 from dashinfer.models.config import ModelConfig
 from dashinfer.models.decoder import DecoderLM
 from dashinfer.models.gguf import GGUFSource
+from dashinfer.models.linears import RoundedOnLoad, WeightFormat
 from dashinfer.models.memory import check_memory, weight_bytes
 from dashinfer.models.parallel import Group
+from dashinfer.models.quantization import rounding
 from dashinfer.models.shapes import tensor_shapes
 from dashinfer.models.weights import DummySource, ReportProgress, SafetensorsSource, Source, WeightReader
 from dashinfer.types import WorkerConfig
@@ -43,8 +45,25 @@ def load_model(
     itemsize = pack_linear(torch.zeros(1, 1, dtype=dtype, device=device)).nbytes
     needed = weight_bytes(model_config, itemsize, group.world_size, tied_copies=2 if on_cpu else 1)
     check_memory(config.files.name, needed, free, config.data_type, "memory" if on_cpu else "GPU memory")
-    with WeightReader(_source(config, model_config), dtype=dtype, device=device, report=report) as reader:
+    form = weight_format(config, model_config)
+    source = _source(config, model_config)
+    with WeightReader(source, dtype=dtype, device=device, report=report, format=form) as reader:
         return DecoderLM(model_config, reader, group, max_length)
+
+
+def weight_format(config: WorkerConfig, model_config: ModelConfig) -> WeightFormat | None:
+    """How the checkpoint's linear layers are to be read; None: as they are.
+
+    Raises:
+        UnsupportedModel: `--quant-type` asks for what the checkpoint is not.
+    """
+    if config.quant_type is None:
+        return None
+    if config.quant_type == "gptq":
+        raise UnsupportedModel(
+            f"--quant-type gptq: {config.files.name} is not a GPTQ checkpoint; use another --quant-type to quantise it"
+        )
+    return RoundedOnLoad(rounding(config.quant_type, config.quant_group_size))
 
 
 def _source(config: WorkerConfig, model_config: ModelConfig) -> Source:

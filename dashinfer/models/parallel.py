@@ -13,8 +13,9 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor
 
+from dashinfer.models.linears import load_linear
 from dashinfer.models.weights import Part, WeightReader
-from dashinfer_kernels import pack_linear
+from dashinfer_kernels import Linear, pack_linear
 
 
 @dataclass(frozen=True)
@@ -48,19 +49,11 @@ def local_kv_heads(num_kv_heads: int, world_size: int) -> int:
     return max(1, num_kv_heads // world_size)
 
 
-def _bias_parts(parts: list[Part]) -> list[Part]:
-    return [Part(part.name.removesuffix("weight") + "bias", part.shape[:1], part.rows) for part in parts]
-
-
 class ColumnParallelLinear:
     """x [tokens, in] -> [tokens, this rank's outputs]. Several matrices with the same input are computed as one."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.linear = pack_linear(weight, bias)
-
-    @classmethod
-    def load_parts(cls, reader: WeightReader, parts: list[Part], *, bias: bool) -> "ColumnParallelLinear":
-        return cls(reader.read(*parts), reader.read(*_bias_parts(parts)) if bias else None)
+    def __init__(self, linear: Linear) -> None:
+        self.linear = linear
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.linear(x)
@@ -96,7 +89,7 @@ class QKVLinear(ColumnParallelLinear):
         kv_rows = (kv_first * head_dim, (kv_first + local) * head_dim)
         parts = [Part(f"{prefix}q_proj.weight", (heads * head_dim, hidden), (first * head_dim, last * head_dim))]
         parts += [Part(f"{prefix}{name}_proj.weight", (kv_heads * head_dim, hidden), kv_rows) for name in "kv"]
-        return cls.load_parts(reader, parts, bias=bias)
+        return cls(load_linear(reader, parts, bias=bias))
 
 
 class GateUpLinear(ColumnParallelLinear):
@@ -109,15 +102,14 @@ class GateUpLinear(ColumnParallelLinear):
         """From `{prefix}gate_proj` and `up_proj`."""
         names = (f"{prefix}gate_proj.weight", f"{prefix}up_proj.weight")
         parts = [Part(name, (intermediate, hidden), group.share(intermediate)) for name in names]
-        return cls.load_parts(reader, parts, bias=bias)
+        return cls(load_linear(reader, parts, bias=bias))
 
 
 class RowParallelLinear:
     """x [tokens, this rank's inputs] -> [tokens, out], summed over the ranks."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, group: Group) -> None:
-        # the bias is part of the sum, so one rank adds it
-        self.linear = pack_linear(weight, bias if group.rank == 0 else None)
+    def __init__(self, linear: Linear, group: Group) -> None:
+        self.linear = linear
         self.group = group
         self.reduce = group.world_size > 1
 
@@ -127,8 +119,11 @@ class RowParallelLinear:
     ) -> "RowParallelLinear":
         """From `{prefix}weight` and, with `bias`, `{prefix}bias`."""
         columns = group.share(in_features) if group.world_size > 1 else None
-        weight = reader.read(Part(f"{prefix}weight", (out_features, in_features), columns=columns))
-        return cls(weight, reader.read(Part(f"{prefix}bias", (out_features,))) if bias else None, group)
+        part = Part(f"{prefix}weight", (out_features, in_features), columns=columns)
+        # the bias is part of the sum, so one rank adds it
+        if bias and group.rank > 0:
+            reader.skip(f"{prefix}bias")
+        return cls(load_linear(reader, [part], bias=bias and group.rank == 0), group)
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self.linear(x)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,10 +18,14 @@ from torch import Tensor
 
 from dashinfer.errors import ModelNotFound, UnsupportedModel
 
+if TYPE_CHECKING:
+    from dashinfer.models.linears import WeightFormat
+
 # (stage, done, total, unit)
 ReportProgress = Callable[[str, int, int, str], None]
 
 _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # what safetensors calls the types that weights come in, and their bytes
+_SIZES = {**_FLOATS, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}  # any other: 1
 _REPORTS = 100  # progress is reported in steps of a hundredth
 
 
@@ -57,16 +61,33 @@ class Source(Protocol):
         be read."""
         ...
 
+    def read_stored(self, part: Part) -> Tensor:
+        """[*part.local_shape] in host memory, of the type that the file has: what quantised weights are made of."""
+        ...
+
     def close(self) -> None: ...
 
 
 class WeightReader:
-    """What layers load from: reads into `dtype` on `device`. Use it in a `with` block, which closes the files."""
+    """What layers load from: reads into `dtype` on `device`. Use it in a `with` block, which closes the files.
 
-    def __init__(self, source: Source, *, dtype: torch.dtype, device: torch.device, report: ReportProgress) -> None:
+    Attributes:
+        format: how the matrices of linear layers are read; None: as they are, into `dtype`.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        report: ReportProgress,
+        format: "WeightFormat | None" = None,
+    ) -> None:
         self.source = source
         self.dtype = dtype
         self.device = device
+        self.format = format
         self._report = report
         self._total = sum(source.sizes.values())
         self._done = 0
@@ -89,12 +110,7 @@ class WeightReader:
             UnsupportedModel: a tensor is missing, or has another shape than the model's config says.
         """
         for part in parts:
-            if part.name not in self.source.sizes:
-                raise UnsupportedModel(f"the weights lack the tensor {part.name}; the files may be incomplete")
-            if (found := self.source.shape(part.name)) != part.shape:
-                raise UnsupportedModel(
-                    f"the tensor {part.name} has the shape {list(found)}, but the model's config makes it {list(part.shape)}"
-                )
+            self._check(part)
         rows = [part.local_shape[0] for part in parts]
         device = self.device if self.source.on_device else "cpu"
         out = torch.empty((sum(rows), *parts[0].local_shape[1:]), dtype=dtype or self.dtype, device=device)
@@ -102,6 +118,27 @@ class WeightReader:
             self.source.read_into(piece, part)
             self._count(part.name)
         return out.to(self.device)
+
+    def read_stored(self, part: Part) -> Tensor:
+        """The part in the file's own type, on the device; raises as `read`."""
+        self._check(part)
+        stored = self.source.read_stored(part)
+        self._count(part.name)
+        return stored.to(self.device)
+
+    def skip(self, *names: str) -> None:
+        """These tensors are accounted for, though nobody reads them; those that do not exist are no matter."""
+        for name in names:
+            if name in self:
+                self._count(name)
+
+    def _check(self, part: Part) -> None:
+        if part.name not in self.source.sizes:
+            raise UnsupportedModel(f"the weights lack the tensor {part.name}; the files may be incomplete")
+        if (found := self.source.shape(part.name)) != part.shape:
+            raise UnsupportedModel(
+                f"the tensor {part.name} has the shape {list(found)}, but the model's config makes it {list(part.shape)}"
+            )
 
     def finish(self, num_layers: int) -> None:
         """All is loaded.
@@ -153,7 +190,7 @@ class SafetensorsSource:
             raise ModelNotFound(f"{path} cannot be read, or is incomplete: {error}") from None
         for name in file.keys():  # noqa: SIM118  not a dict
             entry = file.get_slice(name)
-            size = _FLOATS.get(entry.get_dtype(), 1)
+            size = _SIZES.get(entry.get_dtype(), 1)
             for length in entry.get_shape():
                 size *= length
             self.sizes[name] = size
@@ -163,17 +200,19 @@ class SafetensorsSource:
         return tuple(self._files[name].get_slice(name).get_shape())
 
     def read_into(self, out: Tensor, part: Part) -> None:
-        file = self._files[part.name]
-        entry = file.get_slice(part.name)
-        if (kind := entry.get_dtype()) not in _FLOATS:
+        if (kind := self._files[part.name].get_slice(part.name).get_dtype()) not in _FLOATS:
             raise UnsupportedModel(
-                f"the tensor {part.name} is of the type {kind}; only floating point weights are supported yet"
+                f"the tensor {part.name} is of the type {kind}, but the model's config does not say how it is quantised"
             )
+        out.copy_(self.read_stored(part))
+
+    def read_stored(self, part: Part) -> Tensor:
+        file = self._files[part.name]
         if part.rows is None and part.columns is None:
-            out.copy_(file.get_tensor(part.name))
-            return
+            return file.get_tensor(part.name)
+        entry = file.get_slice(part.name)
         rows = slice(*part.rows) if part.rows else slice(None)
-        out.copy_(entry[rows, slice(*part.columns)] if part.columns else entry[rows])
+        return entry[rows, slice(*part.columns)] if part.columns else entry[rows]
 
     def close(self) -> None:
         self._stack.close()
@@ -201,6 +240,9 @@ class DummySource:
         noise = self._noise = self._noise.to(out.device)
         for piece in out.view(-1).split(noise.numel()):
             piece.copy_(noise[: piece.numel()])
+
+    def read_stored(self, part: Part) -> Tensor:
+        raise UnsupportedModel("random weights are not quantised; leave out --load-format dummy")
 
     def close(self) -> None:
         pass

@@ -11,6 +11,9 @@ from dashinfer_kernels.attention.batch import PagedBatch
 from dashinfer_kernels.attention.launch import paged_attention
 from dashinfer_kernels.linear.launch import Linear, pack_linear
 from dashinfer_kernels.norm.launch import add_rms_norm, rms_norm
+from dashinfer_kernels.quant_matmul.launch import pack_quantized
+from dashinfer_kernels.quant_matmul.quantize import quantize_float8, quantize_int
+from dashinfer_kernels.quant_matmul.weight import QuantizedWeight
 from dashinfer_kernels.rope.launch import rope_kv_write
 from dashinfer_kernels.sampling.launch import sample, warm_up_sampling
 from dashinfer_kernels.sampling.state import Sampled, SamplingBatch, SamplingState
@@ -19,13 +22,17 @@ from dashinfer_kernels.varlen_attention.launch import varlen_attention
 __all__ = [
     "Linear",
     "PagedBatch",
+    "QuantizedWeight",
     "Sampled",
     "SamplingBatch",
     "SamplingState",
     "add_rms_norm",
     "gelu_mul",
     "pack_linear",
+    "pack_quantized",
     "paged_attention",
+    "quantize_float8",
+    "quantize_int",
     "rms_norm",
     "rope_kv_write",
     "sample",

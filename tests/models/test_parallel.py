@@ -87,6 +87,8 @@ def test_key_value_heads_are_copied_to_neighbours_where_ranks_are_more():
     rows = {"q_proj.weight": [], "k_proj.weight": []}
 
     class Recorder:
+        format = None
+
         def read(self, *parts):
             for part in parts:
                 if part.name in rows:

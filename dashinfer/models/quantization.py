@@ -1,0 +1,46 @@
+"""What a model's linear layers are kept in: decided from the flags and the checkpoint before anything heavy is imported."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dashinfer.types import QuantType
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """Weights of 16 or 32 bits rounded to fewer while they are read.
+
+    Attributes:
+        bits: of integer codes, 4 or 8; None: float8 (E4M3) with a scale an output.
+        group_size: inputs that share a scale; None: all of an output's.
+        symmetric: without offsets.
+        activations: what inputs are rounded to, row by row; None: not at all.
+    """
+
+    bits: int | None
+    group_size: int | None = None
+    symmetric: bool = True
+    activations: Literal["int8", "fp8"] | None = None
+
+    def group_for(self, in_features: int) -> int | None:
+        """The group size of a matrix: halved until it divides the inputs."""
+        size = self.group_size
+        while size is not None and in_features % size:
+            size //= 2
+        return size
+
+
+def rounding(quant_type: QuantType, group_size: int | None) -> Rounding:
+    """What `--quant-type` asks for, of a checkpoint that is not quantised.
+
+    Args:
+        group_size: as asked for; None: the mode's own.
+    """
+    if quant_type == "a16w4":
+        return Rounding(bits=4, group_size=group_size or 128, symmetric=False)
+    if quant_type == "a16w8":
+        return Rounding(bits=8, group_size=group_size)
+    if quant_type == "a8w8":
+        return Rounding(bits=8, activations="int8")
+    assert quant_type == "fp8"
+    return Rounding(bits=None, activations="fp8")
