@@ -103,11 +103,15 @@ class DecoderLM:
         self.embedding = VocabParallelEmbedding(embedding, group)
         self.layers = [DecoderLayer(config, index, reader, group, max_length) for index in range(config.num_layers)]
         self.final_norm = reader.read(Part(FINAL_NORM, (config.hidden_size,)), dtype=torch.float32)
-        if not config.tie_word_embeddings:
-            embedding = load_vocab_share(reader, HEAD, config.vocab_size, config.hidden_size, group)
-        # of a tied embedding: shared where linear layers use weights as they are, a packed copy where they do not, as on CPU
-        exact = embedding if config.tie_word_embeddings and reader.device.type == "cpu" else None
-        self.head = VocabParallelHead(embedding, config.vocab_size, group, exact=exact)
+        tied = config.tie_word_embeddings
+        self.head = VocabParallelHead.load(
+            reader,
+            EMBEDDING if tied else HEAD,
+            config.vocab_size,
+            config.hidden_size,
+            group,
+            embedding=embedding if tied else None,
+        )
         factors = None
         if ROPE_FACTORS in reader:
             factors = reader.read(Part(ROPE_FACTORS, (config.rope.rotary_dim // 2,)), dtype=torch.float32).cpu()
@@ -115,9 +119,8 @@ class DecoderLM:
         # the norm after each layer: the next one's, or the final one
         self._norms_after = [*(layer.input_norm for layer in self.layers[1:]), self.final_norm]
         reader.finish(config.num_layers)
-        parts = (self.embedding, *self.layers, self.final_norm, self.cos_sin)
-        shared = config.tie_word_embeddings and reader.device.type != "cpu"
-        self.weight_bytes = sum(part.nbytes for part in parts) + (0 if shared else self.head.nbytes)
+        parts = (self.embedding, *self.layers, self.final_norm, self.cos_sin, self.head)
+        self.weight_bytes = sum(part.nbytes for part in parts)
 
     @torch.inference_mode()
     def forward(self, input_ids: Tensor, batch: PagedBatch, kv_caches: list[Tensor]) -> Tensor:

@@ -1,11 +1,13 @@
 """From a WorkerConfig to a model in memory: checks first, then reads."""
 
+from collections.abc import Callable
+
 import torch
 
 from dashinfer.errors import ModelNotFound, UnsupportedModel
 from dashinfer.models.config import ModelConfig
 from dashinfer.models.decoder import DecoderLM
-from dashinfer.models.gguf import GGUFSource
+from dashinfer.models.gguf import GGUFFormat, GGUFSource
 from dashinfer.models.linears import RoundedOnLoad, WeightFormat
 from dashinfer.models.memory import check_memory, weight_bytes
 from dashinfer.models.parallel import Group
@@ -43,27 +45,60 @@ def load_model(
     on_cpu = device.type == "cpu"
     # a processor that cannot multiply the type keeps weights in another one: a layer of a single weight tells
     itemsize = pack_linear(torch.zeros(1, 1, dtype=dtype, device=device)).nbytes
-    needed = weight_bytes(model_config, itemsize, group.world_size, tied_copies=2 if on_cpu else 1)
-    check_memory(config.files.name, needed, free, config.data_type, "memory" if on_cpu else "GPU memory")
-    form = weight_format(config, model_config)
-    source = _source(config, model_config)
+
+    def needs(layer_bits: float | None) -> int:
+        copies = 2 if on_cpu else 1
+        return weight_bytes(model_config, itemsize, group.world_size, tied_copies=copies, layer_bits=layer_bits)
+
+    # how much memory weights in a .gguf file's own codes need is in the file; of others the config tells before they are opened
+    source = _source(config, model_config) if config.files.format == "gguf" else None
+    try:
+        form, needed = _weight_format(config, source, needs, free, on_cpu=on_cpu)
+        kind = config.data_type if form is None else config.quant_type or "its own type"
+        check_memory(config.files.name, needed, free, kind, "memory" if on_cpu else "GPU memory")
+    except BaseException:
+        if source is not None:
+            source.close()
+        raise
+    source = source or _source(config, model_config)
     with WeightReader(source, dtype=dtype, device=device, report=report, format=form) as reader:
         return DecoderLM(model_config, reader, group, max_length)
 
 
-def weight_format(config: WorkerConfig, model_config: ModelConfig) -> WeightFormat | None:
-    """How the checkpoint's linear layers are to be read; None: as they are.
+def _weight_format(
+    config: WorkerConfig, source: Source | None, needs: Callable[[float | None], int], free: int, *, on_cpu: bool
+) -> tuple[WeightFormat | None, int]:
+    """How the checkpoint's linear layers are to be read, None for as they are, and the bytes that all weights need then.
+
+    A .gguf file's own codes are kept, in 16-bit models. On CPU they are quicker for few rows and slower for many, so layers
+    keep a 16-bit copy too if that leaves half of the memory free, and nothing but that where a row must have the same bits in
+    any company.
+
+    Args:
+        needs: bytes of the weights by the bits of one in a layer; None: in the data type.
 
     Raises:
         UnsupportedModel: `--quant-type` asks for what the checkpoint is not.
     """
-    if config.quant_type is None:
-        return None
+    rounded, needed = None, needs(None)
     if config.quant_type == "gptq":
         raise UnsupportedModel(
             f"--quant-type gptq: {config.files.name} is not a GPTQ checkpoint; use another --quant-type to quantise it"
         )
-    return RoundedOnLoad(rounding(config.quant_type, config.quant_group_size))
+    if config.quant_type is not None:
+        settings = rounding(config.quant_type, config.quant_group_size)
+        rounded, needed = RoundedOnLoad(settings, quantizes_head=config.quantize_head), needs(settings.bits_per_weight)
+    if not isinstance(source, GGUFSource) or config.data_type == "float32":
+        return rounded, needed
+    if config.quant_type == "a16w4":
+        return GGUFFormat(source, bits=4, others=rounded), needed
+    if rounded is not None or (on_cpu and config.deterministic):
+        return rounded, needed
+    own = needs(source.bits_per_weight)
+    if on_cpu and needed + own < free // 2:
+        # with the copies, formats of more bits gain nothing
+        return GGUFFormat(source, bits=4, wide_copy=True), needed + own
+    return GGUFFormat(source), own
 
 
 def _source(config: WorkerConfig, model_config: ModelConfig) -> Source:

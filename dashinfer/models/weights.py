@@ -121,10 +121,13 @@ class WeightReader:
 
     def read_stored(self, part: Part) -> Tensor:
         """The part in the file's own type, on the device; raises as `read`."""
+        self.take(part)
+        return self.source.read_stored(part).to(self.device)
+
+    def take(self, part: Part) -> None:
+        """The part is there and will be read by somebody else; raises as `read`."""
         self._check(part)
-        stored = self.source.read_stored(part)
         self._count(part.name)
-        return stored.to(self.device)
 
     def skip(self, *names: str) -> None:
         """These tensors are accounted for, though nobody reads them; those that do not exist are no matter."""
