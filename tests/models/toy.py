@@ -34,6 +34,7 @@ def worker_config(
     data_type: DataType = "float32",
     load_format: str = "auto",
     max_length: int | None = None,
+    **settings: Any,
 ) -> WorkerConfig:
     return WorkerConfig(
         rank=0,
@@ -47,6 +48,7 @@ def worker_config(
         max_step_tokens=None,
         block_size=BLOCK_SIZE,
         kv_cache_memory=None,
+        **settings,
     )
 
 
