@@ -17,13 +17,14 @@ from dashinfer.models.parallel import (
     RowParallelLinear,
     VocabParallelEmbedding,
     VocabParallelHead,
+    load_head,
     load_vocab_share,
     local_kv_heads,
 )
 from dashinfer.models.rope import rope_table
 from dashinfer.models.shapes import EMBEDDING, FINAL_NORM, HEAD
 from dashinfer.models.weights import Part, WeightReader
-from dashinfer_kernels import PagedBatch, add_rms_norm, gelu_mul, paged_attention, rms_norm, rope_kv_write, silu_mul
+from dashinfer_kernels import Linear, PagedBatch, add_rms_norm, gelu_mul, paged_attention, rms_norm, rope_kv_write, silu_mul
 
 
 class DecoderLayer:
@@ -103,11 +104,12 @@ class DecoderLM:
         self.embedding = VocabParallelEmbedding(embedding, group)
         self.layers = [DecoderLayer(config, index, reader, group, max_length) for index in range(config.num_layers)]
         self.final_norm = reader.read(Part(FINAL_NORM, (config.hidden_size,)), dtype=torch.float32)
+        head: Tensor | Linear = embedding
         if not config.tie_word_embeddings:
-            embedding = load_vocab_share(reader, HEAD, config.vocab_size, config.hidden_size, group)
+            head = load_head(reader, HEAD, config.vocab_size, config.hidden_size, group)
         # of a tied embedding: shared where linear layers use weights as they are, a packed copy where they do not, as on CPU
         exact = embedding if config.tie_word_embeddings and reader.device.type == "cpu" else None
-        self.head = VocabParallelHead(embedding, config.vocab_size, group, exact=exact)
+        self.head = VocabParallelHead(head, config.vocab_size, group, exact=exact)
         factors = None
         if ROPE_FACTORS in reader:
             factors = reader.read(Part(ROPE_FACTORS, (config.rope.rotary_dim // 2,)), dtype=torch.float32).cpu()

@@ -19,9 +19,15 @@ from dashinfer_kernels.quant_matmul.weight import concatenate
 
 
 class WeightFormat(Protocol):
-    """How a checkpoint keeps the matrices of its linear layers; `activations`: how their inputs are quantised."""
+    """How a checkpoint keeps the matrices of its linear layers.
+
+    Attributes:
+        activations: how their inputs are quantised.
+        head: whether the output layer is read so, too.
+    """
 
     activations: Activations | None
+    head: bool
 
     def read(self, reader: WeightReader, part: Part) -> QuantizedWeight | None:
         """`part.name` ends in `.weight`, which need not exist. On the reader's device. None: this one is not quantised.
@@ -34,6 +40,8 @@ class WeightFormat(Protocol):
 
 class RoundedOnLoad:
     """Matrices of any float type, rounded one after the other as they are read."""
+
+    head = False
 
     def __init__(self, rounding: Rounding) -> None:
         self.activations = rounding.activations

@@ -7,9 +7,11 @@ from dashinfer.models.config import ModelConfig
 from dashinfer.models.decoder import DecoderLM
 from dashinfer.models.gguf import GGUFSource
 from dashinfer.models.linears import RoundedOnLoad, WeightFormat
-from dashinfer.models.memory import check_memory, weight_bytes
+from dashinfer.models.memory import check_memory, packed_bytes, weight_bytes
 from dashinfer.models.parallel import Group
 from dashinfer.models.quantization import rounding
+from dashinfer.models.quantized_config import check_quant_type
+from dashinfer.models.quantized_formats import checkpoint_format
 from dashinfer.models.shapes import tensor_shapes
 from dashinfer.models.weights import DummySource, ReportProgress, SafetensorsSource, Source, WeightReader
 from dashinfer.types import WorkerConfig
@@ -43,11 +45,12 @@ def load_model(
     on_cpu = device.type == "cpu"
     # a processor that cannot multiply the type keeps weights in another one: a layer of a single weight tells
     itemsize = pack_linear(torch.zeros(1, 1, dtype=dtype, device=device)).nbytes
-    needed = weight_bytes(model_config, itemsize, group.world_size, tied_copies=2 if on_cpu else 1)
-    check_memory(config.files.name, needed, free, config.data_type, "memory" if on_cpu else "GPU memory")
     form = weight_format(config, model_config)
     source = _source(config, model_config)
     with WeightReader(source, dtype=dtype, device=device, report=report, format=form) as reader:
+        packed = {} if model_config.quantization is None else packed_bytes(model_config, source.sizes)
+        needed = weight_bytes(model_config, itemsize, group.world_size, tied_copies=2 if on_cpu else 1, packed=packed)
+        check_memory(config.files.name, needed, free, config.data_type, "memory" if on_cpu else "GPU memory")
         return DecoderLM(model_config, reader, group, max_length)
 
 
@@ -55,14 +58,19 @@ def weight_format(config: WorkerConfig, model_config: ModelConfig) -> WeightForm
     """How the checkpoint's linear layers are to be read; None: as they are.
 
     Raises:
-        UnsupportedModel: `--quant-type` asks for what the checkpoint is not.
+        UnsupportedModel: `--quant-type` asks for what the checkpoint is not, or random weights for one that is quantised.
     """
+    regroup = config.quant_group_size is not None or config.quantize_head
+    check_quant_type(model_config.quantization, config.files.name, config.quant_type, regroup=regroup)
+    if model_config.quantization is not None:
+        if config.load_format == "dummy":
+            raise UnsupportedModel(
+                f"--load-format dummy: random weights are not quantised as {config.files.name} is; "
+                "use the original model's config.json with --quant-type"
+            )
+        return checkpoint_format(model_config.quantization)
     if config.quant_type is None:
         return None
-    if config.quant_type == "gptq":
-        raise UnsupportedModel(
-            f"--quant-type gptq: {config.files.name} is not a GPTQ checkpoint; use another --quant-type to quantise it"
-        )
     return RoundedOnLoad(rounding(config.quant_type, config.quant_group_size))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dashinfer.models.linears import load_linear
 from dashinfer.models.weights import Part, WeightReader
-from dashinfer_kernels import Linear, pack_linear
+from dashinfer_kernels import Linear, pack_linear, pack_quantized
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,16 @@ def load_vocab_share(reader: WeightReader, name: str, vocab: int, hidden: int, g
     return F.pad(weight, (0, 0, 0, rows - (stop - start))) if stop - start < rows else weight
 
 
+def load_head(reader: WeightReader, name: str, vocab: int, hidden: int, group: Group) -> Tensor | Linear:
+    """This rank's rows of a head as `load_vocab_share` has them, or without the zeros as a layer where they are quantised."""
+    if reader.format is not None and reader.format.head:
+        rows = -(-vocab // group.world_size)
+        part = Part(name, (vocab, hidden), (min(group.rank * rows, vocab), min((group.rank + 1) * rows, vocab)))
+        if (weight := reader.format.read(reader, part)) is not None:
+            return pack_quantized(weight, dtype=reader.dtype, activations=reader.format.activations)
+    return load_vocab_share(reader, name, vocab, hidden, group)
+
+
 class VocabParallelEmbedding:
     """Token ids [tokens] int64 -> [tokens, hidden]. `weight` is this rank's share of the rows."""
 
@@ -190,8 +200,8 @@ class VocabParallelHead:
     `exact`, the same weights as they are, the few logits at the top are computed again in float32.
     """
 
-    def __init__(self, weight: Tensor, vocab: int, group: Group, *, exact: Tensor | None = None) -> None:
-        self.linear = pack_linear(weight)
+    def __init__(self, weight: Tensor | Linear, vocab: int, group: Group, *, exact: Tensor | None = None) -> None:
+        self.linear = pack_linear(weight) if isinstance(weight, Tensor) else weight
         self.vocab = vocab
         self.group = group
         self.exact = exact if exact is not None and exact.dtype in _NEARLY_BEST else None
@@ -203,7 +213,8 @@ class VocabParallelHead:
             for rows, tokens in (part.unbind(1) for part in close.split(_CANDIDATES)):
                 logits[rows, tokens] = (self.exact[tokens].float() * hidden[rows].float()).sum(-1)
         if self.group.world_size > 1:
-            logits = self.group.all_gather(logits)[:, : self.vocab]
+            missing = -(-self.vocab // self.group.world_size) - logits.shape[1]
+            logits = self.group.all_gather(F.pad(logits, (0, missing)) if missing else logits)[:, : self.vocab]
         return logits
 
     @property
