@@ -1,5 +1,7 @@
 """From a WorkerConfig to a model in memory: checks first, then reads."""
 
+from collections.abc import Mapping
+
 import torch
 
 from dashinfer.errors import ModelNotFound, UnsupportedModel
@@ -45,12 +47,18 @@ def load_model(
     on_cpu = device.type == "cpu"
     # a processor that cannot multiply the type keeps weights in another one: a layer of a single weight tells
     itemsize = pack_linear(torch.zeros(1, 1, dtype=dtype, device=device)).nbytes
-    form = weight_format(config, model_config)
-    source = _source(config, model_config)
-    with WeightReader(source, dtype=dtype, device=device, report=report, format=form) as reader:
-        packed = {} if model_config.quantization is None else packed_bytes(model_config, source.sizes)
+
+    def check(packed: Mapping[str, int]) -> None:
         needed = weight_bytes(model_config, itemsize, group.world_size, tied_copies=2 if on_cpu else 1, packed=packed)
         check_memory(config.files.name, needed, free, config.data_type, "memory" if on_cpu else "GPU memory")
+
+    form = weight_format(config, model_config)
+    if model_config.quantization is None:
+        check({})
+    source = _source(config, model_config)
+    with WeightReader(source, dtype=dtype, device=device, report=report, format=form) as reader:
+        if model_config.quantization is not None:
+            check(packed_bytes(model_config, source.sizes))
         return DecoderLM(model_config, reader, group, max_length)
 
 
