@@ -22,7 +22,7 @@ class GPTQSettings:
     Attributes:
         bits: of a code: 2, 3, 4 or 8.
         group_size: inputs that share a scale; None: all of an output's.
-        symmetric: the codes' middle stands for 0.
+        symmetric: the codes' middle stands for 0, whatever zero points there are.
     """
 
     bits: int
@@ -169,7 +169,7 @@ def _gptq_settings(table: Mapping[str, Any], default: GPTQSettings | None) -> GP
         raise unsupported(f"GPTQ in {bits!r} bits", "2, 3, 4 and 8")
     group_size = default.group_size if default and "group_size" not in table else read_group_size(table.get("group_size"))
     return GPTQSettings(
-        bits=bits, group_size=group_size, symmetric=bool(table.get("sym", default.symmetric if default else True))
+        bits=bits, group_size=group_size, symmetric=bool(table.get("sym", default.symmetric if default else False))
     )
 
 

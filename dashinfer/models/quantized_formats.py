@@ -11,11 +11,7 @@ from torch import Tensor
 from dashinfer.errors import UnsupportedModel
 from dashinfer.models.linears import WeightFormat
 from dashinfer.models.matrix_share import FLOATS, MatrixShare, num_words
-from dashinfer.models.quantized_config import (
-    AWQConfig,
-    CheckpointQuantization,
-    GPTQConfig,
-)
+from dashinfer.models.quantized_config import AWQConfig, CheckpointQuantization, GPTQConfig, GPTQSettings
 from dashinfer.models.scaled_config import ScaledConfig, ScaledWeights
 from dashinfer.models.unpack import unpack, unpack_awq, unpack_zeros
 from dashinfer.models.weights import Part, WeightReader
@@ -56,23 +52,25 @@ class GPTQFormat:
         shape = (num_words(matrix.inputs, bits), matrix.outputs)
         packed = matrix.read("qweight", shape, (torch.int32,), words, part.rows)
         codes = unpack(packed.T, bits, matrix.width)
-        zeros = None
-        if settings.symmetric:  # the middle, whatever was written: some files of version 1 do not have it less 1
-            matrix.skip("qzeros")
-        else:
-            shape = (matrix.num_groups, num_words(matrix.outputs, bits))
-            packed = matrix.read("qzeros", shape, (torch.int32,))
-            zeros = unpack_zeros(
-                packed,
-                bits,
-                matrix.outputs,
-                less_one=self._config.zeros_less_one,
-                misplaced=self._config.zeros_misplaced,
-            ).T
+        zeros = self._zeros(matrix, settings)
         scales = matrix.scales("scales", (matrix.num_groups, matrix.outputs)).T
         if order is not None:
             codes = codes[:, order]
         return matrix.integers(codes, zeros, scales, bits, order)
+
+    def _zeros(self, matrix: MatrixShare, settings: GPTQSettings) -> Tensor | None:
+        """The codes that stand for 0, for each output and group; None: the middle one.
+
+        Of symmetric layers it is, whatever the file has: in some of version 1 the zero points are as in version 2.
+        """
+        if settings.symmetric:
+            matrix.skip("qzeros")
+            return None
+        config, bits = self._config, settings.bits
+        words = matrix.read("qzeros", (matrix.num_groups, num_words(matrix.outputs, bits)), (torch.int32,))
+        ones = config.settings.bits if config.zeros_less_one else None
+        zeros = unpack_zeros(words, bits, matrix.outputs, ones=ones, misplaced=config.zeros_misplaced).T
+        return None if (zeros == 2 ** (bits - 1)).all() else zeros
 
 
 class AWQFormat:
@@ -91,9 +89,9 @@ class AWQFormat:
         words = matrix.words(matrix.rows, matrix.outputs, 4, "outputs")
         shape = (matrix.inputs, num_words(matrix.outputs, 4))
         packed = matrix.read("qweight", shape, (torch.int32,), part.columns, words)
-        codes = unpack_awq(packed).T[: matrix.rows[1] - matrix.rows[0]].contiguous()
+        codes = unpack_awq(packed)[: matrix.rows[1] - matrix.rows[0]]
         shape = (matrix.num_groups, num_words(matrix.outputs, 4))
-        zeros = unpack_awq(matrix.read("qzeros", shape, (torch.int32,))).T[: matrix.outputs]
+        zeros = unpack_awq(matrix.read("qzeros", shape, (torch.int32,)))[: matrix.outputs]
         scales = matrix.scales("scales", (matrix.num_groups, matrix.outputs)).T
         return matrix.integers(codes, zeros, scales, 4)
 

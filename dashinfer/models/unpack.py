@@ -31,27 +31,31 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
 
 
 def unpack_awq(words: Tensor) -> Tensor:
-    """As AutoAWQ's GEMM layout packs outputs: [rows, outputs / 8] int32 -> [rows, outputs] uint8, of 4 bits."""
-    stored = unpack(words, 4, words.shape[1] * 8).view(len(words), -1, 8)
-    return stored[:, :, _AWQ_PLACES].reshape(len(words), -1)
+    """Outputs as AutoAWQ's GEMM layout packs them: [rows, outputs / 8] int32 -> [outputs, rows] uint8, of 4 bits."""
+    columns = words.T.contiguous()
+    codes = torch.empty((len(columns), 8, columns.shape[1]), dtype=torch.uint8, device=words.device)
+    for output, place in enumerate(_AWQ_PLACES):
+        codes[:, output] = (columns >> 4 * place) & 15
+    return codes.view(-1, columns.shape[1])
 
 
-def unpack_zeros(words: Tensor, bits: int, count: int, *, less_one: bool, misplaced: bool = False) -> Tensor:
+def unpack_zeros(words: Tensor, bits: int, count: int, *, ones: int | None, misplaced: bool = False) -> Tensor:
     """GPTQ's zero points, [rows, count] uint8.
 
     Args:
         words: [rows, columns] int32, packed as `unpack` says.
-        less_one: 1 was taken from each after packing (version 1 of the format): what was borrowed from the next one is given
-            back. Of 3 bits they never borrow.
+        ones: the bits of the integers that 1 was taken from after packing (version 1 of the format): those of most layers, even
+            where this layer's are others. What was borrowed from the next one is given back; of 3 bits none ever borrow. None:
+            nothing was taken.
         misplaced: of 3 bits, by gptqmodel before 7.0, which took the 1s from the wrong bits: the first word's and the third's
             are those of one another.
     """
-    if not less_one:
+    if ones is None:
         return unpack(words, bits, count)
-    if bits == 3 and not misplaced:
+    if bits == ones == 3 and not misplaced:
         return (unpack(words, bits, count) + 1) & 7
-    ones = sum(1 << place for place in range(0, 96, bits))
-    pattern = [(ones >> shift) & 0xFFFFFFFF for shift in ((64, 32, 0) if bits == 3 else (0, 32, 64))]
+    taken = sum(1 << place for place in range(0, 96, ones))
+    pattern = [(taken >> shift) & 0xFFFFFFFF for shift in ((64, 32, 0) if ones == 3 and misplaced else (0, 32, 64))]
     added = torch.tensor(pattern, device=words.device).repeat(-(-words.shape[1] // 3))[: words.shape[1]]
     wrapped = (words.long() + added) & 0xFFFFFFFF
     return unpack(torch.where(wrapped < 1 << 31, wrapped, wrapped - (1 << 32)).int(), bits, count)

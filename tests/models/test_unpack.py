@@ -32,17 +32,17 @@ def test_the_order_of_awq():
     values = drawn(4, 64)
     stored = values.reshape(5, 8, 8)[:, :, [0, 2, 4, 6, 1, 3, 5, 7]].reshape(5, 64)
 
-    assert np.array_equal(unpack_awq(packed(stored, 4)).numpy(), values)
+    assert np.array_equal(unpack_awq(packed(stored, 4)).numpy(), values.T)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_zero_points_less_one(bits):
     values = drawn(bits, 64).clip(1)
 
-    found = unpack_zeros(packed(values - 1, bits), bits, 64, less_one=True)
+    found = unpack_zeros(packed(values - 1, bits), bits, 64, ones=bits)
 
     assert np.array_equal(found.numpy(), values)
-    assert np.array_equal(unpack_zeros(packed(values, bits), bits, 64, less_one=False).numpy(), values)
+    assert np.array_equal(unpack_zeros(packed(values, bits), bits, 64, ones=None).numpy(), values)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -53,10 +53,17 @@ def test_what_a_zero_point_of_zero_borrowed_is_given_back(bits):
     words = (packed(values, bits).long() - ones) % 2**32
     stored = torch.from_numpy(words.numpy().astype(np.uint32).view(np.int32))
 
-    assert np.array_equal(unpack_zeros(stored, bits, 64, less_one=True).numpy(), values)
+    assert np.array_equal(unpack_zeros(stored, bits, 64, ones=bits).numpy(), values)
+
+
+def test_ones_were_taken_from_integers_of_other_bits():
+    values = drawn(8, 64)
+    stored = packed(values, 8) - 0x11111111
+
+    assert np.array_equal(unpack_zeros(stored, 8, 64, ones=4).numpy(), values)
 
 
 def test_three_bits_of_zero_less_one_wrap():
     values = drawn(3, 64)
 
-    assert np.array_equal(unpack_zeros(packed((values - 1) % 8, 3), 3, 64, less_one=True).numpy(), values)
+    assert np.array_equal(unpack_zeros(packed((values - 1) % 8, 3), 3, 64, ones=3).numpy(), values)

@@ -248,7 +248,7 @@ CASES: dict[str, Callable[[Path], nn.Module]] = {
     "gptq-3bit": lambda out: gptq(out, LLAMA, bits=3, group_size=32, desc_act=False, sym=False),
     "gptq-2bit": lambda out: gptq(out, LLAMA, bits=2, group_size=16, desc_act=False, sym=False),
     "gptq-8bit-rows": lambda out: gptq(out, QWEN3, bits=8, group_size=-1, desc_act=True, sym=True),
-    "gptq-mixed": lambda out: gptq(out, LLAMA, bits=4, group_size=32, desc_act=False, sym=True, dynamic=MIXED, lm_head=True),
+    "gptq-mixed": lambda out: gptq(out, LLAMA, bits=4, group_size=32, desc_act=False, sym=False, dynamic=MIXED, lm_head=True),
     "awq": lambda out: gptq(out, EVEN, method="awq", format="gemm", bits=4, group_size=32, sym=False),
     "packed-4bit": lambda out: compressed(
         out, LLAMA, {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
