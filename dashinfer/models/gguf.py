@@ -110,6 +110,9 @@ class GGUFSource:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entries[name].shape
 
+    def dtype(self, name: str) -> torch.dtype | None:
+        return None
+
     def read_into(self, out: Tensor, part: Part) -> None:
         entry = self._entries[part.name]
         if len(entry.shape) == 1:

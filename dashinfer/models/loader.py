@@ -1,6 +1,7 @@
 """From a WorkerConfig to a model in memory: checks first, then reads."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 
@@ -9,9 +10,11 @@ from dashinfer.models.config import ModelConfig
 from dashinfer.models.decoder import DecoderLM
 from dashinfer.models.gguf import GGUFFormat, GGUFSource
 from dashinfer.models.linears import RoundedOnLoad, WeightFormat
-from dashinfer.models.memory import check_memory, weight_bytes
+from dashinfer.models.memory import check_memory, packed_bytes, weight_bytes
 from dashinfer.models.parallel import Group
 from dashinfer.models.quantization import rounding
+from dashinfer.models.quantized_config import check_quant_type
+from dashinfer.models.quantized_formats import checkpoint_format
 from dashinfer.models.shapes import tensor_shapes
 from dashinfer.models.weights import DummySource, ReportProgress, SafetensorsSource, Source, WeightReader
 from dashinfer.types import WorkerConfig
@@ -46,15 +49,17 @@ def load_model(
     # a processor that cannot multiply the type keeps weights in another one: a layer of a single weight tells
     itemsize = pack_linear(torch.zeros(1, 1, dtype=dtype, device=device)).nbytes
 
-    def needs(layer_bits: float | None) -> int:
+    def needs(layer_bits: float | None = None, packed: Mapping[str, int] | None = None) -> int:
         copies = 2 if on_cpu else 1
-        return weight_bytes(model_config, itemsize, group.world_size, tied_copies=copies, layer_bits=layer_bits)
+        return weight_bytes(model_config, itemsize, group.world_size, tied_copies=copies, layer_bits=layer_bits, packed=packed)
 
-    # how much memory weights in a .gguf file's own codes need is in the file; of others the config tells before they are opened
-    source = _source(config, model_config) if config.files.format == "gguf" else None
+    # where the checkpoint's own codes are kept, its files tell how much memory they need; else the config does, before
+    source = None
+    if config.files.format == "gguf" or model_config.quantization is not None:
+        source = _source(config, model_config)
     try:
-        form, needed = _weight_format(config, source, needs, free, on_cpu=on_cpu)
-        kind = config.data_type if form is None else config.quant_type or "its own type"
+        form, needed = _weight_format(config, model_config, source, needs, free, on_cpu=on_cpu)
+        kind = config.data_type if form is None else config.quant_type or "the checkpoint's own type"
         check_memory(config.files.name, needed, free, kind, "memory" if on_cpu else "GPU memory")
     except BaseException:
         if source is not None:
@@ -65,8 +70,14 @@ def load_model(
         return DecoderLM(model_config, reader, group, max_length)
 
 
+class _Needs(Protocol):
+    """Bytes of all weights: in the data type, with `layer_bits` a weight in layers, or with some matrices `packed`."""
+
+    def __call__(self, layer_bits: float | None = None, packed: Mapping[str, int] | None = None) -> int: ...
+
+
 def _weight_format(
-    config: WorkerConfig, source: Source | None, needs: Callable[[float | None], int], free: int, *, on_cpu: bool
+    config: WorkerConfig, model_config: ModelConfig, source: Source | None, needs: _Needs, free: int, *, on_cpu: bool
 ) -> tuple[WeightFormat | None, int]:
     """How the checkpoint's linear layers are to be read, None for as they are, and the bytes that all weights need then.
 
@@ -74,20 +85,23 @@ def _weight_format(
     keep a 16-bit copy too if that leaves half of the memory free, and nothing but that where a row must have the same bits in
     any company.
 
-    Args:
-        needs: bytes of the weights by the bits of one in a layer; None: in the data type.
-
     Raises:
-        UnsupportedModel: `--quant-type` asks for what the checkpoint is not.
+        UnsupportedModel: `--quant-type` asks for what the checkpoint is not, or random weights for one that is quantised.
     """
-    rounded, needed = None, needs(None)
-    if config.quant_type == "gptq":
-        raise UnsupportedModel(
-            f"--quant-type gptq: {config.files.name} is not a GPTQ checkpoint; use another --quant-type to quantise it"
-        )
+    regroup = config.quant_group_size is not None or config.quantize_head
+    check_quant_type(model_config.quantization, config.files.name, config.quant_type, regroup=regroup)
+    if model_config.quantization is not None:
+        if source is None or config.load_format == "dummy":
+            raise UnsupportedModel(
+                f"--load-format dummy: random weights are not quantised as {config.files.name} is; "
+                "use the original model's config.json with --quant-type"
+            )
+        return checkpoint_format(model_config.quantization), needs(packed=packed_bytes(model_config, source.sizes))
+    rounded, needed = None, needs()
     if config.quant_type is not None:
         settings = rounding(config.quant_type, config.quant_group_size)
-        rounded, needed = RoundedOnLoad(settings, quantizes_head=config.quantize_head), needs(settings.bits_per_weight)
+        rounded = RoundedOnLoad(settings, quantizes_head=config.quantize_head)
+        needed = needs(settings.bits_per_weight)
     if not isinstance(source, GGUFSource) or config.data_type == "float32":
         return rounded, needed
     if config.quant_type == "a16w4":
