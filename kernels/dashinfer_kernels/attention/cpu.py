@@ -8,6 +8,15 @@ which blocks a sequence happens to hold. Long prefills are computed one by one w
 Scores are float32 whatever the cache holds, which costs a quarter more than 16-bit ones: real models reach scores of 40, and
 rounding one of those to bfloat16 changes its weight by up to 13 per cent. float16 is widened for values too, since few CPUs
 multiply it.
+
+Codes of a quantised cache are multiplied as they are, and scores and weights with the scales. On one core, with 9 heads over 3
+of size 64, milliseconds a layer beside a bfloat16 cache:
+
+    decode    bfloat16    int8     fp8          bfloat16    int8     fp8
+    1 x 256      0.084   0.104   0.147   16 x 2048    10.1     8.5    11.6
+    1 x 1024      0.30    0.28    0.43   32 x 256      2.4     2.0     3.1
+    1 x 2048      0.51    0.51    0.77   32 x 2048    21.2    16.2    22.6
+    16 x 256      1.26    1.05    1.58   prefill 512   8.4     8.5     8.7
 """
 
 import math
