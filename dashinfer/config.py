@@ -157,7 +157,7 @@ class ServerConfig:
     )
     quant_group_size: int | None = _setting(
         None,
-        "weights that share a scale in a16w4 (default: 128) and a16w8 (default: an output's): 32, 64 or 128",
+        "weights that share a scale: 32, 64 or 128 (default: 128 in a16w4, all of an output's in a16w8)",
         group=_ENGINE,
         parse=_whole,
         metavar="N",
