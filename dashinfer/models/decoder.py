@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dashinfer.models.config import ModelConfig
 from dashinfer.models.gguf import ROPE_FACTORS
+from dashinfer.models.kv_cache import KVCache
 from dashinfer.models.parallel import (
     GateUpLinear,
     Group,
@@ -70,15 +71,16 @@ class DecoderLayer:
         self.window = window if window is not None and window < max_length else None
         self.activate = silu_mul if config.activation == "silu" else gelu_mul
 
-    def __call__(self, normed: Tensor, residual: Tensor, batch: PagedBatch, cos_sin: Tensor, kv_cache: Tensor) -> Tensor:
+    def __call__(self, normed: Tensor, residual: Tensor, batch: PagedBatch, cos_sin: Tensor, kv_cache: KVCache) -> Tensor:
         """The MLP's output, which the caller adds to `residual`; the attention's is added here.
 
         Args:
             normed: [tokens, hidden], the input after `input_norm`.
             residual: [tokens, hidden] float32, the input before it; changed in place.
         """
-        q = rope_kv_write(self.qkv(normed), batch.positions, cos_sin, kv_cache, batch.slot_mapping, **self.heads)
-        attended = paged_attention(q, kv_cache, batch, scale=self.scale, window=self.window)
+        held, scales = kv_cache.values, kv_cache.scales
+        q = rope_kv_write(self.qkv(normed), batch.positions, cos_sin, held, batch.slot_mapping, **self.heads, kv_scales=scales)
+        attended = paged_attention(q, held, batch, scale=self.scale, window=self.window, kv_scales=scales)
         normed = add_rms_norm(self.output(attended), residual, self.mlp_norm, self.eps)
         return self.down(self.activate(self.gate_up(normed)))
 
@@ -123,7 +125,7 @@ class DecoderLM:
         self.weight_bytes = sum(part.nbytes for part in parts)
 
     @torch.inference_mode()
-    def forward(self, input_ids: Tensor, batch: PagedBatch, kv_caches: list[Tensor]) -> Tensor:
+    def forward(self, input_ids: Tensor, batch: PagedBatch, kv_caches: list[KVCache]) -> Tensor:
         """Runs the layers, and writes the new keys and values to the cache.
 
         Args:

@@ -9,6 +9,7 @@ from dashinfer.engine.sequence import Sequence
 from dashinfer.models.config import ModelConfig
 from dashinfer.types import ModelFiles, SamplingParams, WorkerConfig
 from dashinfer.worker.runner import Runner
+from dashinfer_kernels import dispatch
 from tests.worker.toy import PaddedGraphs
 
 MODEL = {
@@ -45,6 +46,10 @@ PARAMS = [
 ]
 
 
+def load(**changes: str) -> Runner:
+    return Runner(msgspec.structs.replace(CONFIG, **changes), ModelConfig.from_hf(MODEL), lambda *_: None)
+
+
 def generate(runner: Runner, *, num_blocks: int = 40, max_step_tokens: int = 24) -> list[list[int]]:
     """Tokens of five sequences, two plans ahead; blocks that run out and budgets that split prompts are part of it."""
     scheduler = Scheduler(num_blocks=num_blocks, block_size=8, max_batch=4, max_step_tokens=max_step_tokens)
@@ -68,12 +73,12 @@ def generate(runner: Runner, *, num_blocks: int = 40, max_step_tokens: int = 24)
 @pytest.fixture(scope="module")
 def expected() -> list[list[int]]:
     with torch.inference_mode():
-        return generate(Runner(CONFIG, ModelConfig.from_hf(MODEL), lambda *_: None))
+        return generate(load())
 
 
 @pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
 def test_tokens_are_those_of_the_cpu(triton_path: str, expected: list[list[int]], graphs: bool) -> None:
-    runner = Runner(msgspec.structs.replace(CONFIG, device=triton_path), ModelConfig.from_hf(MODEL), lambda *_: None)
+    runner = load(device=triton_path)
     runner._executor._graphs = None
     if graphs:
         runner._executor.use_graphs(PaddedGraphs)
@@ -86,7 +91,18 @@ def test_tokens_are_those_of_the_cpu(triton_path: str, expected: list[list[int]]
 
 
 def test_preempted_sequences_go_on(triton_path: str, expected: list[list[int]]) -> None:
-    runner = Runner(msgspec.structs.replace(CONFIG, device=triton_path), ModelConfig.from_hf(MODEL), lambda *_: None)
+    runner = load(device=triton_path)
     runner._executor.use_graphs(PaddedGraphs)
 
     assert generate(runner, num_blocks=10, max_step_tokens=16) == expected
+
+
+@pytest.mark.parametrize("num_blocks", [40, 10])
+def test_a_quantised_cache(triton_path: str, monkeypatch: pytest.MonkeyPatch, num_blocks: int) -> None:
+    """int8: Triton's interpreter rounds to float8 wrongly."""
+    runner = load(device=triton_path, kv_cache_dtype="int8")
+    runner._executor.use_graphs(PaddedGraphs)
+    answers = generate(runner, num_blocks=num_blocks, max_step_tokens=24 if num_blocks == 40 else 16)
+    monkeypatch.setattr(dispatch, "interpreting", False)
+
+    assert answers == generate(load(kv_cache_dtype="int8"))

@@ -139,8 +139,8 @@ def test_kv_cache_sizes():
 
     for world_size, heads in ((1, 2), (2, 1), (6, 1)):
         caches = allocate_kv_cache(config, 5, 16, torch.bfloat16, torch.device("cpu"), world_size)
-        assert [cache.shape for cache in caches] == [(5, 2, heads, 16, 8)] * 3
-        total = sum(cache.nbytes for cache in caches)
+        assert [cache.values.shape for cache in caches] == [(5, 2, heads, 16, 8)] * 3
+        total = sum(cache.values.nbytes for cache in caches)
         assert total == 5 * kv_bytes_per_block(config, 16, torch.bfloat16, world_size)
 
 

@@ -88,7 +88,9 @@ class Session:
         blocks = -(-max_length // BLOCK_SIZE) + 2
         self.caches = allocate_kv_cache(model.config, blocks, BLOCK_SIZE, dtype, torch.device("cpu"), world_size)
         for cache in self.caches:
-            cache.fill_(float("nan"))
+            for part in (cache.values, cache.scales):
+                if part is not None and part.dtype != torch.int8:
+                    part.fill_(float("nan"))
         self.table = list(range(blocks))[::-1]
 
     def run(self, tokens: list[int]) -> Tensor:
