@@ -18,12 +18,13 @@ class Linear(Protocol):
     in_features: int
     out_features: int
     nbytes: int  # what the layer holds
+    takes: Activations | None  # how inputs are quantised; a layer that does that takes them quantised, too
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | QuantizedRows) -> Tensor:
         """[..., in_features] to [..., out_features], in the type of the weights."""
         ...
 
-    def wide(self, x: Tensor) -> Tensor:
+    def wide(self, x: Tensor | QuantizedRows) -> Tensor:
         """[rows, in_features] to [rows, out_features] float32; on a GPU sums are not rounded to a narrower type before."""
         ...
 
