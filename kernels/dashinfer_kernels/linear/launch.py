@@ -10,6 +10,8 @@ from torch import Tensor
 
 from dashinfer_kernels import dispatch, tuning
 from dashinfer_kernels.linear.cpu import PackedLinear
+from dashinfer_kernels.quant_matmul.reference import Activations
+from dashinfer_kernels.quantized_rows import QuantizedRows
 
 
 class Linear(Protocol):
@@ -31,6 +33,8 @@ class Linear(Protocol):
 
 class PlainLinear:
     """A layer on a GPU: `F.linear`, which looks at the number of rows, or in deterministic mode a kernel that does not."""
+
+    takes = None
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.out_features, self.in_features = weight.shape

@@ -116,7 +116,8 @@ def _tile(hidden: int, quantized: bool) -> tuple[int, int, int]:
     tuned = tuning.lookup("quantized_rms_norm" if quantized else "rms_norm", (hidden,)) or {}
     rows = tuned.get("rows", max(1, 2048 // columns))
     per_thread = 8 if quantized and rows * columns <= 8192 else 16
-    return rows, columns, tuned.get("num_warps", min(16 * 16 // per_thread, max(1, rows * columns // (32 * per_thread))))
+    most = 16 if per_thread == 16 or torch.version.hip is not None else 32
+    return rows, columns, tuned.get("num_warps", min(most, max(1, rows * columns // (32 * per_thread))))
 
 
 @cache

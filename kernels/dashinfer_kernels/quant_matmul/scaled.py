@@ -57,7 +57,7 @@ def configs(activations: Activations, generation: Generation) -> dict[str, Confi
             **({"wide": wide} if activations == "int8" else {}),
         }
     # shared memory: 163 KiB of an A100, 99 KiB of others, 64 KiB
-    few, many = {"ampere": (4, 4), "ada": (3, 2), "amd": (2, 2)}[generation]
+    few, many = {"ampere": (4, 4), "ada": (3, 3), "amd": (2, 2)}[generation]
     programs = {"ampere": 2, "ada": 1, "amd": 1}[generation]
     gemm = Config("gemm", 128, 128, 8, many)
     if activations == "fp8":
