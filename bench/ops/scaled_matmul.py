@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.ops.case import Case, Job, Mark, Model, Place, poisoned, relative_error
-from dashinfer_kernels import Linear, QuantizedRows, pack_quantized, quantize_float8, quantize_int, quantize_rows
+from dashinfer_kernels import Linear, pack_quantized, quantize_float8, quantize_int, quantize_rows
 from dashinfer_kernels.quant_matmul.reference import Activations
 
 OPS: dict[str, Activations] = {"a8w8": "int8", "fp8": "fp8"}

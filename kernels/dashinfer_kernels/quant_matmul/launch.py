@@ -12,7 +12,12 @@ from dashinfer_kernels.quant_matmul.weight import QuantizedWeight
 
 
 def pack_quantized(
-    weight: QuantizedWeight, bias: Tensor | None = None, *, dtype: torch.dtype, activations: Activations | None = None
+    weight: QuantizedWeight,
+    bias: Tensor | None = None,
+    *,
+    dtype: torch.dtype,
+    activations: Activations | None = None,
+    wide_copy: bool = False,
 ) -> Linear:
     """Take over a layer's weights, in the layout that the device multiplies fastest. The caller should drop its own reference.
 
@@ -21,6 +26,7 @@ def pack_quantized(
         bias: [out_features] of `dtype`, or None.
         dtype: of the layer's inputs and outputs: float16, bfloat16 or float32.
         activations: what inputs are quantised to, row by row; None: weights alone are quantised.
+        wide_copy: on CPU, keep a 16-bit copy too, which multiplies many rows faster; elsewhere it means nothing.
     """
     assert bias is None or (bias.shape == (weight.out_features,) and bias.dtype == dtype)
     if use_triton(weight.codes) and activations is not None and multiplies(weight, activations):
