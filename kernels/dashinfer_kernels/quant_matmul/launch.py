@@ -4,8 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dashinfer_kernels.dispatch import use_triton
 from dashinfer_kernels.linear.launch import Linear
 from dashinfer_kernels.quant_matmul.reference import Activations, quantize_rows
+from dashinfer_kernels.quant_matmul.scaled import ScaledLinear, multiplies
 from dashinfer_kernels.quant_matmul.weight import QuantizedWeight
 
 
@@ -27,11 +29,15 @@ def pack_quantized(
         wide_copy: on CPU, keep a 16-bit copy too, which multiplies many rows faster; elsewhere it means nothing.
     """
     assert bias is None or (bias.shape == (weight.out_features,) and bias.dtype == dtype)
+    if use_triton(weight.codes) and activations is not None and multiplies(weight, activations):
+        return ScaledLinear(weight, bias, dtype, activations)
     return UnpackedLinear(weight, bias, dtype, activations)
 
 
 class UnpackedLinear:
     """Codes as they are, multiplied by `F.linear` after they became `dtype` again, in every call."""
+
+    takes = None
 
     def __init__(
         self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype, activations: Activations | None
