@@ -101,7 +101,7 @@ def test_preempted_sequences_go_on(triton_path: str, expected: list[list[int]]) 
 
 @pytest.mark.parametrize("quant_type", ["a8w8", "fp8"])
 def test_quantised_models_hand_over_quantised_rows(triton_path: str, monkeypatch: pytest.MonkeyPatch, quant_type: str) -> None:
-    """Close to the CPU's results: values next to a tie are rounded the other way now and then."""
+    """Close to the CPU's results, where int8 next to a tie is rounded the other way now and then, and inputs are not float8."""
     if quant_type == "fp8" and triton_path == "cuda" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("no float8 on this GPU")
     taken = []
@@ -120,7 +120,7 @@ def test_quantised_models_hand_over_quantised_rows(triton_path: str, monkeypatch
         hidden.append(lm.forward(torch.arange(17, device=device), batch, caches).cpu())
 
     assert taken == 2 * [QuantizedRows, torch.Tensor, QuantizedRows, QuantizedRows]
-    assert (hidden[1] - hidden[0]).norm() < 0.02 * hidden[0].norm()
+    assert (hidden[1] - hidden[0]).norm() < {"a8w8": 0.02, "fp8": 0.3}[quant_type] * hidden[0].norm()
 
 
 @pytest.mark.parametrize("num_blocks", [40, 10])

@@ -140,6 +140,22 @@ def test_int8_is_exact_in_every_form(triton_path: str) -> None:
     assert all(torch.equal(outs[0], out) for out in outs)
 
 
+def test_the_first_call_launches_all_that_later_ones_may(triton_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaled, "_compiled", set())
+    launched = []
+    monkeypatch.setattr(scaled.ScaledLinear, "_launch", lambda self, x, out, config: launched.append(config))
+    layer, other = (
+        pack_quantized(make_weight("int8", out, 64, triton_path), dtype=torch.float16, activations="int8") for out in (40, 80)
+    )
+    layer(make_rows(3, 64, "int8", triton_path))
+
+    assert set(launched) == set(layer._configs.values())
+    launched.clear()
+    for rows in (1, 20, 300, 5000):
+        other(make_rows(rows, 64, "int8", triton_path))
+    assert len(launched) == 4
+
+
 def test_what_is_not_multiplied_here(triton_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.randn(256, 256)
     rows = quantize_int(values, bits=8, symmetric=True)
@@ -154,7 +170,17 @@ def test_what_is_not_multiplied_here(triton_path: str, monkeypatch: pytest.Monke
     assert scaled.multiplies(make_weight("blocks", 256, 256, "cpu"), "fp8")
     monkeypatch.setattr(scaled, "_has_float8", lambda device: False)
     assert not scaled.multiplies(quantize_float8(values), "fp8")
-    assert not isinstance(pack_quantized(quantize_float8(values), dtype=torch.float16, activations="fp8"), scaled.ScaledLinear)
+
+
+def test_float8_weights_alone_where_tensor_cores_do_not_multiply_it(triton_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaled, "_has_float8", lambda device: False)
+    weight = make_weight("fp8", 40, 64, triton_path)
+    x = torch.randn(3, 64, device=triton_path)
+
+    layer = pack_quantized(weight, dtype=torch.float32, activations="fp8")
+
+    assert layer.takes is None
+    torch.testing.assert_close(layer(x), x @ weight.dequantize().T, rtol=1e-5, atol=1e-5)
 
 
 def test_layers_hold_the_codes_and_little_else(triton_path: str) -> None:

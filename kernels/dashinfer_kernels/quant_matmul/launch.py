@@ -25,12 +25,15 @@ def pack_quantized(
         weight: on the device where the layer is to run.
         bias: [out_features] of `dtype`, or None.
         dtype: of the layer's inputs and outputs: float16, bfloat16 or float32.
-        activations: what inputs are quantised to, row by row; None: weights alone are quantised.
+        activations: what inputs are quantised to, row by row; None: weights alone are quantised. "fp8" is what inputs are where
+            the device multiplies float8 (NVIDIA GPUs from compute capability 8.9 on), and means the weights alone elsewhere.
         wide_copy: on CPU, keep a 16-bit copy too, which multiplies many rows faster; elsewhere it means nothing.
     """
     assert bias is None or (bias.shape == (weight.out_features,) and bias.dtype == dtype)
     if use_triton(weight.codes) and activations is not None and multiplies(weight, activations):
         return ScaledLinear(weight, bias, dtype, activations)
+    if activations == "fp8":
+        activations = None
     return UnpackedLinear(weight, bias, dtype, activations)
 
 
