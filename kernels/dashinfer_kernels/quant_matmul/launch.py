@@ -4,13 +4,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dashinfer_kernels import dispatch
 from dashinfer_kernels.linear.launch import Linear
+from dashinfer_kernels.quant_matmul.cpu import pack_on_cpu
 from dashinfer_kernels.quant_matmul.reference import Activations, quantize_rows
 from dashinfer_kernels.quant_matmul.weight import QuantizedWeight
 
 
 def pack_quantized(
-    weight: QuantizedWeight, bias: Tensor | None = None, *, dtype: torch.dtype, activations: Activations | None = None
+    weight: QuantizedWeight,
+    bias: Tensor | None = None,
+    *,
+    dtype: torch.dtype,
+    activations: Activations | None = None,
+    wide_copy: bool = False,
 ) -> Linear:
     """Take over a layer's weights, in the layout that the device multiplies fastest. The caller should drop its own reference.
 
@@ -19,8 +26,11 @@ def pack_quantized(
         bias: [out_features] of `dtype`, or None.
         dtype: of the layer's inputs and outputs: float16, bfloat16 or float32.
         activations: what inputs are quantised to, row by row; None: weights alone are quantised.
+        wide_copy: on CPU, keep the weights in `dtype` as well, for numbers of rows that are multiplied faster by those.
     """
     assert bias is None or (bias.shape == (weight.out_features,) and bias.dtype == dtype)
+    if not dispatch.use_triton(weight.codes):
+        return pack_on_cpu(weight, bias, dtype, activations, wide_copy=wide_copy)
     return UnpackedLinear(weight, bias, dtype, activations)
 
 
