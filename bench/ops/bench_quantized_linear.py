@@ -1,7 +1,7 @@
 """Time of a model's linear layers on CPU, in each form that their weights can have, by number of rows.
 
-    python bench/ops/bench_quantized_linear.py
-    python bench/ops/bench_quantized_linear.py --forms bfloat16 a16w4 --rows 1 16 --threads 1
+    python -m bench.ops.bench_quantized_linear
+    python -m bench.ops.bench_quantized_linear --forms bfloat16 a16w4 --rows 1 16 --threads 1
 
 Layers are those of SmolLM2-135M, each with weights of its own, so that no cache holds them from one step to the next. Other
 load on the machine only ever adds time, so a figure is the sum, over every call of a step, of the fastest that call ever was,
@@ -12,8 +12,7 @@ Before it is timed, a form is compared with its definition.
 import argparse
 import gc
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -79,45 +78,35 @@ def random_weight(form: Form, outputs: int, inputs: int) -> QuantizedWeight:
     return QuantizedWeight(codes=codes, scales=scales, offsets=offsets, bits=form.bits, group_size=size)
 
 
-def build(form: Form | None, shapes: Sequence[tuple[int, int]], copies: int) -> list[list[Linear]]:
-    """Layers of each shape.
+def random_layer(form: Form | None, outputs: int, inputs: int) -> Linear:
+    """None: a 16-bit one."""
+    if form is None:
+        return pack_linear(torch.randn(outputs, inputs).mul_(inputs**-0.5).bfloat16())
+    return pack(form, random_weight(form, outputs, inputs))
 
-    Raises:
-        ValueError: one of them is wrong.
-    """
-    made: list[list[Linear]] = []
-    for shape in shapes:
-        outputs, inputs = shape
-        if form is None:
-            weight = torch.randn(shape).mul_(inputs**-0.5).bfloat16()
-            made.append([pack_linear(weight.clone()) for _ in range(copies)])
-            continue
+
+def pack(form: Form, weight: QuantizedWeight) -> Linear:
+    layer = pack_quantized(weight, dtype=torch.bfloat16, activations=form.activations, wide_copy=form.wide_copy)
+    if form.most_rows is not None:
+        layer.most_rows = form.most_rows
+    return layer
+
+
+def check(form: Form) -> None:
+    """Raises ValueError: a layer is wrong."""
+    for outputs, inputs in SHAPES:
         weight = random_weight(form, outputs, inputs)
-        layers = [
-            pack_quantized(
-                replace(weight, codes=weight.codes.clone()),
-                dtype=torch.bfloat16,
-                activations=form.activations,
-                wide_copy=form.wide_copy,
-            )
-            for _ in range(copies)
-        ]
-        if form.most_rows is not None:
-            for layer in layers:
-                layer.most_rows = form.most_rows
         x = torch.randn(5, inputs).bfloat16()
-        rounded = "int8" if form.activations == "int8" else None
-        error = relative_error(layers[0](x), quantized_linear(x, weight, None, rounded).double())
+        expected = quantized_linear(x, weight, None, "int8" if form.activations == "int8" else None)
+        error = relative_error(pack(form, weight)(x), expected)
         if not error < TOLERANCE:
-            raise ValueError(f"{form} is wrong by {error:.2g} at {shape}")
-        made.append(layers)
-    return made
+            raise ValueError(f"{form} is wrong by {error:.2g} at {outputs} x {inputs}")
 
 
-def measure(layers: list[list[Linear]], rows: int, seconds: float) -> float:
+def measure(layers: list[Linear], rows: int, seconds: float) -> float:
     """Milliseconds of a step."""
-    xs = [torch.randn(rows, each[0].in_features).bfloat16() for each in layers]
-    calls = [(layer, x) for same in zip(*layers, strict=True) for layer, x in zip(same, xs, strict=True)]
+    xs = {inputs: torch.randn(rows, inputs).bfloat16() for inputs in {layer.in_features for layer in layers}}
+    calls = [(layer, xs[layer.in_features]) for layer in layers]
     fastest = [float("inf")] * len(calls)
     until = time.monotonic() + seconds
     steps = 0
@@ -141,13 +130,16 @@ def main() -> None:
 
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    shapes, copies = ((HEAD,), 1) if options.head else (SHAPES, LAYERS)
+    shapes = (HEAD,) if options.head else SHAPES * LAYERS
     print(f"| ms at rows | MB | {' | '.join(map(str, options.rows))} |")
     print("|---" * (len(options.rows) + 2) + "|")
     with torch.inference_mode():
         for name in options.forms:
-            layers = build(FORMS[name], shapes, copies)
-            size = sum(layer.nbytes for same in layers for layer in same) / 1e6
+            form = FORMS[name]
+            if form is not None:
+                check(form)
+            layers = [random_layer(form, *shape) for shape in shapes]
+            size = sum(layer.nbytes for layer in layers) / 1e6
             figures = (f"{measure(layers, rows, options.seconds):.3g}" for rows in options.rows)
             print(f"| {name} | {size:.0f} | {' | '.join(figures)} |", flush=True)
             del layers

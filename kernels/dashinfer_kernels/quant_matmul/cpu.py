@@ -32,6 +32,7 @@ from dashinfer_kernels.quant_matmul.cpu_blocks import (
     multiply_blocks,
     scale_block,
     split_pairs,
+    workspace,
 )
 from dashinfer_kernels.quant_matmul.reference import Activations, quantize_rows
 from dashinfer_kernels.quant_matmul.weight import FLOAT8, QuantizedWeight
@@ -39,6 +40,8 @@ from dashinfer_kernels.quant_matmul.weight import FLOAT8, QuantizedWeight
 # The most rows that the kernels multiply faster than blocks do, and than a packed 16-bit copy does.
 NIBBLE_ROWS, NIBBLE_ROWS_BESIDE_COPY = {1: 48, 2: 24}, {1: 12, 2: 4}
 ROW_ROWS, ROW_ROWS_BESIDE_COPY = 16, 3
+
+_LEAST_SCALE = torch.finfo(torch.float32).tiny
 
 # Groups that the 4-bit kernel knows, the best first.
 _GROUPS = (256, 128, 64, 32)
@@ -107,7 +110,7 @@ class NibbleLinear(CpuLinear):
     def few(self, rows: Tensor) -> Tensor:
         if self._planes == 2:
             rows = torch.cat((rows, rows), 1)
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu.default(rows, self._codes, self._group, self._scales)
+        y = torch._weight_int4pack_mm_for_cpu(rows, self._codes, self._group, self._scales)
         return y if y.shape[1] == self.out_features else y[:, : self.out_features].contiguous()
 
     def _many(self, rows: Tensor) -> Tensor:
@@ -130,9 +133,9 @@ class NibbleLinear(CpuLinear):
         words = self._codes.view(torch.int64).view(-1, self._planes, inputs, half // 8)
         count = block_columns(inputs) // self._tile
         size = count * inputs * half
-        staged = torch.empty(self._planes * size // 8, dtype=torch.int64)
-        codes, spare = torch.empty(2 * size, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8)
-        buffer = torch.empty(2 * size, dtype=dtype)
+        staged = workspace("staged", self._planes * size // 8, torch.int64)
+        codes, spare = workspace("codes", 2 * size, torch.uint8), workspace("spare", size, torch.uint8)
+        buffer = workspace("values", 2 * size, dtype)
         for start in range(0, len(words), count):
             part = words[start : start + count]
             size = len(part) * inputs * half
@@ -165,13 +168,13 @@ class RowLinear(CpuLinear):
     def few(self, rows: Tensor) -> Tensor:
         if rows.data_ptr() % 64:
             rows = rows.clone()  # the kernel's loads are aligned ones
-        return torch.ops.aten._weight_int8pack_mm.default(rows, self._codes, self._scales)
+        return torch._weight_int8pack_mm(rows, self._codes, self._scales)
 
     def _many(self, rows: Tensor) -> Tensor:
         wide = packed_dtype(self._compute) or self._compute
         rows = rows.to(wide)
         columns = block_columns(self.in_features)
-        buffer = torch.empty(columns, self.in_features, dtype=wide)
+        buffer = workspace("values", columns * self.in_features, wide).view(columns, self.in_features)
         parts = [F.linear(rows, buffer[: len(codes)].copy_(codes)) for codes in self._codes.split(columns)]
         return torch.cat(parts, 1).mul_(self._scales).to(self._compute)
 
@@ -200,13 +203,11 @@ class IntegerLinear:
         rows = x.reshape(-1, self.in_features)
         if self._order is not None:
             rows = rows.index_select(1, self._order)
-        values, scales = quantize_rows(rows, "int8")
-        # Signed activations take a path that is hundreds of times slower.
-        unsigned = values.view(torch.uint8).bitwise_xor_(128)
+        values, scales = _quantize_rows(rows)
         y = torch.ops.onednn.qlinear_pointwise.default(
-            unsigned, 1.0, 128, self._codes, self._scales, self._zeros, None, 1.0, 0, torch.float32, "none", [], ""
+            values, 1.0, 128, self._codes, self._scales, self._zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
-        y = y.mul_(scales.unsqueeze(-1))
+        y = y.mul_(scales)
         if self._bias is not None:
             y = y.add_(self._bias)
         return y.view(*x.shape[:-1], self.out_features)
@@ -243,11 +244,21 @@ class BesideCopy:
         return self(x).float()
 
 
+def _quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantize_rows` to int8 in fewer passes. Scales are [rows, 1], that of a row of zeros is any.
+
+    Values are plus 128, in uint8: oneDNN's product of signed ones takes hundreds of times as long.
+    """
+    wide = rows.float()
+    scales = torch.linalg.vector_norm(wide, torch.inf, -1, keepdim=True).div_(127.0).clamp_(min=_LEAST_SCALE)
+    return wide.div(scales).round_().add_(128.0).to(torch.uint8), scales
+
+
 @cache
 def _kernel_tile() -> int | None:
     """Outputs of the 4-bit kernel's tiles on this processor, if it keeps them as `_pack_nibbles` does."""
     codes = torch.arange(128 * 32, dtype=torch.uint8).view(128, 32) * 7 % 16
-    expected = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+    expected = torch._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
     return next((tile for tile in (64, 32) if torch.equal(_pack_nibbles(codes, tile), expected.view(torch.uint8))), None)
 
 

@@ -8,6 +8,7 @@ Types: values are computed in float32 and rounded once to the type of the produc
 float16 included, and float32 for float32 activations and where the processor has no bfloat16; scales and offsets are of it too.
 """
 
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -22,6 +23,8 @@ from dashinfer_kernels.quant_matmul.weight import FLOAT8, QuantizedWeight
 # half of which are what torch's loops over bfloat16 take at once: what is left over takes many times as long.
 BLOCK_ELEMENTS, BLOCK_STEP = 2**18, 128
 PADDED_TO = 64  # outputs
+
+_workspaces = threading.local()
 
 # The bits of an E4M3 number, moved to the places of a bfloat16's, are that number times this.
 _FLOAT8_UNIT = 2.0**-120
@@ -43,13 +46,14 @@ class CpuLinear:
         return sum(tensor.nbytes for tensor in vars(self).values() if isinstance(tensor, Tensor))
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.in_features)
+        if x.ndim != 2:
+            return self(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
         if self._order is not None:
-            rows = rows.index_select(1, self._order)
-        y = self._product(rows.to(self._compute).contiguous())
+            x = x.index_select(1, self._order)
+        y = self._product(x.to(self._compute).contiguous())
         if self._bias is not None:
             y = y.add_(self._bias)
-        return y.to(self._dtype).view(*x.shape[:-1], self.out_features)
+        return y.to(self._dtype)
 
     def wide(self, x: Tensor) -> Tensor:
         return self(x).float()
@@ -94,8 +98,8 @@ class BlockLinear(CpuLinear):
         inputs = self.in_features + self._padding
         groups = len(self._scales)
         size = inputs * self._widths[0]
-        buffer = torch.empty(size, dtype=self._product_dtype)
-        scratch = torch.empty(size, dtype=torch.int16 if self._float8 else torch.int8)
+        buffer = workspace("values", size, self._product_dtype)
+        scratch = workspace("codes", size, torch.int16 if self._float8 else torch.int8)
         start = position = 0
         for width in self._widths:
             size = inputs * width
@@ -111,6 +115,16 @@ class BlockLinear(CpuLinear):
                 offsets = None if self._offsets is None else self._offsets[:, None, outputs]
                 yield scale_block(block, self._scales[:, None, outputs], offsets)
                 start += width
+
+
+def workspace(name: str, size: int, dtype: torch.dtype) -> Tensor:
+    """[size] elements that this thread uses for every layer: memory asked for anew must be mapped and cleared each time."""
+    key = name, dtype
+    found = _workspaces.__dict__.get(key)
+    if found is None or len(found) < size:
+        with torch.inference_mode(False):  # or it could be written nowhere else
+            found = _workspaces.__dict__[key] = torch.empty(size, dtype=dtype)
+    return found[:size]
 
 
 def block_columns(inputs: int) -> int:
