@@ -6,6 +6,7 @@ from torch import Tensor
 
 from dashinfer_kernels.dispatch import use_triton
 from dashinfer_kernels.linear.launch import Linear
+from dashinfer_kernels.quant_matmul.cpu import pack_on_cpu
 from dashinfer_kernels.quant_matmul.reference import Activations, quantize_rows
 from dashinfer_kernels.quant_matmul.scaled import ScaledLinear, multiplies
 from dashinfer_kernels.quant_matmul.weight import QuantizedWeight
@@ -27,10 +28,12 @@ def pack_quantized(
         dtype: of the layer's inputs and outputs: float16, bfloat16 or float32.
         activations: what inputs are quantised to, row by row; None: weights alone are quantised. "fp8" is what inputs are where
             the device multiplies float8 (NVIDIA GPUs from compute capability 8.9 on), and means the weights alone elsewhere.
-        wide_copy: on CPU, keep a 16-bit copy too, which multiplies many rows faster; elsewhere it means nothing.
+        wide_copy: on CPU, keep the weights in `dtype` as well, for numbers of rows that are multiplied faster by those.
     """
     assert bias is None or (bias.shape == (weight.out_features,) and bias.dtype == dtype)
-    if use_triton(weight.codes) and activations is not None and multiplies(weight, activations):
+    if not use_triton(weight.codes):
+        return pack_on_cpu(weight, bias, dtype, activations, wide_copy=wide_copy)
+    if activations is not None and multiplies(weight, activations):
         return ScaledLinear(weight, bias, dtype, activations)
     if activations == "fp8":
         activations = None
