@@ -27,11 +27,8 @@ from dashinfer_kernels.linear.launch import Linear
 from dashinfer_kernels.quant_matmul.cpu_blocks import (
     BlockLinear,
     CpuLinear,
-    block_columns,
+    block_outputs,
     centred,
-    multiply_blocks,
-    scale_block,
-    split_pairs,
     workspace,
 )
 from dashinfer_kernels.quant_matmul.reference import Activations, quantize_rows
@@ -115,41 +112,33 @@ class NibbleLinear(CpuLinear):
 
     def _many(self, rows: Tensor) -> Tensor:
         wide = packed_dtype(self._compute) or self._compute
-        halves = multiply_blocks(rows.to(wide), self._halves_of_blocks(wide))
-        shape = len(rows), -1, self._tile // 2
-        pairs = zip(halves[::2], halves[1::2], strict=True)
-        y = torch.cat([torch.stack((low.view(shape), high.view(shape)), 2).flatten(1) for low, high in pairs], 1)
+        rows = rows.to(wide)
+        tiles = [torch.bmm(rows.expand(len(block), -1, -1), block) for block in self._blocks(wide)]
+        y = torch.cat(tiles).transpose(0, 1).reshape(len(rows), -1)
         return y[:, : self.out_features].to(self._compute)
 
-    def _halves_of_blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Of some tiles the first halves, then the second halves, [inputs, outputs], and so on."""
-        inputs, half = self.in_features, self._tile // 2
+    def _blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """[some tiles, inputs, outputs of a tile]; the next overwrites it."""
+        inputs, tile = self.in_features, self._tile
         groups = inputs // self._group
         # The scales of the lower plane and the offsets of the upper are those of a whole code from its middle.
         parts = self._scales[-groups:, :, 0], self._scales[:groups, :, 1]
-        halves = (part.to(dtype).view(groups, -1, 2, half).permute(2, 0, 1, 3) for part in parts)
-        scales, offsets = (each.reshape(2, groups, 1, -1) for each in halves)
-        # Bytes go to the order of a block eight at a time.
-        words = self._codes.view(torch.int64).view(-1, self._planes, inputs, half // 8)
-        count = block_columns(inputs) // self._tile
-        size = count * inputs * half
-        staged = workspace("staged", self._planes * size // 8, torch.int64)
-        codes, spare = workspace("codes", 2 * size, torch.uint8), workspace("spare", size, torch.uint8)
-        buffer = workspace("values", 2 * size, dtype)
-        for start in range(0, len(words), count):
-            part = words[start : start + count]
-            size = len(part) * inputs * half
-            stage = staged[: self._planes * size // 8]
-            stage.view(self._planes, inputs, len(part), half // 8).copy_(part.permute(1, 2, 0, 3))
-            planes = stage.view(torch.uint8).view(self._planes, size)
+        scales, offsets = (part.to(dtype).view(groups, -1, 1, tile).transpose(0, 1).contiguous() for part in parts)
+        pairs = self._codes.view(-1, self._planes, inputs, tile // 2)
+        count = max(block_outputs(inputs) // tile, 1)
+        codes = workspace("codes", count * inputs * tile, torch.uint8).view(count, inputs, 2, -1)
+        spare = workspace("spare", count * inputs * tile // 2, torch.uint8).view(count, inputs, -1)
+        buffer = workspace("values", count * inputs * tile, dtype).view(count, inputs, 2, -1)
+        for start in range(0, len(pairs), count):
+            part = pairs[start : start + count]
+            found = len(part)
             if self._planes == 1:
-                integers = split_pairs(planes[0], codes[: 2 * size])
+                integers = _split_nibbles(part[:, 0], codes[:found])
             else:
-                integers = _join_planes(planes[0], planes[1], codes[: 2 * size], spare[:size])
-            blocks = buffer[: 2 * size].copy_(integers).view(2, groups, self._group, -1)
-            outputs = slice(start * half, (start + count) * half)
-            for side, block in enumerate(blocks):
-                yield scale_block(block, scales[side, ..., outputs], offsets[side, ..., outputs])
+                integers = _join_planes(part[:, 0], part[:, 1], codes[:found], spare[:found])
+            values = buffer[:found].copy_(integers).view(found, groups, self._group, tile)
+            where = slice(start, start + found)
+            yield torch.addcmul(offsets[where], values, scales[where], out=values).view(found, inputs, tile)
 
 
 class RowLinear(CpuLinear):
@@ -173,7 +162,7 @@ class RowLinear(CpuLinear):
     def _many(self, rows: Tensor) -> Tensor:
         wide = packed_dtype(self._compute) or self._compute
         rows = rows.to(wide)
-        columns = block_columns(self.in_features)
+        columns = block_outputs(self.in_features)
         buffer = workspace("values", columns * self.in_features, wide).view(columns, self.in_features)
         parts = [F.linear(rows, buffer[: len(codes)].copy_(codes)) for codes in self._codes.split(columns)]
         return torch.cat(parts, 1).mul_(self._scales).to(self._compute)
@@ -295,9 +284,16 @@ def _pack_nibbles(codes: Tensor, tile: int) -> Tensor:
     return (low | high << 4).transpose(1, 2).contiguous().view(len(codes), -1)
 
 
+def _split_nibbles(pairs: Tensor, out: Tensor) -> Tensor:
+    """Bytes [tiles, inputs, n] to the codes below and above, each less 8, in `out` [tiles, inputs, 2, n], as int8."""
+    torch.bitwise_and(pairs, 15, out=out[:, :, 0])
+    torch.bitwise_right_shift(pairs, 4, out=out[:, :, 1])
+    return out.sub_(8).view(torch.int8)
+
+
 def _join_planes(upper: Tensor, lower: Tensor, out: Tensor, spare: Tensor) -> Tensor:
-    """Bytes of the codes' upper and lower halves, [n], to the codes below and above, each less 128, in `out` [2 n], as int8."""
-    low, high = out.chunk(2)
+    """Bytes of the codes' upper and lower halves to the codes below and above, each less 128, as `_split_nibbles`."""
+    low, high = out.unbind(2)
     torch.bitwise_left_shift(upper, 4, out=low)
     torch.bitwise_and(lower, 15, out=spare)
     low.bitwise_or_(spare)

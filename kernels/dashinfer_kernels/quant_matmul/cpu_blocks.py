@@ -1,11 +1,11 @@
 """Linear layers on CPU over any quantised weights: blocks of outputs become wide in the cache, and are multiplied there.
 
 It is the path for many rows of the layers in `cpu.py`, and the only one for weights that no kernel of torch multiplies as they
-are: float8, groups of 16, float32 activations. Blocks lie inputs by outputs: the scales of a group are then a vector along the
-memory, which takes half the time of the other way around.
+are: float8, groups of 16, float32 activations. Every pass over a block, and its product, is shared by torch's threads in the
+same way, by outputs: a pass that is not waits for what lies in the other core's cache, and takes several times as long.
 
-Types: values are computed in float32 and rounded once to the type of the product. That is bfloat16 for 16-bit activations,
-float16 included, and float32 for float32 activations and where the processor has no bfloat16; scales and offsets are of it too.
+Types: values are of the type of the product. That is bfloat16 for 16-bit activations, float16 included, and float32 for float32
+activations and where the processor has no bfloat16; scales and offsets are of it too.
 """
 
 import threading
@@ -19,10 +19,8 @@ from dashinfer_kernels import dispatch
 from dashinfer_kernels.linear.cpu import TILE, packed_dtype
 from dashinfer_kernels.quant_matmul.weight import FLOAT8, QuantizedWeight
 
-# Elements of a block: in bfloat16 half of a core's second-level cache of 1 MiB. Its outputs are a multiple of BLOCK_STEP,
-# half of which are what torch's loops over bfloat16 take at once: what is left over takes many times as long.
-BLOCK_ELEMENTS, BLOCK_STEP = 2**18, 128
-PADDED_TO = 64  # outputs
+# Elements of a block: in bfloat16 half of a core's second-level cache of 1 MiB.
+BLOCK_ELEMENTS = 2**18
 
 _workspaces = threading.local()
 
@@ -66,57 +64,52 @@ class CpuLinear:
 
 
 class BlockLinear(CpuLinear):
-    """Weights in blocks, codes of at most four bits two a byte; see `launch.Linear`."""
+    """Weights [outputs, inputs], codes of at most four bits two a byte; see `launch.Linear`."""
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__(weight, bias, dtype)
         self._float8 = weight.codes.dtype == FLOAT8
-        self._halves = 2 if weight.bits <= 4 else 1
         self._product_dtype = packed_dtype(self._compute) or self._compute
         self._padding = -self.in_features % weight.group_size
-        outputs = -(-self.out_features // PADDED_TO) * PADDED_TO
-        columns = block_columns(self.in_features)
-        self._widths = [min(columns, outputs - start) for start in range(0, outputs, columns)]
         codes, offsets = centred(weight)
-        codes = F.pad(codes, (0, self._padding, 0, outputs - self.out_features))
-        blocks = [block.T.contiguous() for block in codes.split(self._widths)]
-        if self._halves == 2:
-            blocks = [_pair(block) for block in blocks]
-        self._codes = torch.cat([block.view(-1) for block in blocks])
-        self._scales = self._groups(weight, weight.scales / _FLOAT8_UNIT if self._float8 else weight.scales, outputs)
-        self._offsets = None if offsets is None else self._groups(weight, offsets, outputs)
+        codes = F.pad(codes, (0, self._padding)) if self._padding else codes
+        self._paired = weight.bits <= 4 and codes.shape[1] % 2 == 0
+        self._codes = _pair(codes) if self._paired else codes.contiguous()
+        self._scales = self._groups(weight, weight.scales / _FLOAT8_UNIT if self._float8 else weight.scales)
+        self._offsets = None if offsets is None else self._groups(weight, offsets)
 
-    def _groups(self, weight: QuantizedWeight, values: Tensor, outputs: int) -> Tensor:
-        """[row blocks, groups] to [groups, outputs] of the product's type."""
-        spread = values.repeat_interleave(weight.block_rows, 0)[: self.out_features]
-        return F.pad(spread, (0, 0, 0, outputs - self.out_features)).T.to(self._product_dtype).contiguous()
+    def _groups(self, weight: QuantizedWeight, values: Tensor) -> Tensor:
+        """[row blocks, groups] to [outputs, groups, 1] of the product's type."""
+        values = values.to(self._product_dtype)
+        return values.repeat_interleave(weight.block_rows, 0)[: self.out_features].unsqueeze(-1)
 
     def _product(self, rows: Tensor) -> Tensor:
-        rows = F.pad(rows, (0, self._padding)) if self._padding else rows
-        y = torch.cat(multiply_blocks(rows.to(self._product_dtype), self._blocks()), 1)
-        return y[:, : self.out_features].to(self._compute)
+        rows = F.pad(rows, (0, self._padding)).to(self._product_dtype)
+        if not dispatch.deterministic:
+            return torch.cat([F.linear(rows, block) for block in self._blocks()], 1).to(self._compute)
+        count = len(rows)
+        tiles = F.pad(rows, (0, 0, 0, -count % TILE)).split(TILE)
+        y = [torch.cat([F.linear(tile, block) for tile in tiles])[:count] for block in self._blocks()]
+        return torch.cat(y, 1).to(self._compute)
 
     def _blocks(self) -> Iterator[Tensor]:
+        """[some outputs, inputs]; the next overwrites it."""
         inputs = self.in_features + self._padding
-        groups = len(self._scales)
-        size = inputs * self._widths[0]
-        buffer = workspace("values", size, self._product_dtype)
-        scratch = workspace("codes", size, torch.int16 if self._float8 else torch.int8)
-        start = position = 0
-        for width in self._widths:
-            size = inputs * width
-            codes = self._codes[position : position + size // self._halves]
-            position += len(codes)
-            if self._halves == 2:
-                codes = split_pairs(codes, scratch[:size])
+        outputs = block_outputs(inputs)
+        buffer = workspace("values", outputs * inputs, self._product_dtype).view(outputs, inputs)
+        scratch = workspace("codes", outputs * inputs, torch.int16 if self._float8 else torch.int8).view(outputs, inputs)
+        for start in range(0, self.out_features, outputs):
+            part = slice(start, start + outputs)
+            codes = self._codes[part]
+            if self._paired:
+                codes = _split(codes, scratch[: len(codes)])
             elif self._float8:
-                codes = _float8_as_bfloat16(codes, scratch[:size])
-            width //= self._halves
-            for block in buffer[:size].copy_(codes).view(self._halves, groups, -1, width):
-                outputs = slice(start, start + width)
-                offsets = None if self._offsets is None else self._offsets[:, None, outputs]
-                yield scale_block(block, self._scales[:, None, outputs], offsets)
-                start += width
+                codes = _float8_as_bfloat16(codes, scratch[: len(codes)])
+            block = buffer[: len(codes)].copy_(codes)
+            values = block.view(len(codes), self._scales.shape[1], -1).mul_(self._scales[part])
+            if self._offsets is not None:
+                values.add_(self._offsets[part])
+            yield block
 
 
 def workspace(name: str, size: int, dtype: torch.dtype) -> Tensor:
@@ -129,41 +122,9 @@ def workspace(name: str, size: int, dtype: torch.dtype) -> Tensor:
     return found[:size]
 
 
-def block_columns(inputs: int) -> int:
+def block_outputs(inputs: int) -> int:
     """Outputs of a block, of so many inputs."""
-    return max(BLOCK_ELEMENTS // inputs // BLOCK_STEP, 1) * BLOCK_STEP
-
-
-def scale_block(codes: Tensor, scales: Tensor, offsets: Tensor | None) -> Tensor:
-    """Values in place of codes.
-
-    Args:
-        codes: [groups, group size, outputs], contiguous.
-        scales: [groups, 1, outputs] of the same type.
-        offsets: as `scales`, or None.
-
-    Returns:
-        [inputs, outputs].
-    """
-    if offsets is None:
-        codes.mul_(scales)
-    else:
-        torch.addcmul(offsets, codes, scales, out=codes)
-    return codes.flatten(0, 1)
-
-
-def multiply_blocks(rows: Tensor, blocks: Iterator[Tensor]) -> list[Tensor]:
-    """`rows @ block` for each block: in deterministic mode `TILE` rows at a time.
-
-    Args:
-        rows: [rows, inputs].
-        blocks: [inputs, some outputs] each, of the type of `rows`; one may overwrite the one before.
-    """
-    if not dispatch.deterministic:
-        return [rows @ block for block in blocks]
-    count = len(rows)
-    tiles = F.pad(rows, (0, 0, 0, -count % TILE)).split(TILE)
-    return [torch.cat([tile @ block for tile in tiles])[:count] for block in blocks]
+    return max(BLOCK_ELEMENTS // inputs // 16, 1) * 16
 
 
 def centred(weight: QuantizedWeight) -> tuple[Tensor, Tensor | None]:
@@ -175,25 +136,17 @@ def centred(weight: QuantizedWeight) -> tuple[Tensor, Tensor | None]:
 
 
 def _pair(codes: Tensor) -> Tensor:
-    """[inputs, 2 n] codes of -8 to 7 to [inputs, n] bytes, one of the first n below one of the others."""
+    """[outputs, 2 n] codes of -8 to 7 to [outputs, n] bytes, one of the first n below one of the others."""
     low, high = (codes + 8).chunk(2, 1)
     return low | high << 4
 
 
-def split_pairs(pairs: Tensor, out: Tensor) -> Tensor:
-    """[n] bytes to the codes below and above, each less 8.
-
-    Args:
-        out: [2 n], of either type of 8 bits.
-
-    Returns:
-        `out` as int8.
-    """
-    pairs, codes = pairs.view(torch.uint8), out.view(torch.uint8)
-    low, high = codes.chunk(2)
-    torch.bitwise_and(pairs, 15, out=low)
-    torch.bitwise_right_shift(pairs, 4, out=high)
-    return codes.sub_(8).view(torch.int8)
+def _split(pairs: Tensor, out: Tensor) -> Tensor:
+    """What `_pair` made, to `out`, in int8."""
+    low, high = out.view(torch.uint8).chunk(2, 1)
+    torch.bitwise_and(pairs.view(torch.uint8), 15, out=low)
+    torch.bitwise_right_shift(pairs.view(torch.uint8), 4, out=high)
+    return out.sub_(8)
 
 
 def _float8_as_bfloat16(codes: Tensor, out: Tensor) -> Tensor:
