@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from dashinfer.errors import ConfigurationError
-from dashinfer.types import DataType, QuantType
+from dashinfer.types import DataType, KVCacheDtype, QuantType
 
 Mode = Literal["auto", "llm", "vlm"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -170,6 +170,12 @@ class ServerConfig:
         group=_ENGINE,
         parse=parse_size,
         metavar="SIZE",
+    )
+    kv_cache_dtype: KVCacheDtype = _setting(
+        "auto",
+        "type of the KV cache: int8 and fp8 take about half the memory of 16 bits, with a scale for each token and head; "
+        "auto is --data-type",
+        group=_ENGINE,
     )
     block_size: int | None = _setting(
         None,

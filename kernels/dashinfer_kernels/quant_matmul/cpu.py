@@ -171,6 +171,8 @@ class RowLinear(CpuLinear):
 class IntegerLinear:
     """Codes in oneDNN's layout, times int8 activations; see `launch.Linear`."""
 
+    takes = None
+
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
         self.out_features, self.in_features = weight.out_features, weight.in_features
         self._dtype = dtype
@@ -205,6 +207,8 @@ class IntegerLinear:
 class RoundedInputs:
     """A layer whose inputs are rounded to int8, row by row, and multiplied in their own type."""
 
+    takes = None
+
     def __init__(self, layer: Linear) -> None:
         self.in_features, self.out_features, self.nbytes = layer.in_features, layer.out_features, layer.nbytes
         self._layer = layer
@@ -219,6 +223,8 @@ class RoundedInputs:
 
 class BesideCopy:
     """Few rows times the codes, more times a copy in 16 bits. In deterministic mode the copy serves nothing."""
+
+    takes = None
 
     def __init__(self, narrow: NibbleLinear | RowLinear, copy: PackedLinear) -> None:
         self.in_features, self.out_features = narrow.in_features, narrow.out_features

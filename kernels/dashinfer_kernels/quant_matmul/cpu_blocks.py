@@ -32,6 +32,8 @@ _FLOAT8_BITS = -0x7810  # 0x87f0 in 16 bits: sign, the last four bits of the exp
 class CpuLinear:
     """What the layers share: inputs as rows in the order of the codes, and the bias, type and shape of outputs."""
 
+    takes = None
+
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
         self.out_features, self.in_features = weight.out_features, weight.in_features
         self._dtype = dtype
