@@ -16,7 +16,7 @@ from dashinfer_kernels.quant_matmul.reference import quantized_linear
 from dashinfer_kernels.quant_matmul.weight import FLOAT8
 
 needs_kernels = pytest.mark.skipif(not cpu._kernel_tile(), reason="the 4-bit kernel has no layout known here on this processor")
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 3e-2}
 ROWS = (0, 1, 3, 17, 130)
 
 
