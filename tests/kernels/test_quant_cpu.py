@@ -16,8 +16,8 @@ from dashinfer_kernels.quant_matmul.reference import quantized_linear
 from dashinfer_kernels.quant_matmul.weight import FLOAT8
 
 needs_kernels = pytest.mark.skipif(not cpu._kernel_tile(), reason="the 4-bit kernel has no layout known here on this processor")
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
-ROWS = (0, 1, 3, 17, 60)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 3e-2}
+ROWS = (0, 1, 3, 17, 130)
 
 
 def random_weight(
@@ -242,7 +242,7 @@ def test_a_wide_copy_serves_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(NibbleLinear, "__call__", recorder(served, NibbleLinear.__call__))
     monkeypatch.setattr(PackedLinear, "__call__", recorder(served, PackedLinear.__call__))
 
-    for rows in (1, 12, 13, 60):
+    for rows in (1, 8, 9, 60):
         x = torch.randn(rows, 96).bfloat16()
         torch.testing.assert_close(layer(x), quantized_linear(x, weight, None), rtol=2e-2, atol=2e-2)
 

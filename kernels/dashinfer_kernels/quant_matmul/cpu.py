@@ -35,8 +35,8 @@ from dashinfer_kernels.quant_matmul.reference import Activations, quantize_rows
 from dashinfer_kernels.quant_matmul.weight import FLOAT8, QuantizedWeight
 
 # The most rows that the kernels multiply faster than blocks do, and than a packed 16-bit copy does.
-NIBBLE_ROWS, NIBBLE_ROWS_BESIDE_COPY = {1: 48, 2: 24}, {1: 12, 2: 4}
-ROW_ROWS, ROW_ROWS_BESIDE_COPY = 16, 3
+NIBBLE_ROWS, NIBBLE_ROWS_BESIDE_COPY = {1: 128, 2: 56}, {1: 8, 2: 2}
+ROW_ROWS, ROW_ROWS_BESIDE_COPY = 24, 2
 
 _LEAST_SCALE = torch.finfo(torch.float32).tiny
 
