@@ -8,15 +8,19 @@ which blocks a sequence happens to hold. Long prefills are computed one by one w
 Scores are float32 whatever the cache holds, which costs a quarter more than 16-bit ones: real models reach scores of 40, and
 rounding one of those to bfloat16 changes its weight by up to 13 per cent. float16 is widened for values too, since few CPUs
 multiply it.
+
+Up to `_LOOP_TOKENS` visible tokens, all sequences together, a compiled loop reads them in place instead, on one thread.
 """
 
 import math
+from functools import cache
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dashinfer_kernels import dispatch
+from dashinfer_kernels import dispatch, loops
 from dashinfer_kernels.attention import cpu_invariant
 from dashinfer_kernels.attention.batch import PagedBatch
 from dashinfer_kernels.attention.cpu_plan import Group, LongPrefill, make_plan
@@ -26,6 +30,8 @@ from dashinfer_kernels.attention.cpu_plan import Group, LongPrefill, make_plan
 _FUSED_DECODE = 512
 # Up to this many gathered tokens, widened values stay in the processor's cache and the float32 product is the faster one.
 _WIDE_VALUES = 1024
+# From here on, two threads and the gathered products are the faster ones.
+_LOOP_TOKENS = 2048
 
 
 def paged_attention(
@@ -39,6 +45,8 @@ def paged_attention(
 ) -> Tensor:
     if dispatch.deterministic:
         return cpu_invariant.paged_attention(q, kv_cache, batch, scale=scale, window=window, softcap=softcap)
+    if softcap is None and len(q) == batch.num_decodes and _fits_loop(q, kv_cache, batch, window):
+        return _loop().decode(q, kv_cache, batch, scale, window)
     num_heads, head_dim = q.shape[1:]
     num_kv_heads = kv_cache.shape[2]
     key = (num_kv_heads, window, q.dtype, softcap is None)
@@ -62,6 +70,16 @@ def paged_attention(
     for sequence in plan.prefills:
         _prefill(q, cache, sequence, out, num_kv_heads, scale, softcap)
     return out
+
+
+def _fits_loop(q: Tensor, kv_cache: Tensor, batch: PagedBatch, window: int | None) -> bool:
+    key = ("loop", window)
+    fits = batch.plans.get(key)
+    if fits is None:
+        seen = batch.host_starts + 1 if window is None else (batch.host_starts + 1).clip(max=window)
+        few = len(q) <= loops.MAX_TOKENS and int(seen.sum()) <= _LOOP_TOKENS
+        fits = batch.plans[key] = loops.enabled and few and q.dtype == kv_cache.dtype == torch.bfloat16
+    return fits and q.stride()[1:] == (q.shape[2], 1)
 
 
 def _prefill_dtype(dtype: torch.dtype, softcap: float | None) -> torch.dtype:
@@ -145,3 +163,10 @@ def _prefill(
             scores.view(num_heads, -1, scores.shape[-1]).add_(tile.mask)
             attended = torch.bmm(torch.softmax(scores, -1), seen_v[0]).view(1, num_heads, -1, head_dim)
         out[tile.queries] = attended.squeeze(0).transpose(0, 1).reshape(-1, num_heads * head_dim).to(out.dtype)
+
+
+@cache
+def _loop() -> ModuleType:
+    from dashinfer_kernels.attention import cpu_loop
+
+    return cpu_loop

@@ -1,21 +1,22 @@
 """Rotation and cache write on CPU: queries and keys together, in float32, with as few torch calls as it takes.
 
-At a few tokens the cost is the number of calls and not the arithmetic. Heads are multiplied there by each token's rotation as a
-matrix, mostly zeros, which is one call. Where tokens are many, both halves are
+At a few tokens the cost is the number of calls and not the arithmetic. One compiled loop does it all there; without it, heads
+are multiplied by each token's rotation as a matrix, mostly zeros, which is one call. Where tokens are many, both halves are
 multiplied by the cosines, and the swapped halves by the signed sines, in one call each. The result goes back to where it came
-from, so that keys and values lie together and one indexed store writes both; and what depends on the step alone is kept from one
-layer to the next. Deterministic mode multiplies and adds one after the other, since whether torch fuses the two may change with
-an element's place.
+from, so that keys and values lie together and one indexed store writes both; and what depends on the step alone is kept from
+one layer to the next. Deterministic mode multiplies and adds one after the other, since whether torch fuses the two may change
+with an element's place.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dashinfer_kernels import dispatch
+from dashinfer_kernels import dispatch, loops
 
 _MATRIX_TOKENS = 64  # up to so many, the product with matrices is the faster one
 
@@ -83,6 +84,8 @@ def rope_kv_write(
     k_norm: Tensor | None,
     eps: float,
 ) -> Tensor:
+    if q_norm is None and kv_cache.dtype == qkv.dtype and loops.fit(qkv):
+        return _loop().rope_kv_write(qkv, positions, cos_sin, kv_cache, slot_mapping, num_heads)
     tokens, rotary_dim, num_rotated = qkv.shape[0], cos_sin.shape[1], num_heads + num_kv_heads
     step = _step(positions, cos_sin, slot_mapping, kv_cache.shape[3])
     heads = qkv.view(tokens, num_rotated + num_kv_heads, head_dim)
@@ -119,3 +122,10 @@ def _turned(wide: Tensor, step: _Step) -> Tensor:
     else:
         turned.addcmul_(halves.flip(2), step.sin)
     return turned.view(wide.shape)
+
+
+@cache
+def _loop() -> ModuleType:
+    from dashinfer_kernels.rope import cpu_loop
+
+    return cpu_loop
