@@ -21,7 +21,7 @@ enabled = _spec is not None and _spec.origin is not None  # tests clear it to ha
 
 def fit(x: Tensor) -> bool:
     """Whether loops take these rows: a few of them, contiguous."""
-    few = enabled and x.dtype == torch.bfloat16 and len(x) <= MAX_TOKENS
+    few = enabled and x.dtype == torch.bfloat16 and x.shape[0] <= MAX_TOKENS
     return few and x.is_contiguous() and not dispatch.deterministic
 
 

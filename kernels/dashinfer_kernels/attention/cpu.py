@@ -45,7 +45,7 @@ def paged_attention(
 ) -> Tensor:
     if dispatch.deterministic:
         return cpu_invariant.paged_attention(q, kv_cache, batch, scale=scale, window=window, softcap=softcap)
-    if softcap is None and len(q) == batch.num_decodes and _fits_loop(q, kv_cache, batch, window):
+    if softcap is None and q.shape[0] == batch.num_decodes and _fits_loop(q, kv_cache, batch, window):
         return _loop().decode(q, kv_cache, batch, scale, window)
     num_heads, head_dim = q.shape[1:]
     num_kv_heads = kv_cache.shape[2]

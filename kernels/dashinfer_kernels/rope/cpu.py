@@ -1,15 +1,14 @@
 """Rotation and cache write on CPU: queries and keys together, in float32, with as few torch calls as it takes.
 
-At a few tokens the cost is the number of calls and not the arithmetic. One compiled loop does it all there; without it, heads
-are multiplied by each token's rotation as a matrix, mostly zeros, which is one call. Where tokens are many, both halves are
-multiplied by the cosines, and the swapped halves by the signed sines, in one call each. The result goes back to where it came
-from, so that keys and values lie together and one indexed store writes both; and what depends on the step alone is kept from
-one layer to the next. Deterministic mode multiplies and adds one after the other, since whether torch fuses the two may change
-with an element's place.
+At a few tokens the cost is the number of calls and not the arithmetic, and a compiled loop does it all. Without it both halves
+are multiplied by the cosines, and the swapped halves by the signed sines, in one call each; the result goes back to where it
+came from, so that keys and values lie together and one indexed store writes both; and what depends on the step alone is kept
+from one layer to the next. Deterministic mode multiplies and adds one after the other, since whether torch fuses the two may
+change with an element's place.
 """
 
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -17,8 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dashinfer_kernels import dispatch, loops
-
-_MATRIX_TOKENS = 64  # up to so many, the product with matrices is the faster one
 
 
 @dataclass(frozen=True)
@@ -47,16 +44,6 @@ class _Step:
     def serves(self, positions: Tensor, cos_sin: Tensor, slot_mapping: Tensor, block_size: int) -> bool:
         same = self.positions is positions and self.cos_sin is cos_sin and self.slot_mapping is slot_mapping
         return same and self.block_size == block_size
-
-    @cached_property
-    def matrices(self) -> Tensor:
-        """[tokens, rotary_dim, rotary_dim]: rows of heads times these are rotated."""
-        half = self.cos.shape[-1]
-        made = torch.zeros(len(self.cos), 2, half, 2, half)
-        cos, sin = self.cos.view(-1, half), self.sin[:, 0, 1]
-        for first, second, values in ((0, 0, cos), (1, 1, cos), (0, 1, sin), (1, 0, -sin)):
-            made[:, first, :, second].diagonal(dim1=1, dim2=2).copy_(values)
-        return made.view(-1, 2 * half, 2 * half)
 
 
 _last: _Step | None = None
@@ -98,30 +85,19 @@ def rope_kv_write(
         if rotary_dim < head_dim:
             rotated[..., rotary_dim:].copy_(wide[..., rotary_dim:])
 
-    if rotary_dim < head_dim:
-        wide, rotated = wide[..., :rotary_dim], rotated[..., :rotary_dim]
-    rotated.copy_(_turned(wide, step))
-
-    written = heads[:, num_heads:].view(tokens, 2, num_kv_heads, head_dim)
-    if step.written is not None:
-        written = written[step.written]
-    if written.dtype != kv_cache.dtype:
-        written = written.to(kv_cache.dtype)
-    kv_cache.permute(0, 3, 1, 2, 4).index_put_(step.where, written)
-    return heads[:, :num_heads]
-
-
-def _turned(wide: Tensor, step: _Step) -> Tensor:
-    """[tokens, heads, rotary_dim], rotated."""
-    if len(wide) <= _MATRIX_TOKENS and wide.dtype == torch.float32 and not dispatch.deterministic:
-        return torch.bmm(wide, step.matrices)
-    halves = wide.unflatten(-1, (2, wide.shape[-1] // 2))
+    halves = (wide if rotary_dim == head_dim else wide[..., :rotary_dim]).unflatten(-1, (2, rotary_dim // 2))
     turned = torch.mul(halves, step.cos)
     if dispatch.deterministic:
         turned.add_(halves.flip(2).mul_(step.sin))
     else:
         turned.addcmul_(halves.flip(2), step.sin)
-    return turned.view(wide.shape)
+    (rotated if rotary_dim == head_dim else rotated[..., :rotary_dim]).copy_(turned.view(tokens, num_rotated, rotary_dim))
+
+    written = heads[:, num_heads:].view(tokens, 2, num_kv_heads, head_dim)
+    if step.written is not None:
+        written = written[step.written]
+    kv_cache.permute(0, 3, 1, 2, 4).index_put_(step.where, written.to(kv_cache.dtype))
+    return heads[:, :num_heads]
 
 
 @cache

@@ -52,7 +52,7 @@ def rope_kv_write(
     qkv: Tensor, positions: Tensor, cos_sin: Tensor, kv_cache: Tensor, slot_mapping: Tensor, num_heads: int
 ) -> Tensor:
     """As the public function, without norms. Tensors are contiguous."""
-    tokens = len(qkv)
+    tokens = qkv.shape[0]
     num_blocks, _, num_kv_heads, block_size, head_dim = kv_cache.shape
     done = _rope_kv_write(
         qkv.data_ptr(),
