@@ -10,7 +10,17 @@ from typing import Any
 import torch
 
 from bench.gpu.timing import Ceilings, measure, measure_ceilings
-from bench.ops import activation, attention, linear, norm, rope, sampling, varlen_attention
+from bench.ops import (
+    activation,
+    attention,
+    linear,
+    norm,
+    quantize_rows,
+    rope,
+    sampling,
+    scaled_matmul,
+    varlen_attention,
+)
 from bench.ops.case import Case, Job, Place, find_place
 
 Row = dict[str, Any]
@@ -24,6 +34,8 @@ FAMILIES = (
     varlen_attention.jobs,
     sampling.jobs,
     linear.jobs,
+    quantize_rows.jobs,
+    scaled_matmul.jobs,
 )
 
 
