@@ -3,8 +3,10 @@
 Sets for its process whether ops are deterministic.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ from dashinfer.types import Chunk, Enter, Ready, SamplingParams, StepPlan, StepR
 from dashinfer.worker.capacity import MEMORY_SHARE, count_blocks, free_memory, step_bytes
 from dashinfer.worker.executor import Executor, LaunchedStep
 from dashinfer.worker.graphs import bucket_sizes
-from dashinfer_kernels import dispatch
+from dashinfer_kernels import dispatch, warm_up_loops
 
 BLOCK_SIZE = {"cpu": 16, "cuda": 64}  # from 64 on, Hopper's copy engine brings tiles of keys and values
 STEP_TOKENS = {"cpu": 1024, "cuda": 8192}
@@ -47,6 +49,7 @@ class Runner:
             check_float8(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
         max_length = model_config.resolve_max_length(config.max_length)
         self._name = config.files.name
+        compiling = None if on_gpu else _in_thread(warm_up_loops, getattr(torch, config.data_type))
         with self._out_of_memory("while loading; use a smaller model or data type, or free some memory"):
             model = load_model(
                 config,
@@ -57,6 +60,8 @@ class Runner:
                 group=Group(config.rank, config.world_size),
                 report=report,
             )
+        if compiling is not None:
+            compiling.result()
         block_size = config.block_size or BLOCK_SIZE[device.type]
         dtype = kv_dtype(config.kv_cache_dtype, config.data_type)
         step_tokens = max(config.max_step_tokens or STEP_TOKENS[device.type], config.max_batch)
@@ -162,6 +167,13 @@ class Runner:
             if not isinstance(error, MemoryError) and not any(words in str(error) for words in _OUT_OF_MEMORY):
                 raise
             raise InsufficientMemory(f"{self._name}: memory ran out {where}") from error
+
+
+def _in_thread(function: Callable[..., None], *args: Any) -> Future[None]:
+    executor = ThreadPoolExecutor(1)
+    future = executor.submit(function, *args)
+    executor.shutdown(wait=False)
+    return future
 
 
 def select_device(name: str) -> torch.device:

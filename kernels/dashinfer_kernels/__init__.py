@@ -10,6 +10,7 @@ from dashinfer_kernels.activation.launch import gelu_mul, silu_mul
 from dashinfer_kernels.attention.batch import PagedBatch
 from dashinfer_kernels.attention.launch import paged_attention
 from dashinfer_kernels.linear.launch import Linear, pack_linear
+from dashinfer_kernels.loops import warm_up_loops
 from dashinfer_kernels.norm.launch import add_rms_norm, rms_norm
 from dashinfer_kernels.quant_matmul.launch import pack_quantized
 from dashinfer_kernels.quant_matmul.quantize import quantize_float8, quantize_int
@@ -42,5 +43,6 @@ __all__ = [
     "sample",
     "silu_mul",
     "varlen_attention",
+    "warm_up_loops",
     "warm_up_sampling",
 ]

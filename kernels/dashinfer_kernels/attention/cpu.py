@@ -9,6 +9,8 @@ Scores are float32 whatever the cache holds, which costs a quarter more than 16-
 rounding one of those to bfloat16 changes its weight by up to 13 per cent. float16 is widened for values too, since few CPUs
 multiply it.
 
+Up to `_LOOP_TOKENS` visible tokens, all sequences together, a compiled loop reads them in place instead, on one thread.
+
 Codes of a quantised cache are multiplied as they are, and scores and weights with the scales. On one core, with 9 heads over 3
 of size 64, milliseconds a layer beside a bfloat16 cache:
 
@@ -20,12 +22,14 @@ of size 64, milliseconds a layer beside a bfloat16 cache:
 """
 
 import math
+from functools import cache
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dashinfer_kernels import dispatch
+from dashinfer_kernels import dispatch, loops
 from dashinfer_kernels.attention import cpu_invariant
 from dashinfer_kernels.attention.batch import PagedBatch
 from dashinfer_kernels.attention.cpu_plan import Group, LongPrefill, make_plan
@@ -36,6 +40,8 @@ from dashinfer_kernels.attention.cpu_rows import CacheRows
 _FUSED_DECODE = 512
 # Up to this many gathered tokens, widened values stay in the processor's cache and the float32 product is the faster one.
 _WIDE_VALUES = 1024
+# Beyond, two threads and the gathered products are the faster ones.
+_LOOP_TOKENS = 2048
 
 
 def paged_attention(
@@ -48,6 +54,8 @@ def paged_attention(
     softcap: float | None,
     kv_scales: Tensor | None = None,
 ) -> Tensor:
+    if not dispatch.deterministic and softcap is None and _fits_loop(q, kv_cache, batch, window):
+        return _loop().decode(q, kv_cache, batch, scale, window)
     cache = CacheRows.of(kv_cache, kv_scales)
     if dispatch.deterministic:
         return cpu_invariant.paged_attention(
@@ -75,6 +83,16 @@ def paged_attention(
     for sequence in plan.prefills:
         _prefill(q, cache, sequence, out, num_kv_heads, scale, softcap)
     return out
+
+
+def _fits_loop(q: Tensor, kv_cache: Tensor, batch: PagedBatch, window: int | None) -> bool:
+    key = ("loop", window, q.dtype, kv_cache.dtype)
+    fits = batch.plans.get(key)
+    if fits is None:
+        seen = batch.host_starts + 1 if window is None else (batch.host_starts + 1).clip(max=window)
+        few = len(q) == batch.num_decodes <= loops.MAX_TOKENS and int(seen.sum()) <= _LOOP_TOKENS
+        fits = batch.plans[key] = loops.enabled and few and q.dtype == kv_cache.dtype == torch.bfloat16
+    return fits and q.stride()[1:] == (q.shape[2], 1)
 
 
 def _prefill_dtype(dtype: torch.dtype, softcap: float | None) -> torch.dtype:
@@ -173,3 +191,10 @@ def _prefill(
             scores.view(num_heads, -1, scores.shape[-1]).add_(tile.mask)
             attended = torch.bmm(torch.softmax(scores, -1), seen_v[0]).view(1, num_heads, -1, head_dim)
         out[tile.queries] = attended.squeeze(0).transpose(0, 1).reshape(-1, num_heads * head_dim).to(out.dtype)
+
+
+@cache
+def _loop() -> ModuleType:
+    from dashinfer_kernels.attention import cpu_loop
+
+    return cpu_loop

@@ -1,20 +1,23 @@
 """Rotation and cache write on CPU: queries and keys together, in float32, with as few torch calls as it takes.
 
-At one token the cost is the number of calls and not the arithmetic. So both halves are multiplied by the cosines, and the
-swapped halves by the signed sines, in one call each; the result goes back to where it came from, so that keys and values lie
-together and one indexed store writes both; and what depends on the step alone is kept from one layer to the next. Deterministic
-mode multiplies and adds one after the other, since whether torch fuses the two may change with an element's place.
+At a few tokens the cost is the number of calls and not the arithmetic, and a compiled loop does it all. Without it both halves
+are multiplied by the cosines, and the swapped halves by the signed sines, in one call each; the result goes back to where it
+came from, so that keys and values lie together and one indexed store writes both; and what depends on the step alone is kept
+from one layer to the next. Deterministic mode multiplies and adds one after the other, since whether torch fuses the two may
+change with an element's place.
 
 For a quantised cache all heads are widened at once, and what is stored is rounded from float32, once.
 """
 
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dashinfer_kernels import dispatch
+from dashinfer_kernels import dispatch, loops
 from dashinfer_kernels.rope.reference import quantise
 
 
@@ -72,6 +75,8 @@ def rope_kv_write(
     eps: float,
     kv_scales: Tensor | None,
 ) -> Tensor:
+    if q_norm is None and kv_cache.dtype == qkv.dtype and loops.fit(qkv):
+        return _loop().rope_kv_write(qkv, positions, cos_sin, kv_cache, slot_mapping, num_heads)
     tokens, rotary_dim, num_rotated = qkv.shape[0], cos_sin.shape[1], num_heads + num_kv_heads
     step = _step(positions, cos_sin, slot_mapping, kv_cache.shape[3])
     heads = qkv.view(tokens, num_rotated + num_kv_heads, head_dim)
@@ -105,3 +110,10 @@ def rope_kv_write(
     kv_cache.view(torch.int8).permute(0, 3, 1, 2, 4).index_put_(step.where, codes.view(torch.int8))
     kv_scales.permute(0, 3, 1, 2).index_put_(step.where, scales.to(kv_scales.dtype))
     return kept[:, :num_heads].to(qkv.dtype)
+
+
+@cache
+def _loop() -> ModuleType:
+    from dashinfer_kernels.rope import cpu_loop
+
+    return cpu_loop
