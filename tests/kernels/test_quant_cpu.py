@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dashinfer_kernels import QuantizedWeight, pack_quantized, quantize_float8
-from dashinfer_kernels.linear.cpu import PackedLinear
+from dashinfer_kernels.linear.cpu import PackedLinear, packed_dtype
 from dashinfer_kernels.quant_matmul import cpu, cpu_blocks
 from dashinfer_kernels.quant_matmul.cpu import BesideCopy, IntegerLinear, NibbleLinear, RoundedInputs, RowLinear
 from dashinfer_kernels.quant_matmul.cpu_blocks import BlockLinear
@@ -194,7 +194,8 @@ def test_knows_its_size(bits: int, group_size: int, symmetric: bool, bytes_a_gro
 
     assert pack_quantized(weight, dtype=torch.bfloat16).nbytes == weight.codes.numel() // group_size * bytes_a_group
     copied = pack_quantized(weight, dtype=torch.bfloat16, wide_copy=True)
-    assert copied.nbytes == (bytes_a_group * 256 // group_size * 128 if group_size > 16 else 0) + 2 * 128 * 256
+    narrow = bytes_a_group * 256 // group_size * 128 if group_size > 16 else 0
+    assert copied.nbytes == narrow + (packed_dtype(torch.bfloat16) or torch.bfloat16).itemsize * 128 * 256
 
 
 def resident() -> int:

@@ -5,7 +5,7 @@ are: float8, groups of 16, float32 activations. Every pass over a block, and its
 same way, by outputs: a pass that is not waits for what lies in the other core's cache, and takes several times as long.
 
 Types: values are of the type of the product. That is bfloat16 for 16-bit activations, float16 included, and float32 for float32
-activations and where the processor has no bfloat16; scales and offsets are of it too.
+activations and where the processor has no bfloat16. Scales and offsets are bfloat16 for 16-bit activations.
 """
 
 import threading
@@ -79,8 +79,8 @@ class BlockLinear(CpuLinear):
         self._offsets = None if offsets is None else self._groups(weight, offsets)
 
     def _groups(self, weight: QuantizedWeight, values: Tensor) -> Tensor:
-        """[row blocks, groups] to [outputs, groups, 1] of the product's type."""
-        values = values.to(self._product_dtype)
+        """[row blocks, groups] to [outputs, groups, 1] of the type of activations."""
+        values = values.to(self._compute)
         return values.repeat_interleave(weight.block_rows, 0)[: self.out_features].unsqueeze(-1)
 
     def _product(self, rows: Tensor) -> Tensor:
