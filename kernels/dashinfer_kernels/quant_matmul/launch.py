@@ -4,9 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dashinfer_kernels import dispatch
 from dashinfer_kernels.linear.launch import Linear
 from dashinfer_kernels.quant_matmul.reference import Activations, quantize_rows
 from dashinfer_kernels.quant_matmul.weight import QuantizedWeight
+from dashinfer_kernels.quant_matmul.weight_only import WeightOnlyLinear, can_pack
 
 
 def pack_quantized(
@@ -21,6 +23,8 @@ def pack_quantized(
         activations: what inputs are quantised to, row by row; None: weights alone are quantised.
     """
     assert bias is None or (bias.shape == (weight.out_features,) and bias.dtype == dtype)
+    if activations is None and dispatch.use_triton(weight.codes) and can_pack(weight):
+        return WeightOnlyLinear(weight, bias, dtype)
     return UnpackedLinear(weight, bias, dtype, activations)
 
 
