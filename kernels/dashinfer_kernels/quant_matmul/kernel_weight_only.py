@@ -1,12 +1,13 @@
 """Products of activations of 16 or 32 bits with weights of 4 or 8, which become numbers in registers.
 
 The weights are the left operand of the product: on Hopper the tensor cores take that one from registers, so that weights pass
-through shared memory as they are stored, and once. A 16-bit word holds one code of each of PLACES runs of columns; a shift and a
-mask then leave a tile of weights whose columns follow one another, beside which lies a plain tile of activations. A pair of
-words becomes a pair of weights by bits alone: a code is put in the mantissa of a power of two, which is subtracted.
+through shared memory once, as they are stored. A 16-bit word holds one code of each of PLACES runs of columns; a shift and a
+mask then leave a tile of weights whose columns follow one another, and which meets a plain tile of activations. A pair of words
+becomes a pair of weights by bits alone: a code is put in the mantissa of a power of two, which is subtracted.
 
-Two ways to scale. Sums: small integers are multiplied exactly, and sums over a group scaled, in float32; for few rows, where
-that is least work. Weights: each is scaled, and rounded, before it is multiplied; for many rows.
+Three ways to scale. Sums: integers are multiplied exactly, and sums over a group scaled, in float32; for few rows, where it is
+least work. Weights: each is scaled, and rounded, before it is multiplied; for many rows, and for offsets. At the end: where a
+whole row of weights shares a scale.
 
 The sum over the inputs may be split. Programs then leave sums in a workspace, and the last to arrive at a tile adds them up in
 the order of the inputs; with USE_SERIAL_SPLITS one program computes the same sums and adds them in that order.
@@ -23,7 +24,6 @@ def conversion(kind, half, place, zeros, scaled, offset):
     Further operands, each a pair: with `zeros` what is subtracted, negative; with `scaled` the factor and, with `offset`, what
     is added to the product.
     """
-    kind, half, place = str(getattr(kind, "value", kind)), bool(half), int(place)
     fma = "fma.rn.f16x2" if half else "fma.rn.bf16x2"
     lines = [".reg .b32 t, u, one, c;", "mov.b32 one, {};".format("0x3c003c00" if half else "0x3f803f80")]
     zero = "c"
@@ -73,12 +73,12 @@ def integers(
 ):
     """The tile of weights at a place of each word, not scaled: exact in DTYPE."""
     if USE_PTX:
-        CODE: tl.constexpr = conversion(KIND, DTYPE == tl.float16, PLACE, USE_ZEROS, False, False)
+        CODE: tl.constexpr = conversion(KIND, tl.float16 == DTYPE, PLACE, USE_ZEROS, False, False)
         if USE_ZEROS:
             least = negative_zeros(zeros, DTYPE)
-            tile = tl.inline_asm_elementwise(CODE, "=r,r,r", [words, least], dtype=DTYPE, is_pure=True, pack=2)
+            tile = tl.inline_asm_elementwise(CODE, "=r,r,r", [words, least], dtype=DTYPE.value, is_pure=True, pack=2)
         else:
-            tile = tl.inline_asm_elementwise(CODE, "=r,r", [words], dtype=DTYPE, is_pure=True, pack=2)
+            tile = tl.inline_asm_elementwise(CODE, "=r,r", [words], dtype=DTYPE.value, is_pure=True, pack=2)
     elif KIND == "float8":
         bits = words >> (8 * PLACE)
         half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
@@ -95,17 +95,17 @@ def scaled(words, zeros, scales, offsets, PLACE: tl.constexpr, KIND: tl.constexp
            USE_ZEROS: tl.constexpr, USE_OFFSETS: tl.constexpr, USE_PTX: tl.constexpr):  # fmt: skip
     """As `integers`, times `scales` [BLOCK_OUT, 1] float32, and plus `offsets` with USE_OFFSETS; rounded to DTYPE."""
     if USE_PTX:
-        CODE: tl.constexpr = conversion(KIND, DTYPE == tl.float16, PLACE, USE_ZEROS, True, USE_OFFSETS)
-        BIAS: tl.constexpr = 1.0 if KIND != "float8" else 256.0 if DTYPE == tl.float16 else 2.0**120
+        CODE: tl.constexpr = conversion(KIND, tl.float16 == DTYPE, PLACE, USE_ZEROS, True, USE_OFFSETS)
+        BIAS: tl.constexpr = 1.0 if KIND != "float8" else 256.0 if tl.float16 == DTYPE else 2.0**120
         factor = (scales * BIAS).to(DTYPE)
         if USE_OFFSETS:
             added = offsets.to(DTYPE)
-            tile = tl.inline_asm_elementwise(CODE, "=r,r,r,r", [words, factor, added], dtype=DTYPE, is_pure=True, pack=2)
+            tile = tl.inline_asm_elementwise(CODE, "=r,r,r,r", [words, factor, added], dtype=DTYPE.value, is_pure=True, pack=2)
         elif USE_ZEROS:
             least = negative_zeros(zeros, DTYPE)
-            tile = tl.inline_asm_elementwise(CODE, "=r,r,r,r", [words, least, factor], dtype=DTYPE, is_pure=True, pack=2)
+            tile = tl.inline_asm_elementwise(CODE, "=r,r,r,r", [words, least, factor], dtype=DTYPE.value, is_pure=True, pack=2)
         else:
-            tile = tl.inline_asm_elementwise(CODE, "=r,r,r", [words, factor], dtype=DTYPE, is_pure=True, pack=2)
+            tile = tl.inline_asm_elementwise(CODE, "=r,r,r", [words, factor], dtype=DTYPE.value, is_pure=True, pack=2)
     else:
         wide = integers(words, zeros, PLACE, KIND, tl.float32, USE_ZEROS, False) * scales
         if USE_OFFSETS:
@@ -117,7 +117,7 @@ def scaled(words, zeros, scales, offsets, PLACE: tl.constexpr, KIND: tl.constexp
 @triton.jit
 def negative_zeros(zeros, DTYPE: tl.constexpr):
     """What a code of 4 bits in its power of two lacks to be the code less its zero."""
-    return (-(1024.0 if DTYPE == tl.float16 else 128.0) - zeros.to(tl.float32)).to(DTYPE)
+    return (-(1024.0 if tl.float16 == DTYPE else 128.0) - zeros.to(tl.float32)).to(DTYPE)
 
 
 @triton.jit
@@ -146,7 +146,8 @@ def sum_of_steps(
     begin, end,
     IN_FEATURES: tl.constexpr, GROUP_SIZE: tl.constexpr, SUB: tl.constexpr, PLACES: tl.constexpr, KIND: tl.constexpr,
     OFFSETS: tl.constexpr, SCALE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_WORDS: tl.constexpr, USE_PTX: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_WORDS: tl.constexpr,
+    USE_PTX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_OUT, BLOCK_ROWS] float32 of the inputs of steps `begin` to `end`; not scaled with SCALE "end"."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
@@ -160,45 +161,44 @@ def sum_of_steps(
     USE_OFFSETS: tl.constexpr = OFFSETS == "offsets"
     inner = tl.arange(0, BLOCK_WORDS)[None, :]
     total = tl.zeros((BLOCK_OUT, BLOCK_ROWS), dtype=tl.float32)
-    word_ptr = words_ptr + begin.to(tl.int64) * (out_padded * SUB)
-    # values of groups are loaded a step before their use; the arrays are a step longer than the weights
+    # values of groups are loaded a tile before their use; the arrays are a step longer than the weights
     if SCALE != "end":
         scales = group_rows(scales_ptr, scale_column, scale_stride, begin * STEP, COMMON, GROUP_SIZE, GROUPS)
     if OFFSETS != "none":
         offsets = group_rows(offsets_ptr, column, out_padded, begin * STEP, COMMON, GROUP_SIZE, GROUPS)
-    for step in range(begin, end):
+    step_words = tl.cast(out_padded, tl.int64) * SUB
+    for part in range(begin * PARTS, end * PARTS):
+        step, next_step, first_word = part // PARTS, (part + 1) // PARTS, part % PARTS * BLOCK_WORDS
         if SCALE != "end":
-            next_scales = group_rows(scales_ptr, scale_column, scale_stride, (step + 1) * STEP, COMMON, GROUP_SIZE, GROUPS)
+            next_scales = group_rows(scales_ptr, scale_column, scale_stride, next_step * STEP, COMMON, GROUP_SIZE, GROUPS)
         if OFFSETS != "none":
-            next_offsets = group_rows(offsets_ptr, column, out_padded, (step + 1) * STEP, COMMON, GROUP_SIZE, GROUPS)
-        for part in tl.static_range(PARTS):
-            words = tl.load(word_ptr + part * BLOCK_WORDS + word_offset)
-            for group in tl.static_range(GROUPS):
+            next_offsets = group_rows(offsets_ptr, column, out_padded, next_step * STEP, COMMON, GROUP_SIZE, GROUPS)
+        words = tl.load(words_ptr + step * step_words + first_word + word_offset)
+        for group in tl.static_range(GROUPS):
+            if SCALE == "sums":
+                partial = tl.zeros((BLOCK_OUT, BLOCK_ROWS), dtype=tl.float32)
+            zeros = offsets[group][:, None] if USE_ZEROS else 0
+            for place in tl.static_range(group * EACH, (group + 1) * EACH):
+                first = step * STEP + place * SUB + first_word
+                if IN_FEATURES % STEP == 0:
+                    x_tile = tl.load(x_ptr + first + x_offset, mask=x_live, other=0.0)
+                else:
+                    x_tile = tl.load(x_ptr + first + x_offset, mask=x_live & (first + inner < IN_FEATURES), other=0.0)
+                if SCALE == "weights":
+                    factor = scales[group].to(tl.float32)[:, None]
+                    added = 0.0
+                    if USE_OFFSETS:
+                        # codes come without their least one, which is half their number
+                        added = offsets[group].to(tl.float32)[:, None] + (8.0 if KIND == "int4" else 128.0) * factor
+                    weight = scaled(words, zeros, factor, added, place, KIND, DTYPE, USE_ZEROS, USE_OFFSETS, USE_PTX)
+                else:
+                    weight = integers(words, zeros, place, KIND, DTYPE, USE_ZEROS, USE_PTX)
                 if SCALE == "sums":
-                    partial = tl.zeros((BLOCK_OUT, BLOCK_ROWS), dtype=tl.float32)
-                zeros = offsets[group][:, None] if USE_ZEROS else 0
-                for place in tl.static_range(group * EACH, (group + 1) * EACH):
-                    first = step * STEP + place * SUB + part * BLOCK_WORDS
-                    if IN_FEATURES % STEP == 0:
-                        x_tile = tl.load(x_ptr + first + x_offset, mask=x_live, other=0.0)
-                    else:
-                        x_tile = tl.load(x_ptr + first + x_offset, mask=x_live & (first + inner < IN_FEATURES), other=0.0)
-                    if SCALE == "weights":
-                        factor = scales[group].to(tl.float32)[:, None]
-                        added = 0.0
-                        if USE_OFFSETS:
-                            # codes come without their least one, which is half their number
-                            added = offsets[group].to(tl.float32)[:, None] + (8.0 if KIND == "int4" else 128.0) * factor
-                        weight = scaled(words, zeros, factor, added, place, KIND, DTYPE, USE_ZEROS, USE_OFFSETS, USE_PTX)
-                    else:
-                        weight = integers(words, zeros, place, KIND, DTYPE, USE_ZEROS, USE_PTX)
-                    if SCALE == "sums":
-                        partial = tl.dot(weight, x_tile.T, partial, input_precision=PRECISION)
-                    else:
-                        total = tl.dot(weight, x_tile.T, total, input_precision=PRECISION)
-                if SCALE == "sums":
-                    total += partial * scales[group].to(tl.float32)[:, None]
-        word_ptr += out_padded * SUB
+                    partial = tl.dot(weight, x_tile.T, partial, input_precision=PRECISION)
+                else:
+                    total = tl.dot(weight, x_tile.T, total, input_precision=PRECISION)
+            if SCALE == "sums":
+                total += partial * scales[group].to(tl.float32)[:, None]
         if SCALE != "end":
             scales = next_scales
         if OFFSETS != "none":

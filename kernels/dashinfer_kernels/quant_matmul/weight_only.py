@@ -76,6 +76,8 @@ class WeightOnlyLinear:
         }
         tensors = {id(each): each for each in (self._words, self._scales, self._offsets, self._order, bias) if each is not None}
         self.nbytes = sum(each.nbytes for each in tensors.values())
+        for rows in (16, FEW_ROWS, 2 * FEW_ROWS, 4 * FEW_ROWS):
+            self._shared_sums(self.config(rows), rows)  # while memory is measured, and before graphs are captured
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._multiply(x, self.dtype)
@@ -92,10 +94,8 @@ class WeightOnlyLinear:
             return torch.empty(*x.shape[:-1], self.out_features, dtype=out_dtype, device=x.device)
         config = self.config(rows)
         if config is None:
-            out = self._multiply_unpacked(x_rows, out_dtype)
-        else:
-            out = self._multiply_packed(x_rows, out_dtype, config)
-        return out.view(*x.shape[:-1], self.out_features)
+            return self._multiply_unpacked(x_rows, out_dtype).view(*x.shape[:-1], self.out_features)
+        return self._multiply_packed(x_rows, out_dtype, config).view(*x.shape[:-1], self.out_features)
 
     def config(self, rows: int) -> Config | None:
         """Launch parameters for so many rows; None: the library multiplies unpacked weights."""
@@ -118,15 +118,11 @@ class WeightOnlyLinear:
     def _multiply_packed(self, x: Tensor, out_dtype: torch.dtype, config: Config) -> Tensor:
         rows, device = len(x), self._words.device
         out = torch.empty(rows, self.out_features, dtype=out_dtype, device=device)
-        block_rows, block_out, splits = config["BLOCK_ROWS"], config["BLOCK_OUT"], config["SPLITS"]
-        tiles = -(-rows // block_rows) * -(-self.out_features // block_out)
-        # where tiles alone occupy the GPU, a program computes all splits of its tile: the same bits
-        serial = splits > 1 and tiles >= _multiprocessors(device)
-        partial = arrivals = out
-        if splits > 1 and not serial:
-            partial, arrivals = _workspace(device).take(tiles * splits * block_rows * block_out, tiles)
+        tiles = -(-rows // config["BLOCK_ROWS"]) * -(-self.out_features // config["BLOCK_OUT"])
+        shared = self._shared_sums(config, rows)
+        partial, arrivals = shared or (out, out)
         nvidia = _generation(device) in ("hopper", "ampere")
-        _kernel().weight_only_kernel[(tiles, 1 if serial else splits)](
+        _kernel().weight_only_kernel[(tiles, config["SPLITS"] if shared else 1)](
             x_ptr=x,
             words_ptr=self._words,
             scales_ptr=self._scales,
@@ -141,12 +137,12 @@ class WeightOnlyLinear:
             scale_stride=self._scales.shape[1],
             **self._layout,
             SCALE="end" if self._scales_at_end else config["SCALE"],
-            BLOCK_ROWS=block_rows,
-            BLOCK_OUT=block_out,
+            BLOCK_ROWS=config["BLOCK_ROWS"],
+            BLOCK_OUT=config["BLOCK_OUT"],
             BLOCK_WORDS=min(config["BLOCK_WORDS"], self.sub),
             GROUP_ROWS=config["GROUP_ROWS"],
-            SPLITS=splits,
-            USE_SERIAL_SPLITS=serial,
+            SPLITS=config["SPLITS"],
+            USE_SERIAL_SPLITS=config["SPLITS"] > 1 and shared is None,
             USE_BIAS=self._bias is not None,
             USE_PTX=nvidia and self.dtype != torch.float32,
             PRECISION="tf32x3" if nvidia else "ieee",
@@ -154,6 +150,19 @@ class WeightOnlyLinear:
             num_stages=config["num_stages"],
         )
         return out
+
+    def _shared_sums(self, config: Config | None, rows: int) -> tuple[Tensor, Tensor] | None:
+        """The workspace of programs that share tiles; None: none do.
+
+        Where tiles alone occupy the GPU, a program computes all splits of its tile: the same bits.
+        """
+        if config is None or config["SPLITS"] == 1:
+            return None
+        block_rows, block_out, device = config["BLOCK_ROWS"], config["BLOCK_OUT"], self._words.device
+        tiles = -(-rows // block_rows) * -(-self.out_features // block_out)
+        if tiles >= _multiprocessors(device):
+            return None
+        return _workspace(device).take(tiles * config["SPLITS"] * block_rows * block_out, tiles)
 
     def _multiply_unpacked(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
         pieces = -(-self.out_features * self.in_features * x.itemsize // UNPACKED_BYTES)
@@ -311,8 +320,8 @@ def _generation(device: torch.device) -> str:
 class _Workspace:
     """Memory for the sums of programs that share a tile, and how many of them have arrived. Layers in one stream take turns.
 
-    The counts are zero between launches: the last program of a tile sees to it. What is outgrown is kept, since a captured graph
-    may write to it.
+    The counts are zero between launches: the last program of a tile sees to it. What is outgrown is kept: a captured graph may
+    write to it.
     """
 
     def __init__(self, device: torch.device) -> None:
