@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bench.gpu.timing import Ceilings, measure, measure_ceilings
-from bench.ops import activation, attention, linear, norm, rope, sampling, varlen_attention
+from bench.ops import activation, attention, linear, norm, quant_matmul, rope, sampling, varlen_attention
 from bench.ops.case import Case, Job, Place, find_place
 
 Row = dict[str, Any]
@@ -24,6 +24,7 @@ FAMILIES = (
     varlen_attention.jobs,
     sampling.jobs,
     linear.jobs,
+    quant_matmul.jobs,
 )
 
 

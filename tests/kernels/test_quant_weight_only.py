@@ -73,8 +73,6 @@ def test_matches_the_definition(
     triton_path: str, forced: dict[str, Any], kind: str, group_size: int | None, scale: str
 ) -> None:
     weight = make(kind, group_size)
-    if scale == "sums" and weight.offsets is not None and kind != "z4":
-        pytest.skip("offsets are added to weights")
     forced |= {"SCALE": scale, "BLOCK_WORDS": 32 if scale == "weights" else 64}
     dtype = torch.float16 if scale == "sums" or kind in ("u4", "f8") else torch.float32
     bias = torch.randn(SHAPE[0]).to(dtype)
@@ -224,7 +222,7 @@ def test_offsets_that_are_whole_steps_become_zeros(step: float, offsets: str) ->
 
 
 def choose(rows: int | None, out_features: int, in_features: int, **options: Any) -> dict[str, Any] | None:
-    defaults = {"wide": False, "scale": "sums", "multiprocessors": 132, "generation": "hopper"}
+    defaults = {"wide": False, "multiprocessors": 132, "generation": "hopper"}
     return choose_config(rows, out_features, in_features // 256, **(defaults | options))
 
 
@@ -242,7 +240,6 @@ def test_few_rows_occupy_every_multiprocessor_in_one_wave(rows: int, shape: tupl
 
 def test_forms_follow_the_number_of_rows() -> None:
     assert choose(64, 4096, 4096)["SCALE"] == "sums"
-    assert choose(64, 4096, 4096, scale="weights")["SCALE"] == "weights"
     assert choose(65, 4096, 4096)["SCALE"] == "weights"
     assert choose(weight_only.UNPACKED_ROWS, 4096, 4096) is None
     assert choose(None, 4096, 4096)["BLOCK_ROWS"] == 64

@@ -76,8 +76,9 @@ class WeightOnlyLinear:
         }
         tensors = {id(each): each for each in (self._words, self._scales, self._offsets, self._order, bias) if each is not None}
         self.nbytes = sum(each.nbytes for each in tensors.values())
+        # while memory is measured, and before graphs are captured
         for rows in (16, FEW_ROWS, 2 * FEW_ROWS, 4 * FEW_ROWS):
-            self._shared_sums(self.config(rows), rows)  # while memory is measured, and before graphs are captured
+            self._shared_sums(self._heuristic(None if dispatch.deterministic else rows), rows)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._multiply(x, self.dtype)
@@ -101,16 +102,18 @@ class WeightOnlyLinear:
         """Launch parameters for so many rows; None: the library multiplies unpacked weights."""
         shape_only = dispatch.deterministic
         bucket = 0 if shape_only else _power_of_two(rows)
-        key = (self.kind, self.offsets, self.group_size, self.out_features, self.in_features, bucket)
+        key = (self.kind, str(self.dtype), self.offsets, self.group_size, self.out_features, self.in_features, bucket)
         found = tuning.lookup("weight_only", key)
         if found is not None:
             return None if found["UNPACK"] else found
+        return self._heuristic(None if shape_only else rows)
+
+    def _heuristic(self, rows: int | None) -> Config | None:
         return choose_config(
-            None if shape_only else rows,
+            rows,
             self.out_features,
             self.steps,
             wide=self.dtype == torch.float32,
-            scale="weights" if self.offsets == "offsets" else "sums",
             multiprocessors=_multiprocessors(self._words.device),
             generation=_generation(self._words.device),
         )
@@ -121,6 +124,7 @@ class WeightOnlyLinear:
         tiles = -(-rows // config["BLOCK_ROWS"]) * -(-self.out_features // config["BLOCK_OUT"])
         shared = self._shared_sums(config, rows)
         partial, arrivals = shared or (out, out)
+        scale = "end" if self._scales_at_end else "weights" if self.offsets == "offsets" else config["SCALE"]
         nvidia = _generation(device) in ("hopper", "ampere")
         _kernel().weight_only_kernel[(tiles, config["SPLITS"] if shared else 1)](
             x_ptr=x,
@@ -136,7 +140,7 @@ class WeightOnlyLinear:
             out_padded=self._out_padded,
             scale_stride=self._scales.shape[1],
             **self._layout,
-            SCALE="end" if self._scales_at_end else config["SCALE"],
+            SCALE=scale,
             BLOCK_ROWS=config["BLOCK_ROWS"],
             BLOCK_OUT=config["BLOCK_OUT"],
             BLOCK_WORDS=min(config["BLOCK_WORDS"], self.sub),
@@ -205,7 +209,7 @@ def can_pack(weight: QuantizedWeight) -> bool:
 
 
 def choose_config(
-    rows: int | None, out_features: int, steps: int, *, wide: bool, scale: str, multiprocessors: int, generation: str
+    rows: int | None, out_features: int, steps: int, *, wide: bool, multiprocessors: int, generation: str
 ) -> Config | None:
     """Launch parameters for layers that no bench has measured; None where the library multiplies faster.
 
@@ -217,7 +221,6 @@ def choose_config(
         rows: of the activations; None: a choice that is good for few and the same for all.
         steps: rows of words that an output has.
         wide: for float32, whose products take no tensor cores.
-        scale: what is scaled where there are few rows, "sums" or "weights".
         generation: "hopper", "ampere" (and what has its instructions), "amd" or "interpreter".
     """
     wanted = 2 * multiprocessors
@@ -239,7 +242,7 @@ def choose_config(
         "BLOCK_WORDS": 32 if wide or many else 64,  # or as many as there are
         "GROUP_ROWS": 8,
         "SPLITS": max(1, min(wanted // tiles, steps // LEAST_STEPS)),
-        "SCALE": "weights" if many else scale,
+        "SCALE": "weights" if many else "sums",
         "num_warps": num_warps,
         "num_stages": 2 if wide or generation == "amd" else 3 if block_out == 128 else 4,
     }

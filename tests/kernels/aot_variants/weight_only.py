@@ -35,7 +35,6 @@ def variant(
         outputs,
         steps,
         wide=dtype == "fp32",
-        scale="weights" if offsets == "offsets" else "sums",
         multiprocessors=MULTIPROCESSORS[target],
         generation=GENERATION[target],
     )
@@ -45,8 +44,8 @@ def variant(
     constants |= {"PLACES": places, "KIND": kind, "OFFSETS": offsets, "USE_SERIAL_SPLITS": False, "USE_BIAS": biased}
     constants |= {"BLOCK_WORDS": min(sub, config["BLOCK_WORDS"]), "USE_PTX": target != "gfx942" and dtype != "fp32"}
     constants["PRECISION"] = "ieee" if target == "gfx942" else "tf32x3"
-    if group is None and offsets != "offsets":
-        constants["SCALE"] = "end"
+    if offsets == "offsets" or group is None:
+        constants["SCALE"] = "weights" if offsets == "offsets" else "end"
     signature = {"x_ptr": f"*{dtype}", "words_ptr": "*i16", "scales_ptr": "*fp32" if kind == "float8" else "*fp16"}
     signature |= {"offsets_ptr": {"none": "*i16", "zeros": "*u8", "offsets": "*fp16"}[offsets], "bias_ptr": f"*{dtype}"}
     signature |= {"out_ptr": f"*{dtype}", "partial_ptr": "*fp32", "arrivals_ptr": "*i32", "rows": "i32"}
