@@ -63,24 +63,29 @@ def forced(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return config
 
 
-@pytest.mark.parametrize("scale", ["sums", "weights"])
+SUMS: list[tuple[str, int | None]]
+SUMS = [("s4", 128), ("s4", 32), ("s4", 16), ("s4", None), ("z4", 64), ("z4", None), ("s3", 32), ("s8", None), ("f8", 128)]
+WEIGHTS: list[tuple[str, int | None]]
+WEIGHTS = [("s4", 16), ("z4", 128), ("u4", 128), ("u4", 48), ("u4", None), ("u2", 32), ("s8", 16), ("u8", 128), ("f8", None)]
+
+
 @pytest.mark.parametrize(
-    ("kind", "group_size"),
-    [("s4", 128), ("s4", 32), ("s4", 16), ("s4", None), ("z4", 64), ("z4", 128), ("z4", None), ("u4", 128), ("u4", 48),
-     ("u4", None), ("u2", 32), ("s3", 32), ("s8", None), ("s8", 64), ("s8", 16), ("u8", 128), ("f8", None), ("f8", 128)],
-)  # fmt: skip
+    ("kind", "group_size", "scale"), [*((*each, "sums") for each in SUMS), *((*each, "weights") for each in WEIGHTS)]
+)
 def test_matches_the_definition(
     triton_path: str, forced: dict[str, Any], kind: str, group_size: int | None, scale: str
 ) -> None:
-    weight = make(kind, group_size)
+    weight = move(make(kind, group_size), triton_path)
     forced |= {"SCALE": scale, "BLOCK_WORDS": 32 if scale == "weights" else 64}
-    dtype = torch.float16 if scale == "sums" or kind in ("u4", "f8") else torch.float32
-    bias = torch.randn(SHAPE[0]).to(dtype)
-    x = (0.5 * torch.randn(3, SHAPE[1])).to(dtype)
-    layer = WeightOnlyLinear(move(weight, triton_path), bias.to(triton_path), dtype)
+    dtype = torch.float32 if scale == "weights" and kind[1] != "4" else torch.float16
+    tolerance = 4e-3 if dtype == torch.float16 else 1e-4
+    bias = torch.randn(SHAPE[0]).to(dtype).to(triton_path)
+    layer = WeightOnlyLinear(weight, bias, dtype)
 
     assert layer.offsets == {"u": "offsets", "z": "zeros"}.get(kind[0], "none")
-    check(layer, move(weight, triton_path), x.to(triton_path), bias.to(triton_path), 4e-3 if dtype == torch.float16 else 1e-4)
+    check(layer, weight, (0.5 * torch.randn(3, SHAPE[1])).to(dtype).to(triton_path), bias, tolerance)
+    unpacked = layer.unpack(3, SHAPE[0])
+    torch.testing.assert_close(unpacked, weight.dequantize(dtype)[3:], rtol=tolerance, atol=tolerance)
 
 
 def move(weight: QuantizedWeight, device: str) -> QuantizedWeight:

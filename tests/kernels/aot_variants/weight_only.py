@@ -16,7 +16,7 @@ COPIES = (r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", r"ldmatri
 def variant(
     target: str,
     kind: str,
-    rows: int | None,
+    rows: int,
     *,
     group: int | None = 128,
     offsets: str = "none",
@@ -25,7 +25,7 @@ def variant(
     scale_rows: int = 1,
     biased: bool = False,
 ) -> Variant:
-    """`group`: inputs that share a scale; None: a whole row. `rows` None: in deterministic mode."""
+    """`group`: inputs that share a scale; None: a whole row."""
     outputs, inputs = shape
     places = 4 if kind == "int4" else 2
     sub = 64 if group is None else math.gcd(group, 64)
@@ -53,7 +53,7 @@ def variant(
     instructions = TENSOR_CORES[target]
     if target != "gfx942":
         instructions += COPIES
-    words = [kind, offsets, f"group{group or '-all'}", f"rows{rows or '-any'}", f"{outputs}x{inputs}", dtype, target]
+    words = [kind, offsets, f"group{group or '-all'}", f"rows{rows}", f"{outputs}x{inputs}", dtype, target]
     return Variant(
         "-".join(["weight_only", *words]),
         "quant_matmul.kernel_weight_only:weight_only_kernel",
@@ -68,19 +68,15 @@ def variant(
 
 VARIANTS = [
     *(variant(target, "int4", rows) for target in TARGETS for rows in (1, 128)),
-    *(variant("sm_90", "int4", rows) for rows in (32, 64)),
+    variant("sm_90", "int4", 64),
     variant("sm_90", "int4", 16, shape=(3584, 3584), biased=True),
     variant("sm_90", "int4", 16, shape=(3584, 18944), offsets="zeros"),
     variant("sm_90", "int4", 16, group=32, offsets="zeros"),
     variant("sm_90", "int4", 16, offsets="offsets"),
     variant("sm_90", "int4", 128, offsets="offsets"),
-    variant("sm_90", "int4", 128, offsets="zeros", dtype="fp16"),
-    variant("sm_90", "int4", None),
     variant("sm_90", "int8", 16, group=None),
     variant("sm_90", "int8", 128, group=None),
-    variant("sm_80", "int8", 16, dtype="fp16"),
     variant("sm_90", "float8", 16, group=None),
-    variant("sm_90", "float8", 16, scale_rows=128),
-    variant("sm_90", "float8", 128, scale_rows=128),
+    variant("sm_90", "float8", 128, scale_rows=128, dtype="fp16"),
     variant("sm_80", "float8", 16, group=None),
 ]
