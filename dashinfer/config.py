@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from dashinfer.errors import ConfigurationError
-from dashinfer.types import DataType, QuantType
+from dashinfer.types import DataType, KVCacheDtype, QuantType
 
 Mode = Literal["auto", "llm", "vlm"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -157,7 +157,7 @@ class ServerConfig:
     )
     quant_group_size: int | None = _setting(
         None,
-        "weights that share a scale in a16w4 (default: 128) and a16w8 (default: an output's): 32, 64 or 128",
+        "weights that share a scale: 32, 64 or 128 (default: 128 in a16w4, all of an output's in a16w8)",
         group=_ENGINE,
         parse=_whole,
         metavar="N",
@@ -170,6 +170,12 @@ class ServerConfig:
         group=_ENGINE,
         parse=parse_size,
         metavar="SIZE",
+    )
+    kv_cache_dtype: KVCacheDtype = _setting(
+        "auto",
+        "type of the KV cache: int8 and fp8 take about half the memory of 16 bits, with a scale for each token and head; "
+        "auto is --data-type",
+        group=_ENGINE,
     )
     block_size: int | None = _setting(
         None,

@@ -102,6 +102,7 @@ class Ready(Struct, tag="ready", frozen=True):
     kv_cache_bytes: int
     activation_bytes: int = 0  # kept free for a step's temporary tensors
     graph_bytes: int = 0  # of CUDA graphs
+    kv_cache_dtype: KVCacheDtype = "auto"
 
 
 class Failed(Struct, tag="failed", frozen=True):

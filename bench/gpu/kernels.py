@@ -10,7 +10,18 @@ from typing import Any
 import torch
 
 from bench.gpu.timing import Ceilings, measure, measure_ceilings
-from bench.ops import activation, attention, linear, norm, quant_matmul, rope, sampling, varlen_attention
+from bench.ops import (
+    activation,
+    attention,
+    linear,
+    norm,
+    quant_matmul,
+    quantize_rows,
+    rope,
+    sampling,
+    scaled_matmul,
+    varlen_attention,
+)
 from bench.ops.case import Case, Job, Place, find_place
 
 Row = dict[str, Any]
@@ -25,6 +36,8 @@ FAMILIES = (
     sampling.jobs,
     linear.jobs,
     quant_matmul.jobs,
+    quantize_rows.jobs,
+    scaled_matmul.jobs,
 )
 
 

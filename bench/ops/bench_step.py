@@ -2,6 +2,7 @@
 
     python bench/ops/bench_step.py
     python bench/ops/bench_step.py --data-type float32 --block-size 64 --fragmented --cases 16x170 1x105p
+    python bench/ops/bench_step.py --kv-cache-dtype auto int8 fp8
 
 A case is `SEQUENCESxTOKENS` (each sequence decodes its token number TOKENS) or, with a `p`, a prefill of TOKENS a sequence. The
 sizes are those of SmolLM2-135M. Other load on the machine only ever adds time, so `step` is the fastest step seen, and `quiet`
@@ -22,6 +23,7 @@ from torch import Tensor
 
 import dashinfer_kernels as ops
 
+CACHE_TYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 DEFAULT_CASES = ["1x170", "4x170", "16x170", "32x170", "32x256", "1x1000", "16x1000", "32x1000", "1x105p", "4x105p", "1x512p"]
 
 
@@ -70,7 +72,7 @@ class Clock:
 class Stack:
     """Decoder layers with random weights over the ops."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, num_blocks: int, block_size: int) -> None:
+    def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
         self.shape = shape
         self.clock = Clock()
 
@@ -90,23 +92,31 @@ class Stack:
         self.head = linear(shape.vocab, shape.hidden)
         self.dtype = dtype
         self.norm = torch.ones(shape.hidden)
-        size = (num_blocks, 2, shape.kv_heads, block_size, shape.head_dim)
-        self.caches = [torch.randn(size).to(dtype) for _ in range(shape.layers)]
+        self.caches: list[tuple[Tensor, Tensor | None]] = []
         angles = torch.arange(8192).unsqueeze(1) * 10000.0 ** (-torch.arange(0, 1, 2 / shape.head_dim))
         self.cos_sin = torch.cat((angles.cos(), angles.sin()), -1)
+
+    def use_caches(self, dtype: torch.dtype, num_blocks: int, block_size: int) -> None:
+        """Caches that hold random numbers; of a type of one byte, with scales."""
+        size = (num_blocks, 2, self.shape.kv_heads, block_size, self.shape.head_dim)
+        quantised = dtype.itemsize == 1
+        self.caches = []
+        for _ in range(self.shape.layers):
+            values = torch.randn(size).mul_(40 if quantised else 1).to(dtype)
+            self.caches.append((values, torch.full(size[:4], 1 / 40) if quantised else None))
 
     def step(self, x: Tensor, batch: ops.PagedBatch) -> Tensor:
         """Logits of each sequence's last token, from embeddings [tokens, hidden]."""
         shape, clock = self.shape, self.clock
         residual = x.float()
         x = clock("norm", ops.rms_norm, residual, self.norm, 1e-5, self.dtype)
-        for (qkv, o, gate_up, down), kv_cache in zip(self.layers, self.caches, strict=True):
+        for (qkv, o, gate_up, down), (kv_cache, kv_scales) in zip(self.layers, self.caches, strict=True):
             x = clock("linear", qkv, x)
             x = clock(
                 "rope", ops.rope_kv_write, x, batch.positions, self.cos_sin, kv_cache, batch.slot_mapping,
-                num_heads=shape.heads, num_kv_heads=shape.kv_heads, head_dim=shape.head_dim,
+                num_heads=shape.heads, num_kv_heads=shape.kv_heads, head_dim=shape.head_dim, kv_scales=kv_scales,
             )  # fmt: skip
-            x = clock("attention", ops.paged_attention, x, kv_cache, batch, scale=shape.head_dim**-0.5)
+            x = clock("attention", ops.paged_attention, x, kv_cache, batch, scale=shape.head_dim**-0.5, kv_scales=kv_scales)
             x = clock("linear", o, x)
             x = clock("norm", ops.add_rms_norm, x, residual, self.norm, 1e-5)
             x = clock("linear", gate_up, x)
@@ -159,6 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=DEFAULT_CASES, metavar="CASE")
     parser.add_argument("--data-type", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--kv-cache-dtype", nargs="+", default=["auto"], choices=["auto", *CACHE_TYPES])
     parser.add_argument("--block-size", type=int, default=32)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=2.0, help="for each case")
@@ -170,15 +181,17 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     num_blocks = max(blocks_needed(case, options.block_size) for case in options.cases)
-    stack = Stack(Shape(), getattr(torch, options.data_type), num_blocks, options.block_size)
+    dtype = getattr(torch, options.data_type)
+    stack = Stack(Shape(), dtype)
     order = torch.randperm(num_blocks).tolist() if options.fragmented else list(range(num_blocks))
     columns = ["step", "quiet", "linear", "head", "attention", "rope", "norm", "activation", "build"]
     print(f"{options.data_type}, block size {options.block_size}, {options.threads} threads, milliseconds")
-    print(f"{'case':>10}" + "".join(f"{name:>12}" for name in columns))
+    print(f"{'case':>10}{'cache':>6}" + "".join(f"{name:>12}" for name in columns))
     with torch.inference_mode():
-        for case in options.cases:
+        for case, cache in itertools.product(options.cases, options.kv_cache_dtype):
+            stack.use_caches(CACHE_TYPES.get(cache, dtype), num_blocks, options.block_size)
             spent = measure(stack, case, options.block_size, order, options.seconds)
-            print(f"{case:>10}" + "".join(f"{spent.get(name, 0.0):12.2f}" for name in columns), flush=True)
+            print(f"{case:>10}{cache:>6}" + "".join(f"{spent.get(name, 0.0):12.2f}" for name in columns), flush=True)
 
 
 if __name__ == "__main__":

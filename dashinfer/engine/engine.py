@@ -290,4 +290,5 @@ def worker_config(config: ServerConfig, files: ModelFiles, rank: int, world_size
         quant_type=config.quant_type,
         quant_group_size=config.quant_group_size,
         quantize_head=config.quantize_head,
+        kv_cache_dtype=config.kv_cache_dtype,
     )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dashinfer.errors import ConfigurationError, UnsupportedModel
+from dashinfer.models.quantized_config import CheckpointQuantization, read_quantization
 from dashinfer.models.rope_config import RopeConfig
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -70,6 +71,7 @@ class ModelConfig:
     rope: RopeConfig
     max_positions: int  # the longest sequence that can be asked for
     native_positions: int  # the longest one that is served without asking
+    quantization: CheckpointQuantization | None = None  # of the linear layers in the checkpoint
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
@@ -120,6 +122,7 @@ class ModelConfig:
             max_positions=rope.reach(positions),
             # dynamic scaling changes every rotation, so a model keeps its own length unless a longer one is asked for
             native_positions=positions if rope.kind == "dynamic" else rope.reach(positions),
+            quantization=read_quantization(config.get("quantization_config")),
         )
 
     def resolve_max_length(self, requested: int | None) -> int:
@@ -161,11 +164,6 @@ def _architecture(config: Mapping[str, Any]) -> str:
         raise UnsupportedModel(f"{name} is a vision-language model; vision is not supported yet")
     if name not in _FAMILIES:
         raise UnsupportedModel(f"the architecture {name} is not supported; supported are {', '.join(_FAMILIES)}")
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
-        raise UnsupportedModel(
-            f"checkpoints quantised with {method} are not supported yet; use the model's original weights or a .gguf file"
-        )
     return name
 
 

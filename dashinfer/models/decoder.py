@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dashinfer.models.config import ModelConfig
 from dashinfer.models.gguf import ROPE_FACTORS
+from dashinfer.models.kv_cache import KVCache
 from dashinfer.models.parallel import (
     GateUpLinear,
     Group,
@@ -23,7 +24,16 @@ from dashinfer.models.parallel import (
 from dashinfer.models.rope import rope_table
 from dashinfer.models.shapes import EMBEDDING, FINAL_NORM, HEAD
 from dashinfer.models.weights import Part, WeightReader
-from dashinfer_kernels import PagedBatch, add_rms_norm, gelu_mul, paged_attention, rms_norm, rope_kv_write, silu_mul
+from dashinfer_kernels import (
+    PagedBatch,
+    QuantizedRows,
+    add_rms_norm,
+    gelu_mul,
+    paged_attention,
+    rms_norm,
+    rope_kv_write,
+    silu_mul,
+)
 
 
 class DecoderLayer:
@@ -70,17 +80,20 @@ class DecoderLayer:
         self.window = window if window is not None and window < max_length else None
         self.activate = silu_mul if config.activation == "silu" else gelu_mul
 
-    def __call__(self, normed: Tensor, residual: Tensor, batch: PagedBatch, cos_sin: Tensor, kv_cache: Tensor) -> Tensor:
+    def __call__(
+        self, normed: Tensor | QuantizedRows, residual: Tensor, batch: PagedBatch, cos_sin: Tensor, kv_cache: KVCache
+    ) -> Tensor:
         """The MLP's output, which the caller adds to `residual`; the attention's is added here.
 
         Args:
-            normed: [tokens, hidden], the input after `input_norm`.
+            normed: [tokens, hidden], the input after `input_norm`; quantised where `qkv` takes it so.
             residual: [tokens, hidden] float32, the input before it; changed in place.
         """
-        q = rope_kv_write(self.qkv(normed), batch.positions, cos_sin, kv_cache, batch.slot_mapping, **self.heads)
-        attended = paged_attention(q, kv_cache, batch, scale=self.scale, window=self.window)
-        normed = add_rms_norm(self.output(attended), residual, self.mlp_norm, self.eps)
-        return self.down(self.activate(self.gate_up(normed)))
+        held, scales = kv_cache.values, kv_cache.scales
+        q = rope_kv_write(self.qkv(normed), batch.positions, cos_sin, held, batch.slot_mapping, **self.heads, kv_scales=scales)
+        attended = paged_attention(q, held, batch, scale=self.scale, window=self.window, kv_scales=scales)
+        normed = add_rms_norm(self.output(attended), residual, self.mlp_norm, self.eps, quantize=self.gate_up.takes)
+        return self.down(self.activate(self.gate_up(normed), quantize=self.down.takes))
 
     @property
     def nbytes(self) -> int:
@@ -103,24 +116,27 @@ class DecoderLM:
         self.embedding = VocabParallelEmbedding(embedding, group)
         self.layers = [DecoderLayer(config, index, reader, group, max_length) for index in range(config.num_layers)]
         self.final_norm = reader.read(Part(FINAL_NORM, (config.hidden_size,)), dtype=torch.float32)
-        if not config.tie_word_embeddings:
-            embedding = load_vocab_share(reader, HEAD, config.vocab_size, config.hidden_size, group)
-        # of a tied embedding: shared where linear layers use weights as they are, a packed copy where they do not, as on CPU
-        exact = embedding if config.tie_word_embeddings and reader.device.type == "cpu" else None
-        self.head = VocabParallelHead(embedding, config.vocab_size, group, exact=exact)
+        tied = config.tie_word_embeddings
+        self.head = VocabParallelHead.load(
+            reader,
+            EMBEDDING if tied else HEAD,
+            config.vocab_size,
+            config.hidden_size,
+            group,
+            embedding=embedding if tied else None,
+        )
         factors = None
         if ROPE_FACTORS in reader:
             factors = reader.read(Part(ROPE_FACTORS, (config.rope.rotary_dim // 2,)), dtype=torch.float32).cpu()
         self.cos_sin = rope_table(config.rope, max_length, factors).to(reader.device)
-        # the norm after each layer: the next one's, or the final one
-        self._norms_after = [*(layer.input_norm for layer in self.layers[1:]), self.final_norm]
+        # the norm after each layer, the next one's or the final one, and what its result is quantised to
+        self._norms_after = [*((layer.input_norm, layer.qkv.takes) for layer in self.layers[1:]), (self.final_norm, None)]
         reader.finish(config.num_layers)
-        parts = (self.embedding, *self.layers, self.final_norm, self.cos_sin)
-        shared = config.tie_word_embeddings and reader.device.type != "cpu"
-        self.weight_bytes = sum(part.nbytes for part in parts) + (0 if shared else self.head.nbytes)
+        parts = (self.embedding, *self.layers, self.final_norm, self.cos_sin, self.head)
+        self.weight_bytes = sum(part.nbytes for part in parts)
 
     @torch.inference_mode()
-    def forward(self, input_ids: Tensor, batch: PagedBatch, kv_caches: list[Tensor]) -> Tensor:
+    def forward(self, input_ids: Tensor, batch: PagedBatch, kv_caches: list[KVCache]) -> Tensor:
         """Runs the layers, and writes the new keys and values to the cache.
 
         Args:
@@ -133,10 +149,11 @@ class DecoderLM:
         embedded = self.embedding(input_ids)
         residual = embedded.to(torch.float32, copy=True)
         eps = self.config.norm_eps
-        normed = rms_norm(residual, self.layers[0].input_norm, eps, embedded.dtype)
-        for layer, kv_cache, norm_after in zip(self.layers, kv_caches, self._norms_after, strict=True):
+        first = self.layers[0]
+        normed = rms_norm(residual, first.input_norm, eps, embedded.dtype, quantize=first.qkv.takes)
+        for layer, kv_cache, (norm_after, quantize) in zip(self.layers, kv_caches, self._norms_after, strict=True):
             output = layer(normed, residual, batch, self.cos_sin, kv_cache)
-            normed = add_rms_norm(output, residual, norm_after, eps)
+            normed = add_rms_norm(output, residual, norm_after, eps, quantize=quantize)
         return normed
 
     @torch.inference_mode()

@@ -4,12 +4,14 @@ The metadata is turned into a config elsewhere; only the architecture matters he
 queries and keys in another order.
 """
 
+import math
 import os
 import re
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -17,8 +19,12 @@ from torch import Tensor
 
 from dashinfer.errors import ModelNotFound, UnsupportedModel
 from dashinfer.gguf_header import TensorInfo, read_header
-from dashinfer.models.dequantize import dequantize
-from dashinfer.models.weights import Part
+from dashinfer.models.dequantize import code_bits, dequantize, unpack
+from dashinfer.models.linears import WeightFormat
+from dashinfer.models.weights import Part, WeightReader
+from dashinfer_kernels import QuantizedWeight
+
+T = TypeVar("T")
 
 # divides the rotary frequencies where a file has it (Llama 3.1 and later); it keeps its GGUF name
 ROPE_FACTORS = "rope_freqs.weight"
@@ -104,30 +110,82 @@ class GGUFSource:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entries[name].shape
 
+    def dtype(self, name: str) -> torch.dtype | None:
+        return None
+
     def read_into(self, out: Tensor, part: Part) -> None:
         entry = self._entries[part.name]
         if len(entry.shape) == 1:
             row = self._rows(entry, 0, 1)[0]
             out.copy_(self._reorder(part.name, row[slice(*part.rows)] if part.rows else row))
             return
-        start, stop = part.rows or (0, entry.shape[0])
+        start = part.rows[0] if part.rows else 0
         columns = slice(*part.columns) if part.columns else slice(None)
-        # whole heads at a time, so that reordering stays within a chunk
-        step = max(1, _CHUNK // (entry.shape[1] * self._head_dim)) * self._head_dim
 
-        def chunk(first: int) -> None:
-            last = min(first + step, stop)
+        def chunk(first: int, last: int) -> None:
             rows = self._rows(entry, first, last)[:, columns]
             out[first - start : last - start].copy_(self._reorder(part.name, rows))
 
-        for _ in self._pool.map(chunk, range(start, stop, step)):
+        for _ in self._chunks(entry, part, chunk):
             pass  # an exception of a chunk is raised here
 
     def read_stored(self, part: Part) -> Tensor:
-        raise UnsupportedModel(f"the GGUF tensor of {part.name} cannot be read as it is stored")
+        raise UnsupportedModel(f"the tensor {part.name} cannot be read as the .gguf file stores it")
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of matrices as `read_codes` gives them, or in 16 bits where it does not: codes, scales and offsets."""
+        matrices = {name: math.prod(entry.shape) for name, entry in self._entries.items() if name.endswith("_proj.weight")}
+        bits = sum(((self.code_bits(name) or 15) + 1) * weights for name, weights in matrices.items())
+        return bits / max(1, sum(matrices.values()))
+
+    def code_bits(self, name: str) -> int | None:
+        """Of the codes that `read_codes` gives: 4 or 8; None where it gives none."""
+        return code_bits(self._entries[name].kind)
+
+    def read_codes(self, part: Part) -> QuantizedWeight:
+        """A matrix's share in the file's own codes, in host memory; the file keeps it in a format that has `code_bits`.
+
+        Raises:
+            UnsupportedModel: the share cuts a group.
+        """
+        entry = self._entries[part.name]
+        bits = code_bits(entry.kind)
+        assert bits is not None
+        columns = part.local_shape[1]
+
+        def chunk(first: int, last: int) -> list[Tensor | None]:
+            groups = unpack(self._stored(entry, first, last), entry.kind)
+            return [None if each is None else self._reorder(part.name, each.reshape(last - first, -1)) for each in groups]
+
+        codes, scales, offsets = (
+            None if pieces[0] is None else torch.cat(pieces) for pieces in zip(*self._chunks(entry, part, chunk), strict=True)
+        )
+        size = entry.shape[1] // scales.shape[1]
+        if part.columns:
+            if part.columns[0] % size or part.columns[1] % size:
+                raise UnsupportedModel(
+                    f"{part.name} has a scale for {size} weights each, which a share of {columns} inputs cuts"
+                )
+            codes = codes[:, slice(*part.columns)]
+            groups = slice(part.columns[0] // size, part.columns[1] // size)
+            scales, offsets = scales[:, groups], None if offsets is None else offsets[:, groups]
+        return QuantizedWeight(codes=codes, scales=scales, offsets=offsets, bits=bits, group_size=size)
+
+    def _chunks(self, entry: _Entry, part: Part, read: Callable[[int, int], T]) -> Iterator[T]:
+        """`read(first row, last)` of a part, some rows at a time, by several threads; the results in order."""
+        start, stop = part.rows or (0, entry.shape[0])
+        # whole heads at a time, so that reordering stays within a chunk
+        step = max(1, _CHUNK // (entry.shape[1] * self._head_dim)) * self._head_dim
+        firsts = range(start, stop, step)
+        return self._pool.map(read, firsts, [min(first + step, stop) for first in firsts])
 
     def _rows(self, entry: _Entry, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of the tensor as they are stored: [rows, columns]."""
+        """Rows [start, stop) of the tensor: [rows, columns]."""
+        return dequantize(self._stored(entry, start, stop), entry.kind)
+
+    def _stored(self, entry: _Entry, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of the tensor as they are stored: [rows, bytes]."""
         data = torch.empty((stop - start) * entry.row_bytes, dtype=torch.uint8)
         view, offset = memoryview(data.numpy()), entry.offset + start * entry.row_bytes
         while view:
@@ -135,7 +193,7 @@ class GGUFSource:
             if not count:
                 raise ModelNotFound(f"{entry.file.name} ended while it was read")
             view, offset = view[count:], offset + count
-        return dequantize(data.view(stop - start, -1), entry.kind)
+        return data.view(stop - start, -1)
 
     def _reorder(self, name: str, rows: Tensor) -> Tensor:
         """`llama` files pair neighbouring rows of a head for the rotation, Hugging Face's pair its halves."""
@@ -149,6 +207,46 @@ class GGUFSource:
         torch.set_num_threads(self._threads)  # the pool's threads changed what threads to come start with
         for file in self._files:
             file.close()
+
+
+class GGUFFormat(WeightFormat):
+    """Matrices in the codes that the file has, where there is a layout for them.
+
+    Args:
+        bits: 4 to take the file's codes of 4 bits only; None: all.
+        others: how matrices without such codes are read; None: in 16 bits.
+        wide_copy: as of every format.
+    """
+
+    rounds_head = True
+
+    def __init__(
+        self,
+        source: GGUFSource,
+        *,
+        bits: int | None = None,
+        others: WeightFormat | None = None,
+        wide_copy: bool = False,
+    ) -> None:
+        self._source, self._bits, self._others = source, bits, others
+        self.wide_copy = wide_copy
+
+    def read(self, reader: WeightReader, part: Part) -> QuantizedWeight | None:
+        if (own := self._own(reader, part, self._bits)) is not None or self._others is None:
+            return own
+        return self._others.read(reader, part)
+
+    def read_head(self, reader: WeightReader, part: Part) -> QuantizedWeight | None:
+        if (own := self._own(reader, part, None)) is not None or self._others is None:
+            return own
+        return self._others.read_head(reader, part)
+
+    def _own(self, reader: WeightReader, part: Part, bits: int | None) -> QuantizedWeight | None:
+        found = self._source.code_bits(part.name) if part.name in reader else None
+        if found is None or bits not in (None, found):
+            return None
+        reader.take(part)
+        return self._source.read_codes(part).to(reader.device)
 
 
 def _hf_name(name: str) -> str:

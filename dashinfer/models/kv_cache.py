@@ -1,28 +1,59 @@
-"""The paged KV cache's memory: its size and its tensors. Which sequence holds which block is the scheduler's business.
+"""The paged KV cache's memory: types, size, tensors. Which sequence holds which block is the scheduler's business.
 
 A rank keeps the key-value heads that its query heads use: an even share, or one copy of a head where there are more ranks than
-heads.
+heads. A quantised cache has a float32 scale for each token, head, and keys or values.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dashinfer.models.config import ModelConfig
 from dashinfer.models.parallel import local_kv_heads
+from dashinfer.types import DataType, KVCacheDtype
+
+_QUANTISED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """One layer's.
+
+    Attributes:
+        values: [num_blocks, 2 (keys, values), kv heads of the rank, block_size, head_dim].
+        scales: [num_blocks, 2, kv heads, block_size] float32, what values are multiplied with; None: they are what they are.
+    """
+
+    values: Tensor
+    scales: Tensor | None = None
+
+
+def kv_dtype(kv_cache_dtype: KVCacheDtype, data_type: DataType) -> torch.dtype:
+    """What a cache holds."""
+    return _QUANTISED.get(kv_cache_dtype) or getattr(torch, data_type)
 
 
 def kv_bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype, world_size: int) -> int:
-    """Bytes that one block of `block_size` tokens takes on each rank, keys and values of all layers together."""
+    """Bytes that one block of `block_size` tokens takes on each rank, keys and values of all layers together, with scales."""
     heads = local_kv_heads(config.num_kv_heads, world_size)
-    return 2 * config.num_layers * heads * block_size * config.head_dim * dtype.itemsize
+    scale = torch.float32.itemsize if dtype in _QUANTISED.values() else 0
+    return 2 * config.num_layers * heads * block_size * (config.head_dim * dtype.itemsize + scale)
 
 
 def allocate_kv_cache(
     config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device, world_size: int
-) -> list[Tensor]:
-    """A tensor a layer: [num_blocks, 2 (keys, values), kv heads of the rank, block_size, head_dim].
+) -> list[KVCache]:
+    """A cache a layer; one of int8 or float8_e4m3fn has scales.
 
     The memory is not written, so on CPU it costs nothing before it is used.
     """
-    shape = (num_blocks, 2, local_kv_heads(config.num_kv_heads, world_size), block_size, config.head_dim)
-    return [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+    tokens = (num_blocks, 2, local_kv_heads(config.num_kv_heads, world_size), block_size)
+    scaled = dtype in _QUANTISED.values()
+    return [
+        KVCache(
+            torch.empty(*tokens, config.head_dim, dtype=dtype, device=device),
+            torch.empty(tokens, dtype=torch.float32, device=device) if scaled else None,
+        )
+        for _ in range(config.num_layers)
+    ]

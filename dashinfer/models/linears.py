@@ -6,22 +6,30 @@ layer each if they do not.
 
 import itertools
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dashinfer.models.quantization import Rounding
 from dashinfer.models.weights import Part, WeightReader
-from dashinfer_kernels import Linear, QuantizedWeight, pack_linear, pack_quantized, quantize_float8, quantize_int
+from dashinfer_kernels import Linear, QuantizedRows, QuantizedWeight, pack_linear, pack_quantized, quantize_float8, quantize_int
 from dashinfer_kernels.quant_matmul.reference import Activations
 from dashinfer_kernels.quant_matmul.weight import concatenate
 
 
-class WeightFormat(Protocol):
-    """How a checkpoint keeps the matrices of its linear layers; `activations`: how their inputs are quantised."""
+class WeightFormat:
+    """How a checkpoint keeps the matrices of its linear layers, and what becomes of them.
 
-    activations: Activations | None
+    Attributes:
+        activations: how the layers' inputs are quantised.
+        rounds_head: an output layer whose weights are the embedding's may be rounded to 8 bits where the embedding is there to
+            compute the likeliest logits again.
+        wide_copy: on CPU, layers also keep a 16-bit copy, which multiplies many rows faster.
+    """
+
+    activations: Activations | None = None
+    rounds_head = False
+    wide_copy = False
 
     def read(self, reader: WeightReader, part: Part) -> QuantizedWeight | None:
         """`part.name` ends in `.weight`, which need not exist. On the reader's device. None: this one is not quantised.
@@ -29,15 +37,20 @@ class WeightFormat(Protocol):
         Raises:
             UnsupportedModel: a tensor is missing or has an unexpected shape or type, or the share cuts a group.
         """
-        ...
+        raise NotImplementedError
+
+    def read_head(self, reader: WeightReader, part: Part) -> QuantizedWeight | None:
+        """As `read`, of the output layer, which has 16 bits unless somebody asked for less."""
+        return None
 
 
-class RoundedOnLoad:
+class RoundedOnLoad(WeightFormat):
     """Matrices of any float type, rounded one after the other as they are read."""
 
-    def __init__(self, rounding: Rounding) -> None:
+    def __init__(self, rounding: Rounding, *, quantizes_head: bool) -> None:
         self.activations = rounding.activations
         self._rounding = rounding
+        self._quantizes_head = quantizes_head
 
     def read(self, reader: WeightReader, part: Part) -> QuantizedWeight | None:
         weight = reader.read(part, dtype=torch.float32)
@@ -46,33 +59,41 @@ class RoundedOnLoad:
         group_size = self._rounding.group_for(weight.shape[1])
         return quantize_int(weight, bits=self._rounding.bits, group_size=group_size, symmetric=self._rounding.symmetric)
 
+    def read_head(self, reader: WeightReader, part: Part) -> QuantizedWeight | None:
+        return self.read(reader, part) if self._quantizes_head else None
 
-def load_linear(reader: WeightReader, parts: Sequence[Part], *, bias: bool = False, quantized: bool = True) -> Linear:
+
+def load_linear(reader: WeightReader, parts: Sequence[Part], *, bias: bool = False) -> Linear:
     """The layer whose outputs are those of `parts`, one after the other.
 
     Args:
         bias: whether the checkpoint has `bias` vectors beside the weights.
-        quantized: False: in 16 bits whatever the checkpoint's other layers are.
 
     Raises:
         UnsupportedModel: as `WeightFormat.read` and `WeightReader.read`.
     """
     vector = reader.read(*map(_bias_part, parts)) if bias else None
-    form = reader.format if quantized else None
+    form = reader.format
     weights = [None if form is None else form.read(reader, part) for part in parts]
     if form is None or all(weight is None for weight in weights):
         return pack_linear(reader.read(*parts), vector)
     known = [weight for weight in weights if weight is not None]
     if len(known) == len(weights) and all(left.fits(right) for left, right in itertools.pairwise(known)):
-        return pack_quantized(concatenate(known), vector, dtype=reader.dtype, activations=form.activations)
+        return pack_weight(reader, concatenate(known), vector)
     vectors = [None] * len(parts) if vector is None else vector.split([part.local_shape[0] for part in parts])
-    layers: list[Linear] = []
-    for part, weight, own in zip(parts, weights, vectors, strict=True):
-        if weight is None:
-            layers.append(pack_linear(reader.read(part), own))
-        else:
-            layers.append(pack_quantized(weight, own, dtype=reader.dtype, activations=form.activations))
-    return SideBySide(layers)
+    return SideBySide(
+        [
+            pack_linear(reader.read(part), own) if weight is None else pack_weight(reader, weight, own)
+            for part, weight, own in zip(parts, weights, vectors, strict=True)
+        ]
+    )
+
+
+def pack_weight(reader: WeightReader, weight: QuantizedWeight, bias: Tensor | None = None) -> Linear:
+    """A layer as the reader's format wants it."""
+    form = reader.format
+    assert form is not None
+    return pack_quantized(weight, bias, dtype=reader.dtype, activations=form.activations, wide_copy=form.wide_copy)
 
 
 def _bias_part(part: Part) -> Part:
@@ -87,9 +108,11 @@ class SideBySide:
         self.in_features = layers[0].in_features
         self.out_features = sum(layer.out_features for layer in layers)
         self.nbytes = sum(layer.nbytes for layer in layers)
+        kinds = {layer.takes for layer in layers}
+        self.takes = kinds.pop() if len(kinds) == 1 else None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | QuantizedRows) -> Tensor:
         return torch.cat([layer(x) for layer in self._layers], -1)
 
-    def wide(self, x: Tensor) -> Tensor:
+    def wide(self, x: Tensor | QuantizedRows) -> Tensor:
         return torch.cat([layer.wide(x) for layer in self._layers], -1)

@@ -1,15 +1,20 @@
 """From a WorkerConfig to a model in memory: checks first, then reads."""
 
+from collections.abc import Mapping
+from typing import Protocol
+
 import torch
 
 from dashinfer.errors import ModelNotFound, UnsupportedModel
 from dashinfer.models.config import ModelConfig
 from dashinfer.models.decoder import DecoderLM
-from dashinfer.models.gguf import GGUFSource
+from dashinfer.models.gguf import GGUFFormat, GGUFSource
 from dashinfer.models.linears import RoundedOnLoad, WeightFormat
-from dashinfer.models.memory import check_memory, weight_bytes
+from dashinfer.models.memory import check_memory, packed_bytes, weight_bytes
 from dashinfer.models.parallel import Group
 from dashinfer.models.quantization import rounding
+from dashinfer.models.quantized_config import check_quant_type
+from dashinfer.models.quantized_formats import checkpoint_format
 from dashinfer.models.shapes import tensor_shapes
 from dashinfer.models.weights import DummySource, ReportProgress, SafetensorsSource, Source, WeightReader
 from dashinfer.types import WorkerConfig
@@ -43,27 +48,71 @@ def load_model(
     on_cpu = device.type == "cpu"
     # a processor that cannot multiply the type keeps weights in another one: a layer of a single weight tells
     itemsize = pack_linear(torch.zeros(1, 1, dtype=dtype, device=device)).nbytes
-    needed = weight_bytes(model_config, itemsize, group.world_size, tied_copies=2 if on_cpu else 1)
-    check_memory(config.files.name, needed, free, config.data_type, "memory" if on_cpu else "GPU memory")
-    form = weight_format(config, model_config)
-    source = _source(config, model_config)
+
+    def needs(layer_bits: float | None = None, packed: Mapping[str, int] | None = None) -> int:
+        copies = 2 if on_cpu else 1
+        return weight_bytes(model_config, itemsize, group.world_size, tied_copies=copies, layer_bits=layer_bits, packed=packed)
+
+    # where the checkpoint's own codes are kept, its files tell how much memory they need; else the config does, before
+    source = None
+    if config.files.format == "gguf" or model_config.quantization is not None:
+        source = _source(config, model_config)
+    try:
+        form, needed = _weight_format(config, model_config, source, needs, free, on_cpu=on_cpu)
+        kind = config.data_type if form is None else config.quant_type or "the checkpoint's own type"
+        check_memory(config.files.name, needed, free, kind, "memory" if on_cpu else "GPU memory")
+    except BaseException:
+        if source is not None:
+            source.close()
+        raise
+    source = source or _source(config, model_config)
     with WeightReader(source, dtype=dtype, device=device, report=report, format=form) as reader:
         return DecoderLM(model_config, reader, group, max_length)
 
 
-def weight_format(config: WorkerConfig, model_config: ModelConfig) -> WeightFormat | None:
-    """How the checkpoint's linear layers are to be read; None: as they are.
+class _Needs(Protocol):
+    """Bytes of all weights: in the data type, with `layer_bits` a weight in layers, or with some matrices `packed`."""
+
+    def __call__(self, layer_bits: float | None = None, packed: Mapping[str, int] | None = None) -> int: ...
+
+
+def _weight_format(
+    config: WorkerConfig, model_config: ModelConfig, source: Source | None, needs: _Needs, free: int, *, on_cpu: bool
+) -> tuple[WeightFormat | None, int]:
+    """How the checkpoint's linear layers are to be read, None for as they are, and the bytes that all weights need then.
+
+    A .gguf file's own codes are kept, in 16-bit models. On CPU they are quicker for few rows and slower for many, so layers
+    keep a 16-bit copy too if that leaves half of the memory free, and nothing but that where a row must have the same bits in
+    any company.
 
     Raises:
-        UnsupportedModel: `--quant-type` asks for what the checkpoint is not.
+        UnsupportedModel: `--quant-type` asks for what the checkpoint is not, or random weights for one that is quantised.
     """
-    if config.quant_type is None:
-        return None
-    if config.quant_type == "gptq":
-        raise UnsupportedModel(
-            f"--quant-type gptq: {config.files.name} is not a GPTQ checkpoint; use another --quant-type to quantise it"
-        )
-    return RoundedOnLoad(rounding(config.quant_type, config.quant_group_size))
+    regroup = config.quant_group_size is not None or config.quantize_head
+    check_quant_type(model_config.quantization, config.files.name, config.quant_type, regroup=regroup)
+    if model_config.quantization is not None:
+        if source is None or config.load_format == "dummy":
+            raise UnsupportedModel(
+                f"--load-format dummy: random weights are not quantised as {config.files.name} is; "
+                "use the original model's config.json with --quant-type"
+            )
+        return checkpoint_format(model_config.quantization), needs(packed=packed_bytes(model_config, source.sizes))
+    rounded, needed = None, needs()
+    if config.quant_type is not None:
+        settings = rounding(config.quant_type, config.quant_group_size)
+        rounded = RoundedOnLoad(settings, quantizes_head=config.quantize_head)
+        needed = needs(settings.bits_per_weight)
+    if not isinstance(source, GGUFSource) or config.data_type == "float32":
+        return rounded, needed
+    if config.quant_type == "a16w4":
+        return GGUFFormat(source, bits=4, others=rounded), needed
+    if rounded is not None or on_cpu:
+        return rounded, needed
+    own = needs(source.bits_per_weight)
+    if on_cpu and needed + own < free // 2:
+        # with the copies, formats of more bits gain nothing
+        return GGUFFormat(source, bits=4, wide_copy=True), needed + own
+    return GGUFFormat(source), own
 
 
 def _source(config: WorkerConfig, model_config: ModelConfig) -> Source:

@@ -2,37 +2,75 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from dashinfer.errors import InsufficientMemory
 from dashinfer.models.config import ModelConfig
 from dashinfer.models.shapes import EMBEDDING, tensor_shapes
-from dashinfer.types import DataType
 
 
-def weight_bytes(config: ModelConfig, itemsize: int, world_size: int, *, tied_copies: int = 1) -> int:
+def weight_bytes(
+    config: ModelConfig,
+    itemsize: int,
+    world_size: int,
+    *,
+    tied_copies: int = 1,
+    layer_bits: float | None = None,
+    packed: Mapping[str, int] | None = None,
+) -> int:
     """Bytes of one rank's share of the weights, within a few percent for more than one rank.
 
     Args:
         itemsize: bytes that a linear layer keeps for a weight.
         tied_copies: of an embedding that is the head too; 2 where linear layers keep weights in a layout of their own.
+        layer_bits: that a weight of the layers' matrices takes with its share of a scale, where they are rounded on load.
+        packed: the matrices that the checkpoint has quantised, by name, and their bytes.
     """
+    packed = packed or {}
     shapes = tensor_shapes(config)
-    weights = sum(math.prod(shape) for shape in shapes.values())
+    weights = sum(math.prod(shape) for name, shape in shapes.items() if name not in packed)
     if config.tie_word_embeddings:
         weights += (tied_copies - 1) * math.prod(shapes[EMBEDDING])
-    return itemsize * -(-weights // world_size)
+    needed = itemsize * weights + sum(packed.values())
+    if layer_bits is not None:
+        layers = sum(math.prod(shape) for name, shape in shapes.items() if name.endswith("_proj.weight"))
+        needed += math.ceil(layers * (layer_bits / 8 - itemsize))
+    return -(-needed // world_size)
 
 
-def check_memory(name: str, needed: int, available: int, data_type: DataType, where: str) -> None:
-    """Raises InsufficientMemory, saying what to change, if `needed` bytes are more than the `available` ones."""
+def packed_bytes(config: ModelConfig, sizes: Mapping[str, int]) -> dict[str, int]:
+    """The matrices that a checkpoint has quantised, and the bytes that each takes: those of all its tensors in the files, and
+    no fewer than 4 bits a weight, which devices use for fewer ones, too.
+
+    Args:
+        sizes: of the tensors in the files, in bytes.
+    """
+    modules: dict[str, int] = {}
+    for name, size in sizes.items():
+        module, _, kind = name.rpartition(".")
+        if kind != "bias":
+            modules[module] = modules.get(module, 0) + size
+    return {
+        name: max(modules[name.removesuffix(".weight")], math.prod(shape) // 2)
+        for name, shape in tensor_shapes(config).items()
+        if len(shape) == 2 and sizes.get(name, 0) < 2 * math.prod(shape) and name.removesuffix(".weight") in modules
+    }
+
+
+def check_memory(name: str, needed: int, available: int, kind: str, where: str) -> None:
+    """Raises InsufficientMemory, saying what to change, if `needed` bytes are more than the `available` ones.
+
+    Args:
+        kind: what the weights are kept in, a data type or a quantisation.
+    """
     if needed <= available:
         return
-    smaller = "use " if data_type == "bfloat16" else "use --data-type bfloat16, "
+    changes = {"bfloat16": "--quant-type a16w8 or a16w4, ", "float16": "--quant-type a16w8 or a16w4, "}
+    smaller = changes.get(kind, "--data-type bfloat16, " if kind == "float32" else "")
     raise InsufficientMemory(
-        f"{name}: the weights need {format_size(needed)} in {data_type}, but only {format_size(available)} of {where} is free; "
-        f"{smaller}a smaller model, or free some memory"
+        f"{name}: the weights need {format_size(needed)} in {kind}, but only {format_size(available)} of {where} is free; "
+        f"use {smaller}a smaller model, or free some memory"
     )
 
 

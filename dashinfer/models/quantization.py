@@ -22,6 +22,12 @@ class Rounding:
     symmetric: bool = True
     activations: Literal["int8", "fp8"] | None = None
 
+    @property
+    def bits_per_weight(self) -> float:
+        """With a weight's share of its group's scale and offset, of 16 bits each."""
+        shared = 16 * (1 if self.symmetric else 2) / self.group_size if self.group_size else 0
+        return (self.bits or 8) + shared
+
     def group_for(self, in_features: int) -> int | None:
         """The group size of a matrix: halved until it divides the inputs."""
         size = self.group_size

@@ -25,7 +25,20 @@ if TYPE_CHECKING:
 ReportProgress = Callable[[str, int, int, str], None]
 
 _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # what safetensors calls the types that weights come in, and their bytes
+# Tensors of layers that change nothing: tables that are computed here, and scales for a cache in 8 bits, which has its own.
+_HARMLESS = ("rotary_emb.inv_freq", "attn_rot_embd.weight", ".k_scale", ".v_scale")
 _SIZES = {**_FLOATS, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}  # any other: 1
+_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 _REPORTS = 100  # progress is reported in steps of a hundredth
 
 
@@ -55,6 +68,10 @@ class Source(Protocol):
     on_device: bool
 
     def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        """The type in the file; None for one that torch does not have."""
+        ...
 
     def read_into(self, out: Tensor, part: Part) -> None:
         """Fill `out`, [*part.local_shape] of any float type. Raises UnsupportedModel for a type that cannot
@@ -103,6 +120,14 @@ class WeightReader:
     def __contains__(self, name: str) -> bool:
         return name in self.source.sizes
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor that exists."""
+        return self.source.shape(name)
+
+    def stored_type(self, name: str) -> torch.dtype | None:
+        """The type that the file has a tensor in; None for one that torch does not have."""
+        return self.source.dtype(name)
+
     def read(self, *parts: Part, dtype: torch.dtype | None = None) -> Tensor:
         """The parts one below the other, on the device.
 
@@ -121,10 +146,13 @@ class WeightReader:
 
     def read_stored(self, part: Part) -> Tensor:
         """The part in the file's own type, on the device; raises as `read`."""
+        self.take(part)
+        return self.source.read_stored(part).to(self.device)
+
+    def take(self, part: Part) -> None:
+        """The part is there and will be read by somebody else; raises as `read`."""
         self._check(part)
-        stored = self.source.read_stored(part)
         self._count(part.name)
-        return stored.to(self.device)
 
     def skip(self, *names: str) -> None:
         """These tensors are accounted for, though nobody reads them; those that do not exist are no matter."""
@@ -149,9 +177,13 @@ class WeightReader:
         """
         for name in sorted(self.source.sizes.keys() - self._used):
             layer = re.match(r"(?:model\.layers|blk)\.(\d+)\.", name)
-            if layer and int(layer[1]) < num_layers and not name.endswith(("rotary_emb.inv_freq", "attn_rot_embd.weight")):
+            if layer and int(layer[1]) < num_layers and not name.endswith(_HARMLESS) and not self._adds_nothing(name):
                 raise UnsupportedModel(f"the weights have the tensor {name}, which the model's config does not account for")
         self._report("weights", self._total, self._total, "B")
+
+    def _adds_nothing(self, name: str) -> bool:
+        """Quantisers of GPTQ's early days gave every linear layer a bias."""
+        return name.endswith(".bias") and not self.source.read_stored(Part(name, self.source.shape(name))).any()
 
     def _count(self, name: str) -> None:
         if name in self._used:
@@ -199,6 +231,9 @@ class SafetensorsSource:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._files[name].get_slice(name).get_shape())
 
+    def dtype(self, name: str) -> torch.dtype | None:
+        return _TYPES.get(self._files[name].get_slice(name).get_dtype())
+
     def read_into(self, out: Tensor, part: Part) -> None:
         if (kind := self._files[part.name].get_slice(part.name).get_dtype()) not in _FLOATS:
             raise UnsupportedModel(
@@ -232,6 +267,9 @@ class DummySource:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        return torch.bfloat16
 
     def read_into(self, out: Tensor, part: Part) -> None:
         if part.name.endswith("norm.weight"):

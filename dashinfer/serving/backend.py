@@ -45,15 +45,18 @@ def _check(config: ServerConfig, model: Mapping[str, Any]) -> None:
     """The worker's own checks of a config.json, here as well: before weights are fetched.
 
     Raises:
-        UnsupportedModel, ConfigurationError: the model, or --max-length with it, cannot be served.
+        UnsupportedModel, ConfigurationError: the model, or --max-length or --quant-type with it, cannot be served.
     """
     from dashinfer.models.config import ModelConfig
+    from dashinfer.models.quantized_config import check_quant_type
 
     try:
         shape = ModelConfig.from_hf(model)
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise UnsupportedModel(f"config.json makes no sense: {error!r}") from error
     shape.resolve_max_length(config.max_length)
+    regroup = config.quant_group_size is not None or config.quantize_head
+    check_quant_type(shape.quantization, config.model, config.quant_type, regroup=regroup)
 
 
 class ModelBackend:

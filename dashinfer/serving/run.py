@@ -221,7 +221,9 @@ def _announce(config: ServerConfig, url: str, info: Ready) -> None:
         "device": f"{info.device}, {info.data_type}",
         "memory": f"{info.weight_bytes / 2**20:,.0f} MiB of weights, {info.activation_bytes / 2**20:,.0f} MiB for activations"
         + (f", {info.graph_bytes / 2**20:,.0f} MiB of CUDA graphs" if info.graph_bytes else ""),
-        "KV cache": f"{info.num_blocks * info.block_size:,} tokens, {info.kv_cache_bytes / 2**20:,.0f} MiB; "
+        "KV cache": f"{info.num_blocks * info.block_size:,} tokens"
+        + ("" if info.kv_cache_dtype == "auto" else f" in {info.kv_cache_dtype}")
+        + f", {info.kv_cache_bytes / 2**20:,.0f} MiB; "
         f"a sequence up to {info.max_length:,} tokens",
         "API": f"{url}/v1{', with a key' if config.api_keys else ''}",
         "docs": f"{url}/docs",

@@ -65,7 +65,10 @@ class Service:
         """From now on requests are served."""
         assert engine.info is not None, "an engine that is ready knows its model"
         self._engine, self._text = engine, text
-        built_from = (self.version, self.config.model_name, engine.info.architecture, engine.info.data_type, engine.info.device)
+        info = engine.info
+        built_from = [self.version, self.config.model_name, info.architecture, info.data_type, info.device]
+        if info.kv_cache_dtype != "auto":
+            built_from.append(info.kv_cache_dtype)
         self.system_fingerprint = "fp_" + hashlib.sha256("|".join(built_from).encode()).hexdigest()[:10]
 
     def begin_drain(self) -> None:

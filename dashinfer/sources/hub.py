@@ -10,7 +10,7 @@ from typing import Any
 
 from dashinfer.errors import ModelNotFound, UnsupportedModel
 from dashinfer.sources import CheckConfig, ModelSource, ReportProgress
-from dashinfer.sources.local import INDEX, SINGLE, indexed_weights, resolve_directory
+from dashinfer.sources.local import INDEX, QUANTIZATION, SINGLE, indexed_weights, resolve_directory
 
 _SMALL_FILES = [
     "config.json",
@@ -21,7 +21,9 @@ _SMALL_FILES = [
     "chat_template.jinja",
     "chat_template.json",
     INDEX,
+    *QUANTIZATION,
 ]
+_OLD_GPTQ = "gptq_model-*.safetensors"  # what AutoGPTQ called the weights
 
 
 def resolve_hub(model: str, *, load_format: str = "auto", report: ReportProgress, check: CheckConfig) -> ModelSource:
@@ -40,8 +42,10 @@ def resolve_hub(model: str, *, load_format: str = "auto", report: ReportProgress
     if load_format == "dummy":
         return source
     names = indexed_weights(directory / INDEX) if (directory / INDEX).is_file() else [SINGLE]
+    if source.files.config.get("quantization_config") and names == [SINGLE]:
+        names.append(_OLD_GPTQ)
     directory = _fetch(model, names, report)
-    if not any((directory / name).exists() for name in names):
+    if not any(next(directory.glob(name), None) for name in names):
         raise _lacking(model, SINGLE)
     return resolve_directory(directory, report=report, name=model)
 

@@ -14,6 +14,8 @@ from dashinfer.types import ModelFiles
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# Files of older quantised models that say how, and the method of those that do not name one.
+QUANTIZATION = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 
 def resolve_directory(
@@ -30,13 +32,23 @@ def resolve_directory(
         if (gguf := _only_gguf(directory)) is not None:
             return resolve_gguf(gguf, report=report, name=name)
         raise ModelNotFound(f"{directory} has no config.json, so it is no model directory")
-    config = read_json(directory / "config.json")
+    config = _with_quantization(directory, read_json(directory / "config.json"))
     weights = () if load_format == "dummy" else find_weights(directory)
     return ModelSource(
         files=ModelFiles(name=name or directory.name, format="safetensors", weights=weights, config=config),
         tokenizer=_tokenizer_files(directory),
         generation_config=read_json(directory / "generation_config.json", optional=True),
     )
+
+
+def _with_quantization(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The config with what a file beside it says of quantisation, if it says nothing itself."""
+    if config.get("quantization_config"):
+        return config
+    for name, method in QUANTIZATION.items():
+        if table := read_json(directory / name, optional=True):
+            return {**config, "quantization_config": {"quant_method": method, **table}}
+    return config
 
 
 def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:

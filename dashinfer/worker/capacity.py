@@ -5,7 +5,7 @@ import torch
 from dashinfer.errors import InsufficientMemory
 from dashinfer.models.config import ModelConfig
 from dashinfer.models.memory import available_memory, format_size
-from dashinfer.types import DataType
+from dashinfer.types import DataType, KVCacheDtype
 
 MEMORY_SHARE = 0.5  # of host memory that is available once the weights are there
 # On CPU, a step's temporary tensors, generously, in bytes: for a token the greater of the first two, for a row of logits the
@@ -30,6 +30,7 @@ def count_blocks(
     *,
     name: str,
     data_type: DataType,
+    kv_cache_dtype: KVCacheDtype,
     block_bytes: int,
     block_size: int,
     max_batch: int,
@@ -41,6 +42,7 @@ def count_blocks(
     """How many KV cache blocks to allocate: what was asked for, or what is available up to what a full batch can use.
 
     Args:
+        data_type, kv_cache_dtype: what the cache holds, for the message.
         block_bytes: of one block of `block_size` tokens.
         requested: bytes asked for by --kv-cache-memory.
         free: bytes there are, less what steps take.
@@ -63,11 +65,14 @@ def count_blocks(
             changes.append(f"lower --max-length (to {num_blocks * block_size} or less)")
         elif requested is None:
             changes += ["free some memory", "use a smaller model"]
-        if data_type == "float32":
-            changes.append("use --data-type bfloat16")
+        if kv_cache_dtype == "auto":
+            if data_type == "float32":
+                changes.append("use --data-type bfloat16")
+            changes.append("use --kv-cache-dtype int8")
+        held = data_type if kv_cache_dtype == "auto" else kv_cache_dtype
         raise InsufficientMemory(
             f"{name}: the KV cache of one sequence of {max_length} tokens needs "
-            f"{format_size(blocks_per_sequence * block_bytes)} in {data_type}, but {format_size(max(budget, 0))} are "
+            f"{format_size(blocks_per_sequence * block_bytes)} in {held}, but {format_size(max(budget, 0))} are "
             f"{'available' if requested is None else 'given by --kv-cache-memory'}; {' or '.join(changes)}"
         )
     return num_blocks if requested is not None else min(num_blocks, max_batch * blocks_per_sequence)

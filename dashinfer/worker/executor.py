@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dashinfer.models.decoder import DecoderLM
+from dashinfer.models.kv_cache import KVCache
 from dashinfer.types import Chunk, Enter, StepPlan, StepResult, TokenLogprobs
 from dashinfer.worker.graphs import DecodeGraphs
 from dashinfer.worker.staging import Download, Staging
@@ -32,7 +33,7 @@ class Executor:
         self._model = model
         self._device = device
         self._block_size = block_size
-        self._kv_caches: list[Tensor] = []
+        self._kv_caches: list[KVCache] = []
         self._state = SamplingState(max_batch, max_length, model.config.vocab_size, device=device)
         # a row a slot; the last takes what decoding sequences write that need no new block
         self._block_tables = torch.zeros(max_batch + 1, -(-max_length // block_size), dtype=torch.int32, device=device)
@@ -40,7 +41,7 @@ class Executor:
         self._staging = Staging(device)
         self._graphs: DecodeGraphs | None = None
 
-    def use_caches(self, kv_caches: list[Tensor]) -> None:
+    def use_caches(self, kv_caches: list[KVCache]) -> None:
         """Each layer's cache, as `allocate_kv_cache` makes them. Graphs recorded over others are dropped."""
         self._kv_caches = kv_caches
         self._graphs = None

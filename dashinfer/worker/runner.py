@@ -11,7 +11,7 @@ import torch
 
 from dashinfer.errors import ConfigurationError, InsufficientMemory
 from dashinfer.models.config import ModelConfig
-from dashinfer.models.kv_cache import allocate_kv_cache, kv_bytes_per_block
+from dashinfer.models.kv_cache import allocate_kv_cache, kv_bytes_per_block, kv_dtype
 from dashinfer.models.loader import load_model
 from dashinfer.models.parallel import Group
 from dashinfer.models.weights import ReportProgress
@@ -43,6 +43,8 @@ class Runner:
         dispatch.deterministic = config.deterministic
         device = select_device(config.device)
         self.on_gpu = on_gpu = device.type == "cuda"
+        if on_gpu and config.kv_cache_dtype == "fp8":
+            check_float8(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
         max_length = model_config.resolve_max_length(config.max_length)
         self._name = config.files.name
         with self._out_of_memory("while loading; use a smaller model or data type, or free some memory"):
@@ -56,7 +58,7 @@ class Runner:
                 report=report,
             )
         block_size = config.block_size or BLOCK_SIZE[device.type]
-        dtype = getattr(torch, config.data_type)
+        dtype = kv_dtype(config.kv_cache_dtype, config.data_type)
         step_tokens = max(config.max_step_tokens or STEP_TOKENS[device.type], config.max_batch)
         advice = "lower --max-step-tokens, --max-batch or --kv-cache-memory"
         self._in_a_step = f"in a step; {advice}"
@@ -88,6 +90,7 @@ class Runner:
         num_blocks = count_blocks(
             name=config.files.name,
             data_type=config.data_type,
+            kv_cache_dtype=config.kv_cache_dtype,
             block_bytes=block_bytes,
             block_size=block_size,
             max_batch=config.max_batch,
@@ -117,6 +120,7 @@ class Runner:
             kv_cache_bytes=num_blocks * block_bytes,
             activation_bytes=activations,
             graph_bytes=graph_bytes,
+            kv_cache_dtype=config.kv_cache_dtype,
         )
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
@@ -168,6 +172,15 @@ def select_device(name: str) -> torch.device:
             "--device cuda: torch finds no CUDA device; use --device cpu, or install a CUDA build of torch"
         )
     return torch.device("cuda" if name != "cpu" and has_cuda else "cpu")
+
+
+def check_float8(name: str, capability: tuple[int, int]) -> None:
+    """Raises ConfigurationError for a GPU that cannot convert to float8."""
+    if capability < (8, 9):
+        raise ConfigurationError(
+            f"--kv-cache-dtype fp8 needs a GPU of compute capability 8.9 or higher, and {name} has "
+            f"{'.'.join(map(str, capability))}; use --kv-cache-dtype int8"
+        )
 
 
 def costly_plan(tokens: int, max_batch: int, max_length: int, block_size: int) -> StepPlan:

@@ -14,6 +14,8 @@ from dashinfer_kernels.norm.launch import add_rms_norm, rms_norm
 from dashinfer_kernels.quant_matmul.launch import pack_quantized
 from dashinfer_kernels.quant_matmul.quantize import quantize_float8, quantize_int
 from dashinfer_kernels.quant_matmul.weight import QuantizedWeight
+from dashinfer_kernels.quantize_rows.launch import quantize_rows
+from dashinfer_kernels.quantized_rows import QuantizedRows
 from dashinfer_kernels.rope.launch import rope_kv_write
 from dashinfer_kernels.sampling.launch import sample, warm_up_sampling
 from dashinfer_kernels.sampling.state import Sampled, SamplingBatch, SamplingState
@@ -22,6 +24,7 @@ from dashinfer_kernels.varlen_attention.launch import varlen_attention
 __all__ = [
     "Linear",
     "PagedBatch",
+    "QuantizedRows",
     "QuantizedWeight",
     "Sampled",
     "SamplingBatch",
@@ -33,6 +36,7 @@ __all__ = [
     "paged_attention",
     "quantize_float8",
     "quantize_int",
+    "quantize_rows",
     "rms_norm",
     "rope_kv_write",
     "sample",

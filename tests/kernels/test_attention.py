@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dashinfer_kernels import PagedBatch, paged_attention
+from dashinfer_kernels import PagedBatch, dispatch, paged_attention
 from dashinfer_kernels.attention import cpu_plan, reference
+from dashinfer_kernels.attention.cpu_rows import CacheRows
+from dashinfer_kernels.rope.reference import quantise as quantise_rows
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
@@ -71,6 +73,58 @@ def test_matches_float64(
 @pytest.mark.parametrize("block_size", [16, 64])
 def test_head_counts_and_sizes(heads: tuple[int, int], head_dim: int, block_size: int, dtype: torch.dtype) -> None:
     check(*make([(70, 1), (3, 1), (0, 20), (20, 20)], dtype=dtype, heads=heads, head_dim=head_dim, block_size=block_size))
+
+
+QUANTISED = [torch.int8, torch.float8_e4m3fn]
+
+
+def quantise(cache: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a cache; slots without a token get what there may be: any code, and NaN for a scale."""
+    codes, scales = quantise_rows(cache.nan_to_num(1.0).float(), dtype)
+    junk = torch.randint(-128, 128, codes.shape, dtype=torch.int8).view(dtype)
+    empty = cache.isnan()
+    return torch.where(empty, junk.view(torch.uint8), codes.view(torch.uint8)).view(dtype), scales.masked_fill(
+        empty[..., 0], torch.nan
+    )
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (40, None), (40, 3.0)])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("cache_dtype", QUANTISED)
+@pytest.mark.parametrize("sequences", SHAPES)
+def test_a_quantised_cache_matches_float64(
+    sequences: list[tuple[int, int]],
+    cache_dtype: torch.dtype,
+    dtype: torch.dtype,
+    window: int | None,
+    softcap: float | None,
+    deterministic: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dispatch, "deterministic", deterministic)
+    q, cache, batch = make(sequences, dtype=dtype)
+    codes, scales = quantise(cache, cache_dtype)
+    options = {"scale": q.shape[2] ** -0.5, "window": window, "softcap": softcap, "kv_scales": scales}
+
+    actual = paged_attention(q, codes, batch, **options)
+
+    assert actual.dtype == q.dtype
+    expected = reference.paged_attention(q.double(), codes, batch, **options)
+    torch.testing.assert_close(actual.double(), expected, rtol=TOLERANCE[q.dtype], atol=TOLERANCE[q.dtype])
+
+
+@pytest.mark.parametrize("cache_dtype", QUANTISED)
+def test_every_code_is_widened_to_its_value(cache_dtype: torch.dtype) -> None:
+    """Beside 16-bit queries too, and with more codes than are widened at once; float8's NaN is never stored."""
+    codes = torch.arange(-128, 128).to(torch.int8).view(cache_dtype)
+    codes = codes[~codes.float().isnan()][:240].repeat(1200).view(-1, 2, 1, 16, 40)
+    rows = CacheRows.of(codes, torch.ones(codes.shape[:4]))
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        values = rows.gather(torch.arange(len(rows.held)), 40, dtype)
+
+        assert torch.equal(values.view(codes.shape), codes.to(dtype))
 
 
 def test_reference_is_softmax_attention() -> None:

@@ -129,7 +129,7 @@ def test_a_long_model_is_served_at_8192_tokens_unless_more_is_asked_for():
         ({"architectures": None, "model_type": "gpt2"}, "names no architecture"),
         ({"architectures": ["Qwen2VLForConditionalGeneration"]}, "vision is not supported yet"),
         ({"architectures": ["Mistral3ForConditionalGeneration"], "vision_config": {}}, "vision is not supported yet"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantised with gptq are not supported yet"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "quantised with hqq are not supported; supported are gptq"),
         ({"hidden_act": "relu"}, "activation 'relu' is not supported"),
         ({"hidden_size": None}, "has no hidden_size"),
         ({"num_hidden_layers": "4"}, "num_hidden_layers is '4', not a positive integer"),

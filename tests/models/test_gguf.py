@@ -248,3 +248,34 @@ def test_other_files_are_refused(header, message, tmp_path):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(ModelNotFound, match="No such file"):
         GGUFSource((str(tmp_path / "none.gguf"),), head_dim=16)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_codes_stand_for_what_the_file_holds(kind, tmp_path, open_gguf):
+    data = encoded(kind)
+    expected = torch.from_numpy(gguf_dequantize(data, kind).reshape(SHAPE).copy())
+    source = open_gguf(write(tmp_path / "model.gguf", {"blk.0.ffn_up.weight": (kind, data)}))
+    name = "model.layers.0.mlp.up_proj.weight"
+
+    bits = source.code_bits(name)
+
+    assert bits == {"Q4_0": 4, "Q4_1": 4, "Q4_K": 4, "Q5_0": 8, "Q5_1": 8, "Q5_K": 8, "Q6_K": 8, "Q8_0": 8}.get(kind.name)
+    if bits is None:
+        return
+    codes = source.read_codes(Part(name, SHAPE))
+    assert codes.bits == bits
+    assert torch.equal(codes.dequantize(), expected)
+    share = source.read_codes(Part(name, SHAPE, rows=(16, 37), columns=(32, 96)))
+    assert torch.equal(share.dequantize(), expected[16:37, 32:96])
+    with pytest.raises(UnsupportedModel, match="which a share of 40 inputs cuts"):
+        source.read_codes(Part(name, SHAPE, columns=(0, 40)))
+
+
+def test_codes_of_llama_queries_are_put_back_like_their_values(tmp_path, open_gguf):
+    heads, head_dim = 3, 8
+    shape = (heads * head_dim, 64)
+    data = encoded(Kind.Q4_1, shape)
+    source = open_gguf(write(tmp_path / "model.gguf", {"blk.0.attn_q.weight": (Kind.Q4_1, data)}, "llama"), head_dim=head_dim)
+    name = "model.layers.0.self_attn.q_proj.weight"
+
+    assert torch.equal(source.read_codes(Part(name, shape)).dequantize(), read(source, name, shape))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dashinfer.models.parallel import Group, VocabParallelHead
+from dashinfer_kernels import pack_linear, pack_quantized, quantize_int
 
 VOCAB_SIZE, HIDDEN = 512, 64
 
@@ -24,8 +25,8 @@ def nearly_tied(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def test_near_ties_come_out_in_the_right_order(weight):
     weight, hidden = nearly_tied(weight)
     expected = (hidden.float() @ weight.float().T).argmax(-1)
-    rounded = VocabParallelHead(weight, VOCAB_SIZE, Group())(hidden).argmax(-1)
-    exact = VocabParallelHead(weight, VOCAB_SIZE, Group(), exact=weight)(hidden).argmax(-1)
+    rounded = VocabParallelHead(pack_linear(weight), VOCAB_SIZE, Group())(hidden).argmax(-1)
+    exact = VocabParallelHead(pack_linear(weight), VOCAB_SIZE, Group(), exact=weight)(hidden).argmax(-1)
 
     assert (rounded != expected).any(), "the case is meant to be one that rounding gets wrong"
     assert torch.equal(exact, expected)
@@ -33,8 +34,8 @@ def test_near_ties_come_out_in_the_right_order(weight):
 
 def test_the_other_logits_are_left_alone(weight):
     hidden = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(2)).bfloat16()
-    rounded = VocabParallelHead(weight, VOCAB_SIZE, Group())(hidden)
-    exact = VocabParallelHead(weight, VOCAB_SIZE, Group(), exact=weight)(hidden)
+    rounded = VocabParallelHead(pack_linear(weight), VOCAB_SIZE, Group())(hidden)
+    exact = VocabParallelHead(pack_linear(weight), VOCAB_SIZE, Group(), exact=weight)(hidden)
 
     changed = rounded != exact
     assert changed.sum() < 40
@@ -44,15 +45,26 @@ def test_the_other_logits_are_left_alone(weight):
 def test_logits_that_are_not_finite_stay_so(weight):
     hidden = torch.full((2, HIDDEN), torch.nan).bfloat16()
 
-    assert VocabParallelHead(weight, VOCAB_SIZE, Group(), exact=weight)(hidden).isnan().all()
+    assert VocabParallelHead(pack_linear(weight), VOCAB_SIZE, Group(), exact=weight)(hidden).isnan().all()
 
 
 def test_a_row_where_all_tokens_are_equal():
     weight = torch.ones(8192, HIDDEN).bfloat16()
     hidden = torch.ones(3, HIDDEN).bfloat16()
 
-    assert VocabParallelHead(weight, 8192, Group(), exact=weight)(hidden).eq(HIDDEN).all()
+    assert VocabParallelHead(pack_linear(weight), 8192, Group(), exact=weight)(hidden).eq(HIDDEN).all()
 
 
 def test_float32_needs_no_help(weight):
-    assert VocabParallelHead(weight.float(), VOCAB_SIZE, Group(), exact=weight.float()).exact is None
+    assert VocabParallelHead(pack_linear(weight.float()), VOCAB_SIZE, Group(), exact=weight.float()).exact is None
+
+
+def test_weights_of_8_bits_are_made_good_near_the_top(weight):
+    weight, hidden = nearly_tied(weight)
+    linear = pack_quantized(quantize_int(weight, bits=8, symmetric=True), dtype=torch.bfloat16)
+    truth = hidden.float() @ weight.float().T
+    rounded = VocabParallelHead(linear, VOCAB_SIZE, Group())(hidden)
+    exact = VocabParallelHead(linear, VOCAB_SIZE, Group(), exact=weight, share=2**-4)(hidden)
+
+    assert (rounded.argmax(-1) != truth.argmax(-1)).any(), "the case is meant to be one that rounding gets wrong"
+    assert torch.equal(exact.argmax(-1), truth.argmax(-1))

@@ -95,3 +95,16 @@ def test_too_little_memory_says_what_to_change():
         "some/model: the weights need 5.5 GiB in float32, but only 300 MiB of memory is free; "
         "use --data-type bfloat16, a smaller model, or free some memory"
     )
+    for kind, advice in (
+        ("bfloat16", "use --quant-type a16w8 or a16w4, a smaller model, or"),
+        ("a16w4", "use a smaller model,"),
+    ):
+        with pytest.raises(InsufficientMemory, match=f"in {kind}, .*; {advice}"):
+            check_memory("some/model", 2, 1, kind, "memory")
+
+
+def test_quantised_layers_take_their_bits_and_the_rest_what_it_did():
+    config = ModelConfig.from_hf(toy.SIZES | {"architectures": ["LlamaForCausalLM"]})
+    layers = 3 * (2 * 48 * 48 + 2 * 48 * 16 + 3 * 48 * 80)
+
+    assert weight_bytes(config, 2, 1) - weight_bytes(config, 2, 1, layer_bits=4.5) == layers * 2 - layers * 4.5 / 8

@@ -12,6 +12,7 @@ import torch
 from dashinfer.models.kv_cache import allocate_kv_cache, kv_bytes_per_block
 from dashinfer.models.parallel import Group, QKVLinear, VocabParallelEmbedding, VocabParallelHead, load_vocab_share
 from dashinfer.models.weights import DummySource, WeightReader
+from dashinfer_kernels import pack_linear
 
 from . import toy
 
@@ -114,7 +115,7 @@ def test_a_vocabulary_that_ranks_do_not_divide():
         share = torch.zeros(rows, hidden)
         share[: len(weight[start : start + rows])] = weight[start : start + rows]
         assert load_vocab_share(reader({"w": (vocab, hidden)}), "w", vocab, hidden, group).shape == share.shape
-        return VocabParallelEmbedding(share, group)(ids), VocabParallelHead(share, vocab, group)(x)
+        return VocabParallelEmbedding(share, group)(ids), VocabParallelHead(pack_linear(share), vocab, group)(x)
 
     for embedded, logits in on_ranks(4, work):
         assert torch.equal(embedded, weight[ids])
@@ -138,8 +139,8 @@ def test_kv_cache_sizes():
 
     for world_size, heads in ((1, 2), (2, 1), (6, 1)):
         caches = allocate_kv_cache(config, 5, 16, torch.bfloat16, torch.device("cpu"), world_size)
-        assert [cache.shape for cache in caches] == [(5, 2, heads, 16, 8)] * 3
-        total = sum(cache.nbytes for cache in caches)
+        assert [cache.values.shape for cache in caches] == [(5, 2, heads, 16, 8)] * 3
+        total = sum(cache.values.nbytes for cache in caches)
         assert total == 5 * kv_bytes_per_block(config, 16, torch.bfloat16, world_size)
 
 

@@ -34,6 +34,7 @@ def worker_config(
     data_type: DataType = "float32",
     load_format: str = "auto",
     max_length: int | None = None,
+    **settings: Any,
 ) -> WorkerConfig:
     return WorkerConfig(
         rank=0,
@@ -47,6 +48,7 @@ def worker_config(
         max_step_tokens=None,
         block_size=BLOCK_SIZE,
         kv_cache_memory=None,
+        **settings,
     )
 
 
@@ -86,7 +88,9 @@ class Session:
         blocks = -(-max_length // BLOCK_SIZE) + 2
         self.caches = allocate_kv_cache(model.config, blocks, BLOCK_SIZE, dtype, torch.device("cpu"), world_size)
         for cache in self.caches:
-            cache.fill_(float("nan"))
+            for part in (cache.values, cache.scales):
+                if part is not None and part.dtype != torch.int8:
+                    part.fill_(float("nan"))
         self.table = list(range(blocks))[::-1]
 
     def run(self, tokens: list[int]) -> Tensor:

@@ -35,7 +35,7 @@ def test_every_flag() -> None:
             "--data-type float16 --api-keys sk-key1,sk-key2 --log-level debug --vision-engine transformers --min-pixels 1 "
             "--max-pixels 2 --served-model-name name --max-queue 3 --drain-timeout 1.5 --step-timeout 9 "
             "--device cpu --load-format dummy --kv-cache-memory 4GiB --block-size 32 --max-step-tokens 100 "
-            "--disable-prefix-cache --deterministic"
+            "--disable-prefix-cache --deterministic --quant-type a16w4 --quant-group-size 64 --quantize-head"
         )
     )
 
@@ -44,7 +44,7 @@ def test_every_flag() -> None:
         api_keys=("sk-key1", "sk-key2"), log_level="debug", vision_engine="transformers", min_pixels=1, max_pixels=2,
         served_model_name="name", max_queue=3, drain_timeout=1.5, step_timeout=9.0, device="cpu",
         load_format="dummy", kv_cache_memory=4 * 2**30, block_size=32, max_step_tokens=100, disable_prefix_cache=True,
-        deterministic=True,
+        deterministic=True, quant_type="a16w4", quant_group_size=64, quantize_head=True,
     )  # fmt: skip
 
 
@@ -76,7 +76,9 @@ def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None
         (["--model", "demo", "--drain-timeout", "soon"], "--drain-timeout: 'soon' is not a number"),
         (["--model", "demo", "--mode", "vlm"], "--mode vlm is not supported yet"),
         (["--model", "demo", "--tensor-parallel", "4"], "this version serves --tensor-parallel 1"),
-        (["--model", "demo", "--quant-type", "fp8"], "--quant-type fp8 is not supported yet"),
+        (["--model", "demo", "--quant-type", "fp8", "--quant-group-size", "64"], "goes with --quant-type a16w4 or a16w8"),
+        (["--model", "demo", "--quant-type", "a16w4", "--quant-group-size", "48"], "is none of 32, 64 and 128"),
+        (["--model", "demo", "--quantize-head"], "--quantize-head goes with --quant-type"),
     ],
 )
 def test_a_bad_command_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

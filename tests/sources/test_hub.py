@@ -13,6 +13,7 @@ import pytest
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 SMALL = {"config.json": b'{"model_type": "llama"}', "tokenizer.json": b"{}", "onnx/config.json": b"{}"}
+QUANTISED = {"quantize_config.json": b'{"bits": 4}'}
 SHARDS = {"m-1.safetensors": b"1" * 3000, "m-2.safetensors": b"2" * 3000}
 INDEX = json.dumps({"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}}).encode()
 REPOSITORIES = {
@@ -20,6 +21,7 @@ REPOSITORIES = {
     "org/sharded": {**SMALL, **SHARDS, "model.safetensors.index.json": INDEX, "consolidated.safetensors": b"x"},
     "org/unknown": {**SMALL, "config.json": b'{"model_type": "mamba"}', "model.safetensors": b"w" * 5000},
     "org/tokenless": {"config.json": SMALL["config.json"], "vocab.json": b"{}", "model.safetensors": b"w" * 5000},
+    "org/gptq": {**SMALL, **QUANTISED, "gptq_model-4bit-128g.safetensors": b"w" * 5000, "other.safetensors": b"x"},
     "org/pickle": {**SMALL, "pytorch_model.bin": b"pickle"},
     "org/quants-GGUF": {"m.Q4_0.gguf": b"GGUF"},
     "org/dataset": {"README.md": b"x"},
@@ -117,6 +119,13 @@ def test_weights_are_fetched_and_kept(hub: str, tmp_path: Path) -> None:
 
     assert [found["weights"] for found in offline] == [single["weights"], sharded["weights"]]
     assert [found["weights"] for found in unreachable] == [single["weights"], sharded["weights"]]
+
+
+def test_the_files_of_an_older_quantised_model(hub: str, tmp_path: Path) -> None:
+    (found,) = resolved(tmp_path, hub, "org/gptq")
+
+    assert found["config"]["quantization_config"] == {"quant_method": "gptq", "bits": 4}
+    assert [Path(path).name for path in found["weights"]] == ["gptq_model-4bit-128g.safetensors"]
 
 
 def test_dummy_weights_are_not_fetched(hub: str, tmp_path: Path) -> None:

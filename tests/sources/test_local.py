@@ -37,6 +37,18 @@ def test_one_file(directory: Path) -> None:
     assert source.tokenizer.chat_template == "t"
 
 
+@pytest.mark.parametrize(("name", "method"), [("quantize_config.json", "gptq"), ("quant_config.json", "awq")])
+def test_older_models_say_in_another_file_how_they_are_quantised(directory: Path, name: str, method: str) -> None:
+    put(directory, **{name: {"bits": 4, "group_size": 64}})
+    assert found(directory).files.config["quantization_config"] == {"quant_method": method, "bits": 4, "group_size": 64}
+
+    put(directory, **{name: {"bits": 4, "quant_method": "other"}})
+    assert found(directory).files.config["quantization_config"]["quant_method"] == "other"
+
+    put(directory, **{"config.json": {"quantization_config": {"bits": 8}}})
+    assert found(directory).files.config == {"quantization_config": {"bits": 8}}
+
+
 def test_shards_go_before_one_file(directory: Path) -> None:
     index = {"weight_map": {"a": "model-2.safetensors", "b": "model-1.safetensors", "c": "model-1.safetensors"}}
     put(directory, **{"model.safetensors.index.json": index, "model-1.safetensors": "x", "model-2.safetensors": "x"})

@@ -161,6 +161,22 @@ def test_with_cached_prefixes(runner: Runner, alone: list[Answer], max_step_toke
     assert answers == alone
 
 
+@pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8"])
+def test_with_a_quantised_cache(kv_cache_dtype: str, alone: list[Answer]) -> None:
+    """In company, in chunks and through preemptions. `alone` sets the number of threads."""
+    config = msgspec.structs.replace(CONFIG, kv_cache_dtype=kv_cache_dtype)
+    torch.manual_seed(0)
+    quantised = Runner(config, ModelConfig.from_hf(MODEL), lambda *_: None)
+    numbers = [0, 1, 3, 4, 9, 6, 1, 9, 4, 0]
+    own = {number: generate(quantised, [number])[0][0] for number in set(numbers)}
+
+    answers, preemptions, _ = generate(quantised, numbers, num_blocks=13, max_step_tokens=50)
+
+    assert preemptions > 0
+    assert answers == [own[number] for number in numbers]
+    assert answers != [alone[number] for number in numbers]
+
+
 @pytest.mark.parametrize("num_blocks", [13, 28])
 @pytest.mark.parametrize("prefix_cache", [False, True])
 def test_through_preemptions(runner: Runner, alone: list[Answer], prefix_cache: bool, num_blocks: int) -> None:

@@ -131,6 +131,16 @@ def test_random_arrivals_aborts_preemptions_and_cached_prefixes_change_no_token(
     assert sum(run.aborted for run in runs) > 5
 
 
+def test_preempted_sequences_get_the_same_tokens_from_a_quantised_cache():
+    quantised = load(kv_cache_dtype="int8")
+    requests = [(tuple(prompt(9, seed)), SamplingParams(max_tokens=20, seed=seed, temperature=0.0)) for seed in range(4)]
+
+    run = drive(quantised, requests, num_blocks=8)
+
+    assert run.preemptions > 0
+    assert run.tokens == [drive(quantised, [request]).tokens[0] for request in requests]
+
+
 def test_a_chunk_that_samples_nothing_may_be_all_of_a_step(runner):
     requests = [(tuple(prompt(30, 1)), SamplingParams(max_tokens=4, seed=0, temperature=0.0))]
 

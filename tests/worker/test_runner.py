@@ -9,7 +9,7 @@ from dashinfer.types import Chunk, Enter, StepPlan
 from dashinfer.worker import capacity
 from dashinfer.worker import runner as runner_module
 from dashinfer.worker.capacity import count_blocks, step_bytes
-from dashinfer.worker.runner import costly_plan, select_device
+from dashinfer.worker.runner import check_float8, costly_plan, select_device
 from tests.worker.toy import BLOCK_BYTES, MODEL, PaddedGraphs, generate, greedy, load, prompt
 
 MIB = 1 << 20
@@ -32,6 +32,27 @@ def test_what_it_says_when_it_is_ready(runner):
     assert (ready.architecture, ready.device, ready.data_type) == ("LlamaForCausalLM", "cpu", "float32")
     assert (ready.vocab_size, ready.max_length, ready.block_size, ready.num_blocks) == (211, 64, 8, 24)
     assert ready.kv_cache_bytes == 24 * BLOCK_BYTES
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8"])
+def test_a_quantised_cache_holds_more_tokens_in_the_same_memory(kv_cache_dtype):
+    ready = load(kv_cache_dtype=kv_cache_dtype).ready
+
+    assert ready.kv_cache_dtype == kv_cache_dtype
+    assert ready.num_blocks == 24 * 16 * 4 // (16 + 4)
+    assert ready.kv_cache_bytes == ready.num_blocks * BLOCK_BYTES * (16 + 4) // (16 * 4)
+
+
+def test_a_gpu_that_knows_no_float8_is_refused():
+    check_float8("NVIDIA L4", (8, 9))
+    check_float8("NVIDIA H200", (9, 0))
+    with pytest.raises(ConfigurationError) as caught:
+        check_float8("NVIDIA A100", (8, 0))
+
+    assert str(caught.value) == (
+        "--kv-cache-dtype fp8 needs a GPU of compute capability 8.9 or higher, and NVIDIA A100 has 8.0; "
+        "use --kv-cache-dtype int8"
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -151,6 +172,7 @@ def blocks(**changes) -> int:
     values = {
         "name": "toy",
         "data_type": "bfloat16",
+        "kv_cache_dtype": "auto",
         "block_bytes": MIB,
         "block_size": 16,
         "max_batch": 4,
@@ -183,22 +205,27 @@ def test_how_many_blocks(changes, expected):
         (
             {"available": 6 * MIB},
             "toy: the KV cache of one sequence of 100 tokens needs 7 MiB in bfloat16, but 6 MiB are available; "
+            "lower --max-length (to 96 or less) or use --kv-cache-dtype int8",
+        ),
+        (
+            {"available": 6 * MIB, "kv_cache_dtype": "fp8"},
+            "toy: the KV cache of one sequence of 100 tokens needs 7 MiB in fp8, but 6 MiB are available; "
             "lower --max-length (to 96 or less)",
         ),
         (
             {"available": -5, "data_type": "float32"},
             "toy: the KV cache of one sequence of 100 tokens needs 7 MiB in float32, but 0 MiB are available; "
-            "free some memory or use a smaller model or use --data-type bfloat16",
+            "free some memory or use a smaller model or use --data-type bfloat16 or use --kv-cache-dtype int8",
         ),
         (
             {"requested": 3 * MIB},
             "toy: the KV cache of one sequence of 100 tokens needs 7 MiB in bfloat16, but 3 MiB are given by "
-            "--kv-cache-memory; raise --kv-cache-memory or lower --max-length (to 48 or less)",
+            "--kv-cache-memory; raise --kv-cache-memory or lower --max-length (to 48 or less) or use --kv-cache-dtype int8",
         ),
         (
             {"requested": 5},
             "toy: the KV cache of one sequence of 100 tokens needs 7 MiB in bfloat16, but 0 MiB are given by "
-            "--kv-cache-memory; raise --kv-cache-memory",
+            "--kv-cache-memory; raise --kv-cache-memory or use --kv-cache-dtype int8",
         ),
         (
             {"requested": 2048 * MIB},

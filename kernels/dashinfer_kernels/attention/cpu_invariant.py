@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dashinfer_kernels.attention.batch import PagedBatch
+from dashinfer_kernels.attention.cpu_rows import CacheRows
 
 KEY_TILE = 128  # positions; more in larger blocks
 _LEAST_ROWS = 8  # of a query tile, over the query heads that share a KV head: fewer are not multiplied faster
@@ -49,22 +50,21 @@ class _TileGroup:
 
 def paged_attention(
     q: Tensor,
-    kv_cache: Tensor,
+    cache: CacheRows,
     batch: PagedBatch,
     *,
+    num_kv_heads: int,
     scale: float,
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
     num_heads, head_dim = q.shape[1:]
-    num_kv_heads = kv_cache.shape[2]
     key = ("invariant", num_heads, num_kv_heads, head_dim, window)
     groups = batch.plans.get(key)
     if groups is None:
         planner = _Planner(batch, query_tile(num_heads, num_kv_heads), num_kv_heads, head_dim, window)
         groups = batch.plans[key] = planner.groups()
     out = torch.empty(q.shape[0], num_heads * head_dim, dtype=q.dtype)
-    cache = kv_cache.view(-1, batch.block_size * head_dim)
     scaled = q.to(torch.promote_types(q.dtype, torch.float32)) * scale
     for group in groups:
         out[group.out] = _attend(scaled, cache, group, num_kv_heads, softcap)[group.kept].to(q.dtype)
@@ -77,7 +77,7 @@ def query_tile(num_heads: int, num_kv_heads: int) -> int:
     return 1 << (-(-_LEAST_ROWS // shared) - 1).bit_length()
 
 
-def _attend(q: Tensor, cache: Tensor, group: _TileGroup, num_kv_heads: int, softcap: float | None) -> Tensor:
+def _attend(q: Tensor, cache: CacheRows, group: _TileGroup, num_kv_heads: int, softcap: float | None) -> Tensor:
     """[tiles * query_tile, num_heads * head_dim], the type of `q`, which is scaled and wide."""
     num_heads, head_dim = q.shape[1:]
     shared, positions = num_heads // num_kv_heads, query_tile(num_heads, num_kv_heads)
@@ -88,7 +88,7 @@ def _attend(q: Tensor, cache: Tensor, group: _TileGroup, num_kv_heads: int, soft
 
     for step in group.rounds:
         key_tiles = 1 if group.shared else step.tiles.stop - step.tiles.start
-        dense = cache.index_select(0, step.rows).to(q.dtype).view(2, num_kv_heads, key_tiles, -1, head_dim)
+        dense = cache.gather(step.rows, head_dim, q.dtype).view(2, num_kv_heads, key_tiles, -1, head_dim)
         keys, values = dense
         if step.unwritten is not None:
             values.masked_fill_(step.unwritten, 0)

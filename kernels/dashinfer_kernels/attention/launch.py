@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dashinfer_kernels import dispatch
-from dashinfer_kernels.attention import cpu, decode, prefill, reference
+from dashinfer_kernels.attention import cpu, decode, prefill
 from dashinfer_kernels.attention.batch import PagedBatch
 
 
@@ -48,9 +48,7 @@ def paged_attention(
     assert window is None or window > 0
     options = {"scale": scale, "window": window, "softcap": softcap}
     if not dispatch.use_triton(q):
-        if kv_scales is not None:
-            return reference.paged_attention(q, kv_cache, batch, **options, kv_scales=kv_scales)
-        return cpu.paged_attention(q, kv_cache, batch, **options)
+        return cpu.paged_attention(q, kv_cache, batch, **options, kv_scales=kv_scales)
     out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
     # a token's sums must not depend on whether it came alone or in a chunk
     if (decodes := 0 if dispatch.deterministic else batch.num_decodes) > 0:

@@ -41,6 +41,8 @@ def _packed_dtype(dtype: torch.dtype) -> torch.dtype | None:
 class PackedLinear:
     """One layer; see `launch.Linear`."""
 
+    takes = None
+
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype

@@ -206,7 +206,7 @@ def sum_of_steps(
     return total
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "splits"])
 def weight_only_kernel(
     x_ptr,  # [rows, IN_FEATURES], contiguous
     words_ptr,  # [steps, out_padded, SUB] int16
@@ -214,12 +214,13 @@ def weight_only_kernel(
     offsets_ptr,  # [groups, out_padded]: uint8 zeros, or float16 or float32 offsets; unused with OFFSETS "none"
     bias_ptr,  # [out_features]; unused without USE_BIAS
     out_ptr,  # [rows, out_features], contiguous
-    partial_ptr,  # [tiles, SPLITS, BLOCK_ROWS, BLOCK_OUT] float32; unused where programs do not share tiles
+    partial_ptr,  # [tiles, splits, BLOCK_ROWS, BLOCK_OUT] float32; unused where programs do not share tiles
     arrivals_ptr,  # [tiles] int32, zeros before and after; unused likewise
     rows,
     out_features,
     out_padded,
     scale_stride,
+    splits,  # of the sum over the inputs
     IN_FEATURES: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     SCALE_ROWS: tl.constexpr,  # outputs that share scales
@@ -232,8 +233,8 @@ def weight_only_kernel(
     BLOCK_OUT: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
     GROUP_ROWS: tl.constexpr,  # row tiles that share their weights in the cache
-    SPLITS: tl.constexpr,
-    USE_SERIAL_SPLITS: tl.constexpr,
+    USE_SHARED_SPLITS: tl.constexpr,  # a program each
+    USE_SERIAL_SPLITS: tl.constexpr,  # all in one program
     USE_BIAS: tl.constexpr,
     USE_PTX: tl.constexpr,
     PRECISION: tl.constexpr,  # of float32 products
@@ -259,15 +260,15 @@ def weight_only_kernel(
 
     if USE_SERIAL_SPLITS:
         total = tl.zeros((BLOCK_OUT, BLOCK_ROWS), dtype=tl.float32)
-        for each in range(SPLITS):
-            begin, end = split + each * STEPS // SPLITS, (each + 1) * STEPS // SPLITS
+        for each in range(splits):
+            begin, end = split + each * STEPS // splits, (each + 1) * STEPS // splits
             total += sum_of_steps(
                 x_ptr, words_ptr, scales_ptr, offsets_ptr, x_offset, x_live, word_offset, column, scale_column,
                 out_padded, scale_stride, begin, end, IN_FEATURES, GROUP_SIZE, SUB, PLACES, KIND, OFFSETS, SCALE,
                 BLOCK_ROWS, BLOCK_OUT, BLOCK_WORDS, USE_PTX, PRECISION,
             )  # fmt: skip
     else:
-        begin, end = split * STEPS // SPLITS, (split + 1) * STEPS // SPLITS
+        begin, end = split * STEPS // splits, (split + 1) * STEPS // splits
         total = sum_of_steps(
             x_ptr, words_ptr, scales_ptr, offsets_ptr, x_offset, x_live, word_offset, column, scale_column,
             out_padded, scale_stride, begin, end, IN_FEATURES, GROUP_SIZE, SUB, PLACES, KIND, OFFSETS, SCALE,
@@ -276,15 +277,15 @@ def weight_only_kernel(
 
     sums = total.T
     live = (row < rows)[:, None] & (out < out_features)[None, :]
-    if SPLITS > 1 and not USE_SERIAL_SPLITS:
+    if USE_SHARED_SPLITS:
         index = tl.arange(0, BLOCK_ROWS)[:, None] * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[None, :]
-        slots_ptr = partial_ptr + tile.to(tl.int64) * (SPLITS * BLOCK_ROWS * BLOCK_OUT)
+        slots_ptr = partial_ptr + tile.to(tl.int64) * splits * (BLOCK_ROWS * BLOCK_OUT)
         tl.store(slots_ptr + split * (BLOCK_ROWS * BLOCK_OUT) + index, sums, mask=live)
         tl.debug_barrier()  # all of the program's sums are written before it arrives
-        if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel", scope="gpu") != SPLITS - 1:
+        if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel", scope="gpu") != splits - 1:
             return
         sums = tl.zeros((BLOCK_ROWS, BLOCK_OUT), dtype=tl.float32)
-        for each in range(SPLITS):
+        for each in range(splits):
             # past the first cache, which other multiprocessors do not write to
             sums += tl.load(slots_ptr + each * (BLOCK_ROWS * BLOCK_OUT) + index, mask=live, other=0.0, cache_modifier=".cg")
         tl.store(arrivals_ptr + tile, 0)

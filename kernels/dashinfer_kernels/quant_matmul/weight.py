@@ -71,6 +71,23 @@ class QuantizedWeight:
             return groups
         return groups.repeat_interleave(self.group_size, 1)[:, :columns]
 
+    def pad_rows(self, rows: int) -> "QuantizedWeight":
+        """With outputs of value 0 added, up to `rows` of them."""
+        if rows == self.out_features:
+            return self
+        added = {"codes": rows - self.out_features, "scales": -(-rows // self.block_rows) - self.scales.shape[0]}
+        added["offsets"] = added["scales"]
+        padded = {
+            name: None if (each := getattr(self, name)) is None else torch.cat((each, each.new_zeros(count, each.shape[1])))
+            for name, count in added.items()
+        }
+        return replace(self, **padded)
+
+    def to(self, device: torch.device) -> "QuantizedWeight":
+        """The same on a device."""
+        tensors = {name: getattr(self, name) for name in ("codes", "scales", "offsets", "order")}
+        return replace(self, **{name: None if each is None else each.to(device) for name, each in tensors.items()})
+
     def fits(self, other: "QuantizedWeight") -> bool:
         """Whether the two can be one matrix, one below the other."""
         if self.block_rows > 1 and self.out_features % self.block_rows:

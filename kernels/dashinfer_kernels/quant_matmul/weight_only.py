@@ -7,6 +7,7 @@ which costs the time of 200 rows and takes memory only meanwhile.
 """
 
 import math
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -93,17 +94,36 @@ class WeightOnlyLinear:
         rows = len(x_rows)
         if rows == 0:
             return torch.empty(*x.shape[:-1], self.out_features, dtype=out_dtype, device=x.device)
-        config = self.config(rows)
-        if config is None:
-            return self._multiply_unpacked(x_rows, out_dtype).view(*x.shape[:-1], self.out_features)
-        return self._multiply_packed(x_rows, out_dtype, config).view(*x.shape[:-1], self.out_features)
+        self._compile(out_dtype)
+        return self._multiply_rows(x_rows, out_dtype, self.config(rows)).view(*x.shape[:-1], self.out_features)
 
-    def config(self, rows: int) -> Config | None:
-        """Launch parameters for so many rows; None: the library multiplies unpacked weights."""
+    def _multiply_rows(self, x: Tensor, out_dtype: torch.dtype, config: Config | None) -> Tensor:
+        if config is None:
+            return self._multiply_unpacked(x, out_dtype)
+        return self._multiply_packed(x, out_dtype, config)
+
+    def _compile(self, out_dtype: torch.dtype) -> None:
+        """With the first call of layers like this one, have the kernels of all numbers of rows compiled."""
+        device = self._words.device
+        like = (device, out_dtype, self.dtype, self._bias is None, self._scales.dtype, self._offsets.dtype, self.out_features)
+        like += (*self._layout.values(), dispatch.deterministic)
+        if device.type != "cuda" or like in _compiled or torch.cuda.is_current_stream_capturing():
+            return
+        _compiled.add(like)
+        for rows in (*(1 << power for power in range(UNPACKED_ROWS.bit_length())), UNPACKED_ROWS - 1):
+            x = torch.zeros(rows, self.in_features, dtype=self.dtype, device=device)
+            self._multiply_rows(x, out_dtype, self.config(rows, _measured))
+
+    def config(self, rows: int, lookup: Callable[..., Config | None] | None = None) -> Config | None:
+        """Launch parameters for so many rows; None: the library multiplies unpacked weights.
+
+        Args:
+            lookup: where measured ones are; None: `tuning.lookup`.
+        """
         shape_only = dispatch.deterministic
         bucket = 0 if shape_only else _power_of_two(rows)
         key = (self.kind, str(self.dtype), self.offsets, self.group_size, self.out_features, self.in_features, bucket)
-        found = tuning.lookup("weight_only", key)
+        found = (lookup or tuning.lookup)("weight_only", key)
         if found is not None:
             return None if found["UNPACK"] else found
         return self._heuristic(None if shape_only else rows)
@@ -139,13 +159,14 @@ class WeightOnlyLinear:
             out_features=self.out_features,
             out_padded=self._out_padded,
             scale_stride=self._scales.shape[1],
+            splits=config["SPLITS"],
             **self._layout,
             SCALE=scale,
             BLOCK_ROWS=config["BLOCK_ROWS"],
             BLOCK_OUT=config["BLOCK_OUT"],
             BLOCK_WORDS=min(config["BLOCK_WORDS"], self.sub),
             GROUP_ROWS=config["GROUP_ROWS"],
-            SPLITS=config["SPLITS"],
+            USE_SHARED_SPLITS=shared is not None,
             USE_SERIAL_SPLITS=config["SPLITS"] > 1 and shared is None,
             USE_BIAS=self._bias is not None,
             USE_PTX=nvidia and self.dtype != torch.float32,
@@ -201,6 +222,11 @@ class WeightOnlyLinear:
             BLOCK_OUT=OUT_MULTIPLE,
         )
         return weights
+
+
+_measured = tuning.lookup  # of this GPU; while a bench tunes, `tuning.lookup` is what it tries
+# Layers like those whose kernels have been compiled.
+_compiled: set[tuple[object, ...]] = set()
 
 
 def can_pack(weight: QuantizedWeight) -> bool:

@@ -4,6 +4,8 @@ At one token the cost is the number of calls and not the arithmetic. So both hal
 swapped halves by the signed sines, in one call each; the result goes back to where it came from, so that keys and values lie
 together and one indexed store writes both; and what depends on the step alone is kept from one layer to the next. Deterministic
 mode multiplies and adds one after the other, since whether torch fuses the two may change with an element's place.
+
+For a quantised cache all heads are widened at once, and what is stored is rounded from float32, once.
 """
 
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dashinfer_kernels import dispatch
+from dashinfer_kernels.rope.reference import quantise
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,14 @@ def rope_kv_write(
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     eps: float,
+    kv_scales: Tensor | None,
 ) -> Tensor:
     tokens, rotary_dim, num_rotated = qkv.shape[0], cos_sin.shape[1], num_heads + num_kv_heads
     step = _step(positions, cos_sin, slot_mapping, kv_cache.shape[3])
     heads = qkv.view(tokens, num_rotated + num_kv_heads, head_dim)
-    rotated = heads[:, :num_rotated]
+    # where results go: to their places, or to wide heads that are quantised afterwards
+    kept = heads if kv_scales is None else heads.to(torch.promote_types(qkv.dtype, torch.float32), copy=True)
+    rotated = kept[:, :num_rotated]
     wide = rotated.to(torch.promote_types(qkv.dtype, torch.float32))
     if q_norm is not None and k_norm is not None:
         wide = F.rms_norm(wide, (head_dim,), None, eps)
@@ -88,8 +94,14 @@ def rope_kv_write(
         turned.addcmul_(halves.flip(2), step.sin)
     (rotated if rotary_dim == head_dim else rotated[..., :rotary_dim]).copy_(turned.view(tokens, num_rotated, rotary_dim))
 
-    written = heads[:, num_heads:].view(tokens, 2, num_kv_heads, head_dim)
+    written = kept[:, num_heads:].view(tokens, 2, num_kv_heads, head_dim)
     if step.written is not None:
         written = written[step.written]
-    kv_cache.permute(0, 3, 1, 2, 4).index_put_(step.where, written.to(kv_cache.dtype))
-    return heads[:, :num_heads]
+    if kv_scales is None:
+        kv_cache.permute(0, 3, 1, 2, 4).index_put_(step.where, written.to(kv_cache.dtype))
+        return heads[:, :num_heads]
+    codes, scales = quantise(written, kv_cache.dtype)
+    # indexed stores know no float8
+    kv_cache.view(torch.int8).permute(0, 3, 1, 2, 4).index_put_(step.where, codes.view(torch.int8))
+    kv_scales.permute(0, 3, 1, 2).index_put_(step.where, scales.to(kv_scales.dtype))
+    return kept[:, :num_heads].to(qkv.dtype)

@@ -73,8 +73,8 @@ def rope_kv_write(
     tensors = (qkv, positions, cos_sin, kv_cache, slot_mapping)
     heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
     norms = {"q_norm": q_norm, "k_norm": k_norm, "eps": eps}
-    if not use_triton(qkv) and positions.ndim == 1 and kv_scales is None:
-        return cpu.rope_kv_write(*tensors, **heads, **norms)
+    if not use_triton(qkv) and positions.ndim == 1:
+        return cpu.rope_kv_write(*tensors, **heads, **norms, kv_scales=kv_scales)
     path = _launch if use_triton(qkv) else reference.rope_kv_write
     rotation = {"mrope_section": mrope_section, "mrope_interleaved": mrope_interleaved}
     return path(*tensors, **heads, **norms, kv_scales=kv_scales, **rotation)

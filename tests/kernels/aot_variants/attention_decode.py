@@ -81,6 +81,11 @@ VARIANTS = [
     attend("80", (32, 32), 80),
     attend("256-window-softcap", (8, 4), 256, window=True, softcap=True),
     attend("128-int8", (28, 4), 128, kv="*i8", max_registers=TWO_PROGRAMS),
+    *(
+        attend(f"{head_dim}-{name}-long-blocks", (heads, 8), head_dim, kv=kv, block_size=64, targets=targets)
+        for head_dim, heads in ((64, 32), (128, 64))
+        for name, kv, targets in (("int8", "*i8", NVIDIA), ("float8", "*fp8e4nv", ("sm_90",)))
+    ),
     attend("128-int8-amd", (28, 4), 128, kv="*i8", targets=AMD),
     attend("128-float8", (28, 4), 128, kv="*fp8e4nv", targets=("sm_90",), max_registers=TWO_PROGRAMS),
     attend("128-float8-bits", (28, 4), 128, kv="*u8", targets=("sm_80",), max_registers=TWO_PROGRAMS),

@@ -74,6 +74,9 @@ VARIANTS = [
     variant("sm_90", 256, 64, short=True, options=True),
     variant("sm_90", 128, 64, kv="fp8e4nv", options=True),
     variant("sm_90", 64, 128, kv="i8", options=True),
+    *(variant("sm_90", head_dim, 64, kv=kv) for head_dim in (64, 128) for kv in ("i8", "fp8e4nv")),
+    *(variant("sm_90", head_dim, 64, kv=kv, short=True) for head_dim in (64, 128) for kv in ("i8", "fp8e4nv")),
+    variant("sm_80", 128, 64, kv="i8"),
     variant("sm_80", 64, 16, options=True),
     variant("sm_80", 128, 16, short=True, options=True),
 ]

@@ -14,6 +14,7 @@ def variant(
     dims: tuple[int, int],
     block: tuple[int, int, int],
     *,
+    block_size: int = 16,
     targets: tuple[str, ...] = TARGETS,
     **uses: Any,
 ) -> Variant:
@@ -21,7 +22,13 @@ def variant(
         **dict(zip(("NUM_HEADS", "NUM_KV_HEADS"), heads, strict=True)),
         **dict(zip(("HEAD_DIM", "ROTARY_DIM"), dims, strict=True)),
         **dict(zip(("BLOCK_ROWS", "BLOCK_HALF", "BLOCK_REST"), block, strict=True)),
-        **{"BLOCK_SIZE": 16, "SECTION_T": 0, "SECTION_H": 0, "SECTION_W": 0, "LARGEST": {"*i8": 127.0}.get(cache, 448.0)},
+        **{
+            "BLOCK_SIZE": block_size,
+            "SECTION_T": 0,
+            "SECTION_H": 0,
+            "SECTION_W": 0,
+            "LARGEST": {"*i8": 127.0}.get(cache, 448.0),
+        },
         **dict.fromkeys(("USE_NORM", "USE_MROPE", "USE_INTERLEAVED"), False),
         **{"USE_SCALES": cache != "*bf16", **uses},
     }
@@ -46,5 +53,8 @@ VARIANTS = [
     variant("rope-128-norm-int8", "*i8", (32, 8), (128, 128), (16, 64, 0), USE_NORM=True),
     variant("rope-128-norm-mrope-fp8", "*fp8e4nv", (32, 8), (128, 128), (16, 64, 0), USE_NORM=True, targets=("sm_90", "gfx942"),
             **MULTIMODAL),
+    variant("rope-64-int8", "*i8", (32, 8), (64, 64), (32, 32, 0), block_size=64),
+    variant("rope-64-fp8", "*fp8e4nv", (32, 8), (64, 64), (32, 32, 0), block_size=64, targets=("sm_90",)),
+    variant("rope-128-fp8", "*fp8e4nv", (28, 4), (128, 128), (16, 64, 0), block_size=64, targets=("sm_90",)),
     variant("rope-80-partial-norm", "*bf16", (32, 32), (80, 32), (16, 16, 64), USE_NORM=True),
 ]  # fmt: skip

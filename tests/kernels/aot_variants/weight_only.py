@@ -39,9 +39,16 @@ def variant(
         generation=GENERATION[target],
     )
     assert config is not None
-    constants: dict[str, Any] = {key: value for key, value in config.items() if key.isupper()}
+    constants: dict[str, Any] = {key: value for key, value in config.items() if key.isupper() and key != "SPLITS"}
     constants |= {"IN_FEATURES": inputs, "GROUP_SIZE": group or steps * places * sub, "SCALE_ROWS": scale_rows, "SUB": sub}
-    constants |= {"PLACES": places, "KIND": kind, "OFFSETS": offsets, "USE_SERIAL_SPLITS": False, "USE_BIAS": biased}
+    constants |= {
+        "PLACES": places,
+        "KIND": kind,
+        "OFFSETS": offsets,
+        "USE_SERIAL_SPLITS": False,
+        "USE_SHARED_SPLITS": config["SPLITS"] > 1,
+        "USE_BIAS": biased,
+    }
     constants |= {"BLOCK_WORDS": min(sub, config["BLOCK_WORDS"]), "USE_PTX": target != "gfx942" and dtype != "fp32"}
     constants["PRECISION"] = "ieee" if target == "gfx942" else "tf32x3"
     if offsets == "offsets" or group is None:
@@ -49,7 +56,7 @@ def variant(
     signature = {"x_ptr": f"*{dtype}", "words_ptr": "*i16", "scales_ptr": "*fp32" if kind == "float8" else "*fp16"}
     signature |= {"offsets_ptr": {"none": "*i16", "zeros": "*u8", "offsets": "*fp16"}[offsets], "bias_ptr": f"*{dtype}"}
     signature |= {"out_ptr": f"*{dtype}", "partial_ptr": "*fp32", "arrivals_ptr": "*i32", "rows": "i32"}
-    signature |= {"out_features": "i32:16", "out_padded": "i32:16", "scale_stride": "i32:16"}
+    signature |= {"out_features": "i32:16", "out_padded": "i32:16", "scale_stride": "i32:16", "splits": "i32"}
     instructions = TENSOR_CORES[target]
     if target != "gfx942":
         instructions += COPIES
