@@ -159,6 +159,8 @@ def sum_of_steps(
     EACH: tl.constexpr = PLACES // GROUPS  # places of a group
     USE_ZEROS: tl.constexpr = OFFSETS == "zeros"
     USE_OFFSETS: tl.constexpr = OFFSETS == "offsets"
+    # sums that start anew: with one that goes on from tile to tile, ptxas may wait for each product before the next
+    USE_PARTIALS: tl.constexpr = SCALE == "sums" or BLOCK_ROWS <= 64
     inner = tl.arange(0, BLOCK_WORDS)[None, :]
     total = tl.zeros((BLOCK_OUT, BLOCK_ROWS), dtype=tl.float32)
     # values of groups are loaded a tile before their use; the arrays are a step longer than the weights
@@ -175,7 +177,7 @@ def sum_of_steps(
             next_offsets = group_rows(offsets_ptr, column, out_padded, next_step * STEP, COMMON, GROUP_SIZE, GROUPS)
         words = tl.load(words_ptr + step * step_words + first_word + word_offset)
         for group in tl.static_range(GROUPS):
-            if SCALE == "sums":
+            if USE_PARTIALS:
                 partial = tl.zeros((BLOCK_OUT, BLOCK_ROWS), dtype=tl.float32)
             zeros = offsets[group][:, None] if USE_ZEROS else 0
             for place in tl.static_range(group * EACH, (group + 1) * EACH):
@@ -193,12 +195,14 @@ def sum_of_steps(
                     weight = scaled(words, zeros, factor, added, place, KIND, DTYPE, USE_ZEROS, USE_OFFSETS, USE_PTX)
                 else:
                     weight = integers(words, zeros, place, KIND, DTYPE, USE_ZEROS, USE_PTX)
-                if SCALE == "sums":
+                if USE_PARTIALS:
                     partial = tl.dot(weight, x_tile.T, partial, input_precision=PRECISION)
                 else:
                     total = tl.dot(weight, x_tile.T, total, input_precision=PRECISION)
             if SCALE == "sums":
                 total += partial * scales[group].to(tl.float32)[:, None]
+            elif USE_PARTIALS:
+                total += partial
         if SCALE != "end":
             scales = next_scales
         if OFFSETS != "none":
@@ -268,7 +272,10 @@ def weight_only_kernel(
                 BLOCK_ROWS, BLOCK_OUT, BLOCK_WORDS, USE_PTX, PRECISION,
             )  # fmt: skip
     else:
-        begin, end = split * STEPS // splits, (split + 1) * STEPS // splits
+        begin, end = 0, STEPS
+        if USE_SHARED_SPLITS:
+            begin, end = split * STEPS // splits, (split + 1) * STEPS // splits
+            tl.assume(begin < end)  # with which, too, ptxas does not wait for each product
         total = sum_of_steps(
             x_ptr, words_ptr, scales_ptr, offsets_ptr, x_offset, x_live, word_offset, column, scale_column,
             out_padded, scale_stride, begin, end, IN_FEATURES, GROUP_SIZE, SUB, PLACES, KIND, OFFSETS, SCALE,

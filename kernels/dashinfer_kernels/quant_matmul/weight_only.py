@@ -142,11 +142,11 @@ class WeightOnlyLinear:
         rows, device = len(x), self._words.device
         out = torch.empty(rows, self.out_features, dtype=out_dtype, device=device)
         tiles = -(-rows // config["BLOCK_ROWS"]) * -(-self.out_features // config["BLOCK_OUT"])
-        shared = self._shared_sums(config, rows)
+        shared, splits = self._shared_sums(config, rows), self._splits(config)
         partial, arrivals = shared or (out, out)
         scale = "end" if self._scales_at_end else "weights" if self.offsets == "offsets" else config["SCALE"]
         nvidia = _generation(device) in ("hopper", "ampere")
-        _kernel().weight_only_kernel[(tiles, config["SPLITS"] if shared else 1)](
+        _kernel().weight_only_kernel[(tiles, splits if shared else 1)](
             x_ptr=x,
             words_ptr=self._words,
             scales_ptr=self._scales,
@@ -159,7 +159,7 @@ class WeightOnlyLinear:
             out_features=self.out_features,
             out_padded=self._out_padded,
             scale_stride=self._scales.shape[1],
-            splits=config["SPLITS"],
+            splits=splits,
             **self._layout,
             SCALE=scale,
             BLOCK_ROWS=config["BLOCK_ROWS"],
@@ -167,7 +167,7 @@ class WeightOnlyLinear:
             BLOCK_WORDS=min(config["BLOCK_WORDS"], self.sub),
             GROUP_ROWS=config["GROUP_ROWS"],
             USE_SHARED_SPLITS=shared is not None,
-            USE_SERIAL_SPLITS=config["SPLITS"] > 1 and shared is None,
+            USE_SERIAL_SPLITS=splits > 1 and shared is None,
             USE_BIAS=self._bias is not None,
             USE_PTX=nvidia and self.dtype != torch.float32,
             PRECISION="tf32x3" if nvidia else "ieee",
@@ -176,18 +176,21 @@ class WeightOnlyLinear:
         )
         return out
 
+    def _splits(self, config: Config) -> int:
+        return min(config["SPLITS"], self.steps)
+
     def _shared_sums(self, config: Config | None, rows: int) -> tuple[Tensor, Tensor] | None:
         """The workspace of programs that share tiles; None: none do.
 
         Where tiles alone occupy the GPU, a program computes all splits of its tile: the same bits.
         """
-        if config is None or config["SPLITS"] == 1:
+        if config is None or (splits := self._splits(config)) == 1:
             return None
         block_rows, block_out, device = config["BLOCK_ROWS"], config["BLOCK_OUT"], self._words.device
         tiles = -(-rows // block_rows) * -(-self.out_features // block_out)
         if tiles >= _multiprocessors(device):
             return None
-        return _workspace(device).take(tiles * config["SPLITS"] * block_rows * block_out, tiles)
+        return _workspace(device).take(tiles * splits * block_rows * block_out, tiles)
 
     def _multiply_unpacked(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
         pieces = -(-self.out_features * self.in_features * x.itemsize // UNPACKED_BYTES)

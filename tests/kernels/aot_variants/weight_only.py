@@ -81,6 +81,7 @@ VARIANTS = [
     variant("sm_90", "int4", 16, group=32, offsets="zeros"),
     variant("sm_90", "int4", 16, offsets="offsets"),
     variant("sm_90", "int4", 128, offsets="offsets"),
+    variant("sm_90", "int4", 128, shape=(3584, 18944)),
     variant("sm_90", "int8", 16, group=None),
     variant("sm_90", "int8", 128, group=None),
     variant("sm_90", "float8", 16, group=None),
