@@ -15,6 +15,7 @@ from bench.ops import (
     attention,
     linear,
     norm,
+    quant_matmul,
     quantize_rows,
     rope,
     sampling,
@@ -34,6 +35,7 @@ FAMILIES = (
     varlen_attention.jobs,
     sampling.jobs,
     linear.jobs,
+    quant_matmul.jobs,
     quantize_rows.jobs,
     scaled_matmul.jobs,
 )

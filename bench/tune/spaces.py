@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from bench.ops import activation, attention, norm, rope, varlen_attention
+from bench.ops import activation, attention, norm, quant_matmul, rope, varlen_attention
 from bench.ops.case import Job, Place
 
 Config = dict[str, Any]
@@ -36,6 +36,19 @@ def _prefill_candidates() -> tuple[Config, ...]:
     return tuple(tile for tile in tiles if not tile["use_descriptor"] or tile["block_n"] <= attention.LARGE_BLOCK)
 
 
+def _weight_only_candidates() -> tuple[Config, ...]:
+    """Tiles for few rows, tiles for many, and the library."""
+    few = grid(
+        BLOCK_OUT=(128, 64, 256), BLOCK_ROWS=(16, 64), SPLITS=(1, 2, 4, 8), num_stages=(3, 4), SCALE=("sums", "weights"),
+        num_warps=(4, 8), BLOCK_WORDS=(64,),
+    )  # fmt: skip
+    many = grid(
+        BLOCK_OUT=(128, 64), BLOCK_ROWS=(128, 256), SPLITS=(1, 2), num_stages=(3, 2), SCALE=("weights",), num_warps=(4, 8),
+        BLOCK_WORDS=(32, 64),
+    )  # fmt: skip
+    return ({"UNPACK": True}, *(tile | {"GROUP_ROWS": 8, "UNPACK": False} for tile in (*few, *many)))
+
+
 SPACES = {
     space.op: space
     for space in (
@@ -49,5 +62,6 @@ SPACES = {
             varlen_attention.jobs,
             grid(BLOCK_M=(128, 64), num_stages=(2, 3), BLOCK_N=(64, 128, 32), num_warps=(8, 4)),
         ),
+        Space("weight_only", quant_matmul.weight_only_jobs, _weight_only_candidates()),
     )
 }

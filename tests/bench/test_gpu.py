@@ -20,7 +20,7 @@ from bench.gpu.kernels import figures, measure_job
 from bench.gpu.timing import Ceilings
 from bench.gpu.workload import client_figures
 from bench.machine import describe_machine
-from bench.ops import attention
+from bench.ops import attention, quant_matmul
 from bench.ops.case import COPY_MARK, TOY, Case, Job, Mark, Place, poisoned, relative_error
 from dashinfer.worker.runner import BLOCK_SIZE
 
@@ -35,6 +35,7 @@ OPS = {
     "varlen_attention",
     "sampling",
     "linear",
+    *(f"quant_matmul {mode}" for mode in quant_matmul.MODES),
     "a8w8_matmul",
     "fp8_matmul",
     "quantize_rows",

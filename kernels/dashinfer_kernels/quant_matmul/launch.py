@@ -10,6 +10,7 @@ from dashinfer_kernels.quant_matmul.cpu import pack_on_cpu
 from dashinfer_kernels.quant_matmul.reference import Activations, quantize_rows
 from dashinfer_kernels.quant_matmul.scaled import ScaledLinear, multiplies
 from dashinfer_kernels.quant_matmul.weight import QuantizedWeight
+from dashinfer_kernels.quant_matmul.weight_only import WeightOnlyLinear, can_pack
 
 
 def pack_quantized(
@@ -37,6 +38,8 @@ def pack_quantized(
         return ScaledLinear(weight, bias, dtype, activations)
     if activations == "fp8":
         activations = None
+    if use_triton(weight.codes) and activations is None and can_pack(weight):
+        return WeightOnlyLinear(weight, bias, dtype)
     return UnpackedLinear(weight, bias, dtype, activations)
 
 
