@@ -51,6 +51,7 @@ class RoundedOnLoad(WeightFormat):
         self.activations = rounding.activations
         self._rounding = rounding
         self._quantizes_head = quantizes_head
+        self.rounds_head = not quantizes_head
 
     def read(self, reader: WeightReader, part: Part) -> QuantizedWeight | None:
         weight = reader.read(part, dtype=torch.float32)

@@ -237,7 +237,7 @@ class VocabParallelHead:
         """
         exact = embedding if reader.device.type == "cpu" else None
         form = reader.format
-        if form is not None and form.rounds_head and exact is not None:
+        if form is not None and form.rounds_head and exact is not None and exact.dtype in _NEARLY_BEST:
             linear = pack_weight(reader, quantize_int(exact, bits=8, symmetric=True))
             return cls(linear, vocab, group, exact=exact, share=_NEARLY_BEST_OF_8_BITS)
         part = Part(name, (vocab, hidden), _vocab_rows(vocab, group))

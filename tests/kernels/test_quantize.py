@@ -26,9 +26,10 @@ def test_no_group_is_worse_than_without_clipping(
 
     groups = weight.double().view(40, -1, size)
     most = 2 ** (bits - 1) - 1 if symmetric else 2**bits - 1
-    offsets = torch.zeros(()) if symmetric else groups.amin(-1, keepdim=True)
-    scales = (groups.abs() if symmetric else groups - offsets).amax(-1, keepdim=True) / most
-    values = ((groups - offsets) / scales).round() * scales + offsets
+    low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+    scales = groups.abs().amax(-1, keepdim=True) / most if symmetric else (high - low) / most
+    zeros = torch.zeros(()) if symmetric else (-low / scales).round()
+    values = ((groups / scales + zeros).round().clamp(-most, most) - zeros) * scales
     found = squared_errors(weight, rounded.dequantize(), size)
     plain = squared_errors(weight, values.view(40, 192), size)
     # Scales and offsets are rounded to float16, which counts where steps are fine.
@@ -70,11 +71,14 @@ def test_groups_of_one_value_are_kept(symmetric: bool) -> None:
 
 
 @pytest.mark.parametrize(("bits", "group_size", "symmetric"), FORMS)
-def test_scales_and_offsets_are_float16_numbers(bits: int, group_size: int | None, symmetric: bool) -> None:
-    rounded = quantize_int(torch.randn(8, 192) * 1e-3, bits=bits, group_size=group_size, symmetric=symmetric)
+def test_scales_are_float16_numbers_and_zero_is_a_code(bits: int, group_size: int | None, symmetric: bool) -> None:
+    rounded = quantize_int(torch.randn(8, 192) * 1e-2 + 0.01, bits=bits, group_size=group_size, symmetric=symmetric)
 
-    for values in (rounded.scales, rounded.offsets):
-        assert values is None or torch.equal(values.half().float(), values)
+    assert torch.equal(rounded.scales.half().float(), rounded.scales)
+    if rounded.offsets is not None:
+        zeros = (-rounded.offsets / rounded.scales).round()
+        assert ((zeros >= 0) & (zeros < 2**bits)).all()
+        torch.testing.assert_close(-zeros * rounded.scales, rounded.offsets)
 
 
 def test_float8_is_the_nearest_of_the_format() -> None:

@@ -2,7 +2,8 @@
 
 No data is needed and none is looked at. A group's range is shrunk in steps, and the one with the smallest squared error kept:
 outliers that are cut cost less than a coarser grid for all the others. Scales are rounded to float16 before codes are chosen,
-so that layouts may keep them in 16 bits.
+so that layouts may keep them in 16 bits. Of unsigned codes a whole one stands for 0: an offset is that many scales, which tensor
+cores multiply exactly, at about 2% more error than an offset of any value.
 """
 
 import torch
@@ -64,7 +65,7 @@ def _round_groups(groups: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, T
     A group is a column: reductions and products with a value a group then run along the memory.
     """
     least, most = RANGES[bits] if symmetric else (0, 2**bits - 1)
-    low, high = groups.amin(0), groups.amax(0)
+    low, high = groups.amin(0).clamp_(max=0), groups.amax(0).clamp_(min=0)
     peaks = torch.maximum(high, -low)
     exact, codes = torch.empty_like(groups), torch.empty_like(groups)
 
@@ -78,8 +79,8 @@ def _round_groups(groups: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, T
         if symmetric:
             offsets, scales = torch.zeros_like(peaks), _half(peaks * (clip / most))
         else:
-            offsets = _nearest_half(low * clip)
-            scales = _half((high * clip - offsets) / most)
+            scales = _half((high - low) * (clip / most))
+            offsets = (low * clip / scales).round_().clamp_(-most, 0).mul_(scales)
         in_codes(scales, offsets)
         error = exact.sub_(codes).square_().sum(0).mul_(scales.square())
         if best is None:
