@@ -2,8 +2,8 @@
 
 No data is needed and none is looked at. A group's range is shrunk in steps, and the one with the smallest squared error kept:
 outliers that are cut cost less than a coarser grid for all the others. Scales are rounded to float16 before codes are chosen,
-so that layouts may keep them in 16 bits. Of unsigned codes a whole one stands for 0: an offset is that many scales, which tensor
-cores multiply exactly, at about 2% more error than an offset of any value.
+so that layouts may keep them in 16 bits. Of unsigned codes a whole one stands for 0: an offset is that many scales, which
+tensor cores multiply exactly, at about 2% more error than an offset of any value.
 """
 
 import torch
