@@ -145,13 +145,8 @@ async def _connect_to_first(addresses: Sequence[IPAddress], port: int, network: 
             await failed.wait()
         await attempt(place)
 
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(attempt, 0)
-    except BaseException:
-        if winner is not None:
-            await trio.aclose_forcefully(winner)
-        raise
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(attempt, 0)
     if winner is None:
         raise MediaError("its host cannot be reached")
     return winner

@@ -156,9 +156,10 @@ async def test_all_in_order_and_so_many_at_once(internet: FakeInternet, autojump
         (says_forever(b"HTTP/1.1 200 OK\r\n\r\n", b"x" * 1000), "larger than 4096 bytes"),
         (says_forever(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n" * 99), "larger than 4096 bytes"),
         (
-            says_forever(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1;" + b"x" * 9000 + b"\r\nx\r\n"),
+            says(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + (b"1;" + b"x" * 9000 + b"\r\nx\r\n") * 5),
             "larger than 4096 bytes",
         ),
+        (says(b"HTTP/1.1 200 OK\r\n\r\n" + bytes(4097)), "larger than 4096 bytes"),
         (says_forever(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1" * 100), "malformed or ended early"),
         (
             says_forever(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n", b"Trailer: x\r\n" * 99),
@@ -166,7 +167,7 @@ async def test_all_in_order_and_so_many_at_once(internet: FakeInternet, autojump
         ),
         (says_forever(b"", b"HTTP/1.1 100 Continue\r\n\r\n"), "malformed or ended early"),
         (says_forever(b"HTTP/1.1 200 OK\r\n", b"X-Header: value\r\n" * 99), "malformed or ended early"),
-        (says_forever(b"HTTP/1.1 200 ", b"x"), "malformed or ended early"),
+        (says_forever(b"HTTP/1.1 200 ", b"x" * 999), "malformed or ended early"),
         (says(b"HTTP/1.1 200 OK\r\nContent-Length: 4097\r\n\r\n"), "larger than 4096 bytes"),
         (says(b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 6000 + b"\r\n\r\n"), "malformed or ended early"),
         (says(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab"), "malformed or ended early"),
@@ -371,6 +372,22 @@ async def test_two_connections_at_the_same_moment(internet: FakeInternet, autoju
 
     assert await fetch("http://example.com/", POLICY, network=internet) == PICTURE
     assert len(internet.record) == 3
+
+
+async def test_a_connection_that_comes_while_cancelled(internet: FakeInternet, autojump_clock: MockClock) -> None:
+    """It is closed too."""
+    internet.add("example.com", says(OK, PICTURE))
+    connect = internet.connect
+
+    async def connect_shielded(address, port: int) -> trio.abc.Stream:
+        with trio.CancelScope(shield=True):
+            await trio.sleep(2 * POLICY.timeout)
+            return await connect(address, port)
+
+    internet.connect = connect_shielded
+
+    assert "took longer than 5 seconds" in await refusal("http://example.com/", POLICY, internet)
+    assert len(internet.record) == 2
 
 
 async def test_no_address_answers(internet: FakeInternet, autojump_clock: MockClock) -> None:
