@@ -18,6 +18,8 @@ def decode_data_uri(uri: str, max_bytes: int) -> bytes:
     Raises:
         MediaError: not such a URI, or more than `max_bytes` bytes.
     """
+    if not uri.isascii():
+        raise MediaError("its data: URI has a character that is not ASCII; percent-encode it")
     comma = uri.find(",", 0, _MAX_HEAD)
     if comma < 0:
         raise MediaError("its data: URI has no comma before the data")
@@ -54,7 +56,7 @@ def _decode_base64(text: str, start: int, max_bytes: int) -> bytes:
             if len(content) > max_bytes:
                 raise _too_large(max_bytes)
         content += binascii.a2b_base64(rest + "=" * (-len(rest) % 4), strict_mode=True)
-    except ValueError:  # binascii.Error, and characters that are not ASCII
+    except ValueError:  # binascii.Error, and what is not ASCII once decoded
         raise _not_base64() from None
     if len(content) > max_bytes:
         raise _too_large(max_bytes)

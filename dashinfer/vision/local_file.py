@@ -22,20 +22,17 @@ def read_file(source: str, allowed: Path | None, max_bytes: int) -> bytes:
     """
     if allowed is None:
         raise MediaError("this server reads no files; it has no --allowed-media-path")
-    if source.startswith("/"):
-        path = source
-    else:
-        match = _FILE_URL.fullmatch(source)
-        if match is None:
-            raise MediaError("its file: URL is malformed; write file:///absolute/path")
-        path = os.fsdecode(unquote_to_bytes(match[1]))
+    match = _FILE_URL.fullmatch(source)
+    if match is None and not source.startswith("/"):
+        raise MediaError("its file: URL is malformed; write file:///absolute/path")
     refusal = MediaError("it is not a readable file under this server's --allowed-media-path")
-    if ".." in path.split("/"):
-        raise refusal
     try:
+        path = os.fsdecode(unquote_to_bytes(match[1])) if match else source
+        if ".." in path.split("/"):
+            raise refusal
         root = allowed.resolve()
         descriptor = _open_beneath(root, Path(path).resolve().relative_to(root).parts)
-    except (OSError, ValueError, RuntimeError):  # ValueError: outside, or a zero byte; RuntimeError: links in a circle
+    except (OSError, ValueError, RuntimeError):  # ValueError: outside, or no path at all; RuntimeError: links in a circle
         raise refusal from None
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -10,6 +10,8 @@ from ipaddress import ip_address
 import pytest
 import trio
 import trustme
+from hypothesis import given
+from hypothesis import strategies as st
 from trio.testing import MockClock
 
 from dashinfer.errors import InvalidRequest, MediaError
@@ -18,7 +20,7 @@ from dashinfer.vision.addresses import is_public
 from dashinfer.vision.fetch import fetch, fetch_all
 from dashinfer.vision.network import ATTEMPT_DELAY, Internet
 from dashinfer.vision.policy import MediaPolicy
-from dashinfer.vision.url import parse_url
+from dashinfer.vision.url import HttpUrl, parse_url, resolve_location
 from tests.vision.fake_internet import (
     SERVER_ADDRESS,
     FakeInternet,
@@ -465,6 +467,21 @@ def test_urls_that_are_read(url: str, authority: str, target: str) -> None:
 
     assert (parsed.authority, parsed.target) == (authority, target)
     assert parse_url(str(parsed)) == parsed
+
+
+ODD = "ab.:/@[]%?#\\ -_09\ud800\udc80\u00e9\u200d\u0130\u00df\u0660\u3002\u2460\x00\t=;,+"
+
+
+@given(st.sampled_from(["http://", "http://[", "https://xn--", "http://a.org/", "/", "//", "?"]), st.text(ODD, max_size=12))
+def test_any_text_is_a_url_or_a_media_error(start: str, rest: str) -> None:
+    base = HttpUrl("http", "example.com", 80, "/")
+    for read in (parse_url, partial(resolve_location, base)):
+        try:
+            url = read(start + rest)
+        except MediaError:
+            continue
+        assert str(url).isascii() and " " not in str(url)
+        assert parse_url(str(url)) == url
 
 
 # --- redirects

@@ -74,6 +74,7 @@ def test_files(media: Path) -> None:
         "/dev/fd/0",
         "/proc/self/environ",
         "{}/a\0b",
+        "{}/\ud800",
         "{}/" + "a" * 5000,
         "/9j/4AAQSkZJRgABAQ",
     ],
