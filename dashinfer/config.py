@@ -74,6 +74,35 @@ def _port(text: str) -> int:
     return value
 
 
+def _positive_size(text: str) -> int:
+    size = parse_size(text)
+    if size < 1:
+        raise ValueError(f"{text} is not at least 1 byte")
+    return size
+
+
+def _directory(text: str) -> Path:
+    path = Path(text).expanduser()
+    if not path.is_dir():
+        raise ValueError(f"{text!r} is not a directory")
+    return path.absolute()
+
+
+_DOMAIN = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
+
+
+def _domains(text: str) -> tuple[str, ...]:
+    domains = tuple(domain.strip().lower().removesuffix(".") for domain in text.split(",") if domain.strip())
+    if not domains:
+        raise ValueError("no domain given")
+    for domain in domains:
+        if not _DOMAIN.fullmatch(domain):
+            raise ValueError(
+                f"{domain!r} is not a domain; write example.com, which includes subdomains, in ASCII, without scheme and port"
+            )
+    return domains
+
+
 def _keys(text: str) -> tuple[str, ...]:
     keys = tuple(key.strip() for key in text.split(",") if key.strip())
     if not keys:
@@ -126,6 +155,25 @@ class ServerConfig:
     vision_engine: VisionEngine = _setting("tensorrt", "what runs the vision tower", group=_VLM)
     min_pixels: int = _setting(3136, "least image size in pixels", group=_VLM, parse=_positive, metavar="N")
     max_pixels: int = _setting(12845056, "greatest image size in pixels", group=_VLM, parse=_positive, metavar="N")
+    allowed_media_path: Path | None = _setting(
+        None, "directory whose files requests may name by file: URLs", group=_VLM, parse=_directory, metavar="DIRECTORY"
+    )
+    allowed_media_domains: tuple[str, ...] = _setting(
+        (),
+        "comma-separated domains, each with its subdomains, that media may come from; without it, all",
+        group=_VLM,
+        parse=_domains,
+        metavar="DOMAINS",
+    )
+    allow_private_media: bool = _setting(
+        False, "fetch media from private, loopback and other addresses that are not public too", group=_VLM
+    )
+    media_timeout: float = _setting(
+        20.0, "seconds that fetching one medium may take", group=_VLM, parse=_seconds, metavar="SECONDS"
+    )
+    max_media_bytes: int = _setting(
+        67108864, "greatest size of one medium in bytes, such as 64MiB", group=_VLM, parse=_positive_size, metavar="SIZE"
+    )
 
     served_model_name: str | None = _setting(
         None, "name in the API (default: last part of --model)", group=_SERVER, parse=str, metavar="NAME"

@@ -160,6 +160,8 @@ def test_modules_import_names_that_exist() -> None:
         ("dashinfer.errors", "from . import types", "imports dashinfer.types, which lies above it"),
         ("dashinfer.types", "from dashinfer.config import x", "imports dashinfer.config, which lies above it in the parent"),
         ("dashinfer.models.llama", "from ..worker import x", "imports dashinfer.worker, which lies above it"),
+        ("dashinfer.vision.fetch", "import torch", "runs in the parent and imports torch"),
+        ("dashinfer.vision.fetch", "from dashinfer.serving import app", "imports dashinfer.serving.app, which lies above it"),
         ("dashinfer.telemetry", "", "is in no layer of the parent"),
     ],
 )

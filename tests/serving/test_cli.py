@@ -4,6 +4,7 @@ import dataclasses
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -33,8 +34,9 @@ def test_every_flag() -> None:
         shlex.split(
             "--model m --mode llm --host ::1 --port 0 --tensor-parallel 1 --max-batch 64 --max-length 16384 "
             "--data-type float16 --api-keys sk-key1,sk-key2 --log-level debug --vision-engine transformers --min-pixels 1 "
-            "--max-pixels 2 --served-model-name name --max-queue 3 --drain-timeout 1.5 --step-timeout 9 "
-            "--device cpu --load-format dummy --kv-cache-memory 4GiB --block-size 32 --max-step-tokens 100 "
+            "--max-pixels 2 --allowed-media-path / --allowed-media-domains Example.com,b.org. --allow-private-media "
+            "--media-timeout 2.5 --max-media-bytes 1MiB --served-model-name name --max-queue 3 --drain-timeout 1.5 "
+            "--step-timeout 9 --device cpu --load-format dummy --kv-cache-memory 4GiB --block-size 32 --max-step-tokens 100 "
             "--disable-prefix-cache --deterministic --quant-type a16w4 --quant-group-size 64 --quantize-head"
         )
     )
@@ -42,6 +44,8 @@ def test_every_flag() -> None:
     assert config == ServerConfig(
         model="m", mode="llm", host="::1", port=0, tensor_parallel=1, max_batch=64, max_length=16384, data_type="float16",
         api_keys=("sk-key1", "sk-key2"), log_level="debug", vision_engine="transformers", min_pixels=1, max_pixels=2,
+        allowed_media_path=Path("/"), allowed_media_domains=("example.com", "b.org"), allow_private_media=True,
+        media_timeout=2.5, max_media_bytes=2**20,
         served_model_name="name", max_queue=3, drain_timeout=1.5, step_timeout=9.0, device="cpu",
         load_format="dummy", kv_cache_memory=4 * 2**30, block_size=32, max_step_tokens=100, disable_prefix_cache=True,
         deterministic=True, quant_type="a16w4", quant_group_size=64, quantize_head=True,
@@ -72,6 +76,11 @@ def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None
         (["--model", "demo", "--kv-cache-memory", "lots"], "write for example 4GiB"),
         (["--model", "demo", "--block-size", "17"], "not a power of two"),
         (["--model", "demo", "--api-keys", ","], "no key given"),
+        (["--model", "demo", "--allowed-media-path", "/nowhere"], "'/nowhere' is not a directory"),
+        (["--model", "demo", "--allowed-media-domains", ","], "no domain given"),
+        (["--model", "demo", "--allowed-media-domains", "https://example.com"], "'https://example.com' is not a domain"),
+        (["--model", "demo", "--allowed-media-domains", "*.example.com"], "write example.com, which includes subdomains"),
+        (["--model", "demo", "--max-media-bytes", "0"], "0 is not at least 1 byte"),
         (["--model", " "], "--model is empty"),
         (["--model", "demo", "--drain-timeout", "soon"], "--drain-timeout: 'soon' is not a number"),
         (["--model", "demo", "--mode", "vlm"], "--mode vlm is not supported yet"),
