@@ -9,7 +9,8 @@
     │   └── AddressInUse             the port is taken or the host cannot be bound
     ├── RequestError                 answers one HTTP request; knows its status and OpenAI error fields
     │   ├── InvalidRequest           400  a field is malformed, out of range or not supported
-    │   │   └── ContextLengthExceeded  400  the prompt leaves no room
+    │   │   ├── ContextLengthExceeded  400  the prompt leaves no room
+    │   │   └── MediaError           400  an image or video cannot be had or used; carries its `index`
     │   ├── AuthenticationFailed     401
     │   ├── NotFound                 404  unknown route
     │   │   └── ModelNotServed       404  unknown model name
@@ -88,6 +89,22 @@ class InvalidRequest(RequestError):
 
 class ContextLengthExceeded(InvalidRequest):
     code = "context_length_exceeded"
+
+
+class MediaError(InvalidRequest):
+    """An image or video of a request cannot be had or used.
+
+    Attributes:
+        reason: why, in our own words: nothing of a remote answer, of a decoder's message or of an internal address.
+        index: the medium's place among the request's media, from 0; None where whoever raises does not know it.
+    """
+
+    code = "invalid_media"
+
+    def __init__(self, reason: str, *, index: int | None = None, param: str | None = None) -> None:
+        super().__init__(reason if index is None else f"media[{index}]: {reason}", param=param)
+        self.reason = reason
+        self.index = index
 
 
 class AuthenticationFailed(RequestError):
