@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-MAX_PIXELS = 64_000_000  # more than a phone's camera takes; up to 500 MB while it is decoded
+MAX_PIXELS = 64_000_000  # more than a phone's camera takes; up to 500 MB while decoded, 600 MB while cut
 _STRIP_PIXELS = 1 << 20
 
 
