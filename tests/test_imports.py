@@ -155,6 +155,8 @@ def test_modules_import_names_that_exist() -> None:
             "imports dashinfer.models.decoder, which does not",
         ),
         ("dashinfer.models.config", "import torch", "runs in the parent and imports torch"),
+        ("dashinfer.vision.decode", "def f():\n    import torch", "runs in the parent and imports torch"),
+        ("dashinfer.vision.video", "from dashinfer.serving import app", "imports dashinfer.serving.app, which lies above it"),
         ("dashinfer.worker.runner", "import trio", "runs in the child and imports trio"),
         ("dashinfer.worker.runner", "from dashinfer import serving", "imports dashinfer.serving, which does not"),
         ("dashinfer.errors", "from . import types", "imports dashinfer.types, which lies above it"),
