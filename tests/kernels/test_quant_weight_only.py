@@ -189,7 +189,7 @@ def test_words_hold_a_code_of_each_run() -> None:
 
 @pytest.mark.parametrize(
     ("bits", "group_size", "symmetric", "expected"),
-    [(4, 128, False, 4 + 2 * 16 / 128), (4, 32, True, 4 + 16 / 32), (8, None, True, 8 + 16 / 4096)],
+    [(4, 128, False, 4 + (16 + 8) / 128), (4, 32, True, 4 + 16 / 32), (8, None, True, 8 + 16 / 4096)],
 )
 def test_resident_memory_is_the_packed_size(
     triton_path: str, bits: int, group_size: int | None, symmetric: bool, expected: float
