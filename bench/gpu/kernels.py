@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bench.gpu.timing import Ceilings, measure, measure_ceilings
-from bench.ops import activation, attention, linear, norm, rope, sampling, varlen_attention
+from bench.ops import activation, attention, linear, norm, rope, rotate, sampling, varlen_attention
 from bench.ops.case import Case, Job, Place, find_place
 
 Row = dict[str, Any]
@@ -22,6 +22,7 @@ FAMILIES = (
     rope.jobs,
     activation.jobs,
     varlen_attention.jobs,
+    rotate.jobs,
     sampling.jobs,
     linear.jobs,
 )

@@ -16,6 +16,8 @@ import numpy as np
 from dashinfer.errors import InvalidRequest
 from dashinfer.models.vision_config import Grid, VisionConfig
 
+_MAX_POSITIONS = 2**24  # up to here float32 has every whole number
+
 
 @dataclass(frozen=True)
 class Medium:
@@ -64,6 +66,12 @@ class Placement:
     positions: np.ndarray
     delta: int
 
+    @property
+    def end(self) -> int:
+        """One more than the greatest position. A slow video of small pictures has more positions than tokens; the decoder's
+        table of rotations must reach as far, and further for each token produced."""
+        return len(self.tokens) + self.delta
+
 
 def video_text(times: Sequence[float], *, start: str, pad: str, end: str) -> str:
     """What stands in a prompt for the placeholder of a video that is given step by step, before it is tokenised.
@@ -83,7 +91,8 @@ def place_media(tokens: Sequence[int] | np.ndarray, media: Sequence[Medium], con
         media: in the order of the placeholders.
 
     Raises:
-        InvalidRequest: the prompt has more or fewer placeholders than there are media, or of another kind.
+        InvalidRequest: the prompt has more or fewer placeholders than there are media, or of another kind; or a video lasts
+            longer than there are positions.
     """
     prompt = np.asarray(tokens, dtype=np.int32)
     kinds = {config.image_token: "image", config.video_token: "video"}
@@ -131,7 +140,12 @@ def _parts(media: Sequence[Medium], config: VisionConfig) -> list[_Part]:
             parts += [_Part(index, one, step * config.num_tokens(one), 1.0) for step in range(steps)]
             continue
         timed = medium.kind == "video" and config.tokens_per_second is not None
-        parts.append(_Part(index, medium.grid, 0, config.tokens_per_second * medium.seconds_per_step if timed else 1.0))
+        interval = config.tokens_per_second * medium.seconds_per_step if timed else 1.0
+        if not 0 <= interval * steps < _MAX_POSITIONS:
+            raise InvalidRequest(
+                f"a video lasts {steps * medium.seconds_per_step:g} seconds, which is too long", param="messages"
+            )
+        parts.append(_Part(index, medium.grid, 0, interval))
     return parts
 
 
@@ -152,7 +166,7 @@ def _mismatch(found: list[str], media: Sequence[Medium]) -> str:
     given = [medium.kind for medium in media]
     for kind in ("image", "video"):
         if given.count(kind) == 0 and kind in found:
-            return f"the prompt holds the placeholder of a {kind}, but none was given; placeholders cannot be written as text"
+            return f"the prompt has a placeholder for {kind}s, but no {kind} was given; placeholders cannot be written as text"
     return (
         f"the prompt's placeholders do not go with the {given.count('image')} images and {given.count('video')} videos given; "
         "placeholders cannot be written as text"

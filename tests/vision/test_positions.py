@@ -88,7 +88,7 @@ def test_an_image_in_text() -> None:
         [0, 1, 2, 2, 2, 3, 3, 3, 5, 6],
         [0, 1, 2, 3, 4, 2, 3, 4, 5, 6],
     ]
-    assert placed.delta == 7 - 10
+    assert (placed.delta, placed.end) == (7 - 10, 7)
 
 
 def test_a_video_by_time_and_one_step_by_step() -> None:
@@ -121,8 +121,8 @@ IMAGE_GIVEN = Medium("image", (1, 2, 2))
 @pytest.mark.parametrize(
     ("tokens", "media", "message"),
     [
-        ([IMAGE], [], "the placeholder of a image, but none was given"),
-        ([VIDEO], [IMAGE_GIVEN], "the placeholder of a video, but none was given"),
+        ([IMAGE], [], "a placeholder for images, but no image was given"),
+        ([VIDEO], [IMAGE_GIVEN], "a placeholder for videos, but no video was given"),
         ([IMAGE, IMAGE], [IMAGE_GIVEN], "do not go with the 1 images and 0 videos given"),
         ([1], [IMAGE_GIVEN], "do not go with the 1 images and 0 videos given"),
         ([VIDEO, IMAGE], [IMAGE_GIVEN, Medium("video", (1, 2, 2))], "do not go with the 1 images and 1 videos"),
@@ -133,6 +133,19 @@ def test_placeholders_that_stand_for_nothing_are_the_requests_fault(
 ) -> None:
     with pytest.raises(InvalidRequest, match=message):
         place_media(tokens, media, config("qwen2_vl"))
+
+
+@pytest.mark.parametrize("seconds", [1e9, float("inf"), float("nan"), -1.0])
+def test_a_video_that_never_ends(seconds: float) -> None:
+    with pytest.raises(InvalidRequest, match="too long"):
+        place_media([VIDEO], [Medium("video", (2, 2, 2), seconds_per_step=seconds)], config("qwen2_5_vl"))
+
+
+def test_a_slow_video_has_more_positions_than_tokens() -> None:
+    placed = place_media([VIDEO, 7], [Medium("video", (5, 2, 2), seconds_per_step=10.0)], config("qwen2_5_vl"))
+
+    assert placed.positions[0].tolist() == [0, 20, 40, 60, 80, 1]
+    assert (placed.end, placed.delta) == (81, 75)
 
 
 def test_the_text_of_a_video_is_that_of_the_processor() -> None:
