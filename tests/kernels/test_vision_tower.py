@@ -14,12 +14,21 @@ from dashinfer_kernels import dispatch
 SIZES = {"depth": 2, "num_heads": 2, "patch_size": 4}
 CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen2VL": {"embed_dim": 48, "hidden_size": 40},
-    "Qwen2_5_VL": {"hidden_size": 48, "intermediate_size": 52, "out_hidden_size": 40, "window_size": 16, "fullatt_block_indexes": [1]},
+    "Qwen2_5_VL": {
+        "hidden_size": 48,
+        "intermediate_size": 52,
+        "out_hidden_size": 40,
+        "window_size": 16,
+        "fullatt_block_indexes": [1],
+    },
     "Qwen3VL": {
-        "hidden_size": 48, "intermediate_size": 56, "out_hidden_size": 40, "num_position_embeddings": 9,
+        "hidden_size": 48,
+        "intermediate_size": 56,
+        "out_hidden_size": 40,
+        "num_position_embeddings": 9,
         "deepstack_visual_indexes": [1],
     },
-}  # fmt: skip
+}
 
 
 def encode(config: VisionConfig, device: str) -> VisionOutput:
