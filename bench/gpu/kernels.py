@@ -10,7 +10,19 @@ from typing import Any
 import torch
 
 from bench.gpu.timing import Ceilings, measure, measure_ceilings
-from bench.ops import activation, attention, linear, norm, rope, rotate, sampling, varlen_attention
+from bench.ops import (
+    activation,
+    attention,
+    layer_norm,
+    linear,
+    norm,
+    quantize_rows,
+    rope,
+    rotate,
+    sampling,
+    scaled_matmul,
+    varlen_attention,
+)
 from bench.ops.case import Case, Job, Place, find_place
 
 Row = dict[str, Any]
@@ -19,12 +31,15 @@ FAMILIES = (
     attention.decode_jobs,
     attention.prefill_jobs,
     norm.jobs,
+    layer_norm.jobs,
     rope.jobs,
     activation.jobs,
     varlen_attention.jobs,
     rotate.jobs,
     sampling.jobs,
     linear.jobs,
+    quantize_rows.jobs,
+    scaled_matmul.jobs,
 )
 
 

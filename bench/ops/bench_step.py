@@ -1,8 +1,9 @@
 """Time of a model step made of the ops alone: a stack of decoder layers with random weights, no loading, sampling or server.
 
-    python bench/ops/bench_step.py
-    python bench/ops/bench_step.py --data-type float32 --block-size 64 --fragmented --cases 16x170 1x105p
-    python bench/ops/bench_step.py --kv-cache-dtype auto int8 fp8
+    python -m bench.ops.bench_step
+    python -m bench.ops.bench_step --form a16w4 --cases 1x170
+    python -m bench.ops.bench_step --data-type float32 --block-size 64 --fragmented --cases 16x170 1x105p
+    python -m bench.ops.bench_step --kv-cache-dtype auto int8 fp8
 
 A case is `SEQUENCESxTOKENS` (each sequence decodes its token number TOKENS) or, with a `p`, a prefill of TOKENS a sequence. The
 sizes are those of SmolLM2-135M. Other load on the machine only ever adds time, so `step` is the fastest step seen, and `quiet`
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 import dashinfer_kernels as ops
+from bench.ops.bench_quantized_linear import FORMS, Form, random_layer
 
 CACHE_TYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 DEFAULT_CASES = ["1x170", "4x170", "16x170", "32x170", "32x256", "1x1000", "16x1000", "32x1000", "1x105p", "4x105p", "1x512p"]
@@ -72,11 +74,13 @@ class Clock:
 class Stack:
     """Decoder layers with random weights over the ops."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
+    def __init__(self, shape: Shape, dtype: torch.dtype, form: Form | None, quantize_head: bool) -> None:
         self.shape = shape
         self.clock = Clock()
 
-        def linear(out_features: int, in_features: int) -> ops.Linear:
+        def linear(out_features: int, in_features: int, form: Form | None = form) -> ops.Linear:
+            if form is not None:
+                return random_layer(form, out_features, in_features)
             return ops.pack_linear(torch.randn(out_features, in_features).mul_(in_features**-0.5).to(dtype))
 
         qkv = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
@@ -89,7 +93,7 @@ class Stack:
             )
             for _ in range(shape.layers)
         ]
-        self.head = linear(shape.vocab, shape.hidden)
+        self.head = linear(shape.vocab, shape.hidden, form if quantize_head else None)
         self.dtype = dtype
         self.norm = torch.ones(shape.hidden)
         self.caches: list[tuple[Tensor, Tensor | None]] = []
@@ -170,6 +174,8 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=DEFAULT_CASES, metavar="CASE")
     parser.add_argument("--data-type", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--kv-cache-dtype", nargs="+", default=["auto"], choices=["auto", *CACHE_TYPES])
+    parser.add_argument("--form", default="bfloat16", choices=list(FORMS), help="of linear layers, with --data-type bfloat16")
+    parser.add_argument("--quantize-head", action="store_true")
     parser.add_argument("--block-size", type=int, default=32)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=2.0, help="for each case")
@@ -182,10 +188,10 @@ def main() -> None:
     torch.manual_seed(0)
     num_blocks = max(blocks_needed(case, options.block_size) for case in options.cases)
     dtype = getattr(torch, options.data_type)
-    stack = Stack(Shape(), dtype)
+    stack = Stack(Shape(), dtype, FORMS[options.form], options.quantize_head)
     order = torch.randperm(num_blocks).tolist() if options.fragmented else list(range(num_blocks))
     columns = ["step", "quiet", "linear", "head", "attention", "rope", "norm", "activation", "build"]
-    print(f"{options.data_type}, block size {options.block_size}, {options.threads} threads, milliseconds")
+    print(f"{options.data_type}, linear layers {options.form}, blocks of {options.block_size}, {options.threads} threads, ms")
     print(f"{'case':>10}{'cache':>6}" + "".join(f"{name:>12}" for name in columns))
     with torch.inference_mode():
         for case, cache in itertools.product(options.cases, options.kv_cache_dtype):

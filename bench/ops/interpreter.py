@@ -2,6 +2,7 @@
 
 import os
 import sys
+from typing import Any
 
 from dashinfer_kernels import dispatch
 
@@ -21,6 +22,7 @@ def load_triton() -> None:
 
     triton.knobs.runtime.interpret = True  # sets the variable too
     del os.environ["TRITON_INTERPRET"]
+    _round_to_float8()
     if triton.__version__.startswith("3.6."):  # its loop bounds are arrays of one element, which NumPy 2.4 makes no integers of
         from triton.runtime import interpreter
 
@@ -31,6 +33,27 @@ def load_triton() -> None:
             scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
         interpreter._patch_lang_tensor = patch_index
+
+
+def _round_to_float8() -> None:
+    """float32 becomes float8 as on a GPU: the nearest, ties to even, with numbers that are too large made the largest.
+
+    The interpreter's own rounding loses the carry from the last mantissa of an exponent to the next.
+    """
+    import numpy as np
+    import torch
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def convert_float(array: Any, source: tl.dtype, target: tl.dtype, rounding_mode: Any) -> Any:
+        if (source, target) != (tl.float32, tl.float8e4nv):
+            return convert(array, source, target, rounding_mode)
+        wide = torch.from_numpy(np.array(array).view(np.float32)).clamp(-448.0, 448.0)
+        return wide.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+    interpreter._convert_float = convert_float
 
 
 def switch_on() -> None:

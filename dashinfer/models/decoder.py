@@ -27,7 +27,16 @@ from dashinfer.models.parallel import (
 from dashinfer.models.rope import rope_table
 from dashinfer.models.shapes import EMBEDDING, FINAL_NORM, HEAD
 from dashinfer.models.weights import Part, WeightReader
-from dashinfer_kernels import PagedBatch, add_rms_norm, gelu_mul, paged_attention, rms_norm, rope_kv_write, silu_mul
+from dashinfer_kernels import (
+    PagedBatch,
+    QuantizedRows,
+    add_rms_norm,
+    gelu_mul,
+    paged_attention,
+    rms_norm,
+    rope_kv_write,
+    silu_mul,
+)
 
 
 @dataclass(frozen=True)
@@ -92,20 +101,26 @@ class DecoderLayer:
         self.activate = silu_mul if config.activation == "silu" else gelu_mul
 
     def __call__(
-        self, normed: Tensor, residual: Tensor, batch: PagedBatch, positions: Tensor, cos_sin: Tensor, kv_cache: KVCache
+        self,
+        normed: Tensor | QuantizedRows,
+        residual: Tensor,
+        batch: PagedBatch,
+        positions: Tensor,
+        cos_sin: Tensor,
+        kv_cache: KVCache,
     ) -> Tensor:
         """The MLP's output, which the caller adds to `residual`; the attention's is added here.
 
         Args:
-            normed: [tokens, hidden], the input after `input_norm`.
+            normed: [tokens, hidden], the input after `input_norm`; quantised where `qkv` takes it so.
             residual: [tokens, hidden] float32, the input before it; changed in place.
             positions: [tokens] int64, or [3, tokens], that queries and keys are rotated by.
         """
         held, scales = kv_cache.values, kv_cache.scales
         q = rope_kv_write(self.qkv(normed), positions, cos_sin, held, batch.slot_mapping, **self.heads, kv_scales=scales)
         attended = paged_attention(q, held, batch, scale=self.scale, window=self.window, kv_scales=scales)
-        normed = add_rms_norm(self.output(attended), residual, self.mlp_norm, self.eps)
-        return self.down(self.activate(self.gate_up(normed)))
+        normed = add_rms_norm(self.output(attended), residual, self.mlp_norm, self.eps, quantize=self.gate_up.takes)
+        return self.down(self.activate(self.gate_up(normed), quantize=self.down.takes))
 
     @property
     def nbytes(self) -> int:
@@ -141,8 +156,8 @@ class DecoderLM:
         if ROPE_FACTORS in reader:
             factors = reader.read(Part(ROPE_FACTORS, (config.rope.rotary_dim // 2,)), dtype=torch.float32).cpu()
         self.cos_sin = rope_table(config.rope, max_length, factors).to(reader.device)
-        # the norm after each layer: the next one's, or the final one
-        self._norms_after = [*(layer.input_norm for layer in self.layers[1:]), self.final_norm]
+        # the norm after each layer, the next one's or the final one, and what its result is quantised to
+        self._norms_after = [*((layer.input_norm, layer.qkv.takes) for layer in self.layers[1:]), (self.final_norm, None)]
         reader.finish(config.num_layers)
         parts = (self.embedding, *self.layers, self.final_norm, self.cos_sin, self.head)
         self.weight_bytes = sum(part.nbytes for part in parts)
@@ -178,13 +193,14 @@ class DecoderLM:
             deepstack = images.deepstack
         residual = embedded.to(torch.float32, copy=True)
         eps = self.config.norm_eps
-        normed = rms_norm(residual, self.layers[0].input_norm, eps, embedded.dtype)
+        first = self.layers[0]
+        normed = rms_norm(residual, first.input_norm, eps, embedded.dtype, quantize=first.qkv.takes)
         layers = zip(self.layers, kv_caches, self._norms_after, strict=True)
-        for index, (layer, kv_cache, norm_after) in enumerate(layers):
+        for index, (layer, kv_cache, (norm_after, quantize)) in enumerate(layers):
             output = layer(normed, residual, batch, positions, self.cos_sin, kv_cache)
             if images is not None and index < len(deepstack):
                 residual.index_add_(0, images.rows, deepstack[index].to(residual.dtype))
-            normed = add_rms_norm(output, residual, norm_after, eps)
+            normed = add_rms_norm(output, residual, norm_after, eps, quantize=quantize)
         return normed
 
     @torch.inference_mode()

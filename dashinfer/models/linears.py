@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dashinfer.models.quantization import Rounding
 from dashinfer.models.weights import Part, WeightReader
-from dashinfer_kernels import Linear, QuantizedWeight, pack_linear, pack_quantized, quantize_float8, quantize_int
+from dashinfer_kernels import Linear, QuantizedRows, QuantizedWeight, pack_linear, pack_quantized, quantize_float8, quantize_int
 from dashinfer_kernels.quant_matmul.reference import Activations
 from dashinfer_kernels.quant_matmul.weight import concatenate
 
@@ -108,9 +108,11 @@ class SideBySide:
         self.in_features = layers[0].in_features
         self.out_features = sum(layer.out_features for layer in layers)
         self.nbytes = sum(layer.nbytes for layer in layers)
+        kinds = {layer.takes for layer in layers}
+        self.takes = kinds.pop() if len(kinds) == 1 else None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | QuantizedRows) -> Tensor:
         return torch.cat([layer(x) for layer in self._layers], -1)
 
-    def wide(self, x: Tensor) -> Tensor:
+    def wide(self, x: Tensor | QuantizedRows) -> Tensor:
         return torch.cat([layer.wide(x) for layer in self._layers], -1)

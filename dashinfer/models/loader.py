@@ -107,7 +107,7 @@ def _weight_format(
         return rounded, needed
     if config.quant_type == "a16w4":
         return GGUFFormat(source, bits=4, others=rounded), needed
-    if rounded is not None or on_cpu:
+    if rounded is not None or (on_cpu and config.deterministic):
         return rounded, needed
     own = needs(source.bits_per_weight)
     if on_cpu and needed + own < free // 2:

@@ -17,7 +17,12 @@ class MatrixShare:
     """The share of one matrix that is to be read, and the tensors of its module."""
 
     def __init__(self, reader: WeightReader, part: Part, group_size: int | None) -> None:
-        """`group_size`: inputs that share a scale; None: all."""
+        """`part.name` ends in `.weight`, which need not exist; `group_size`: inputs that share a scale, None: all.
+
+        Raises:
+            UnsupportedModel: the share cuts a group. The other methods raise it, too: the share cuts what they are about, or a
+                tensor is missing, has another shape or type than expected, or makes no sense.
+        """
         self._reader = reader
         self.name = part.name.removesuffix(".weight")
         self.outputs, self.inputs = part.shape
@@ -41,7 +46,7 @@ class MatrixShare:
         rows: tuple[int, int] | None = None,
         columns: tuple[int, int] | None = None,
     ) -> Tensor:
-        """A tensor of the module, checked."""
+        """Rows and columns of the tensor `kind` of the module, whose shape as a whole and type are checked."""
         name = f"{self.name}.{kind}"
         found = self._reader.read_stored(Part(name, shape, rows, columns))
         if found.dtype not in types:
@@ -55,7 +60,7 @@ class MatrixShare:
         return next((shape for shape in shapes if name in self._reader and self._reader.shape(name) == shape), shapes[0])
 
     def scales(self, kind: str, shape: tuple[int, ...]) -> Tensor:
-        """Scales in float32, all of them."""
+        """Scales in float32, all of them; finite."""
         found = self.read(kind, shape, FLOATS).float()
         if not found.isfinite().all():
             raise UnsupportedModel(f"the tensor {self.name}.{kind} has scales that are not finite; the file is damaged")

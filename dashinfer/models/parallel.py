@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dashinfer.models.linears import load_linear, pack_weight
 from dashinfer.models.weights import Part, WeightReader
-from dashinfer_kernels import Linear, pack_linear, quantize_int
+from dashinfer_kernels import Linear, QuantizedRows, pack_linear, quantize_int
+from dashinfer_kernels.quant_matmul.reference import Activations
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,13 @@ class ColumnParallelLinear:
     def __init__(self, linear: Linear) -> None:
         self.linear = linear
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | QuantizedRows) -> Tensor:
         return self.linear(x)
+
+    @property
+    def takes(self) -> Activations | None:
+        """What its inputs should be quantised to by whatever makes them."""
+        return self.linear.takes
 
     @property
     def nbytes(self) -> int:
@@ -125,9 +131,14 @@ class RowParallelLinear:
             reader.skip(f"{prefix}bias")
         return cls(load_linear(reader, [part], bias=bias and group.rank == 0), group)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | QuantizedRows) -> Tensor:
         y = self.linear(x)
         return self.group.all_reduce(y) if self.reduce else y
+
+    @property
+    def takes(self) -> Activations | None:
+        """What its inputs should be quantised to by whatever makes them."""
+        return self.linear.takes
 
     @property
     def nbytes(self) -> int:

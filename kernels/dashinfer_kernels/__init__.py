@@ -10,11 +10,14 @@ All ops are for inference: none of them records gradients on purpose, and caller
 from dashinfer_kernels.activation.launch import gelu_mul, silu_mul
 from dashinfer_kernels.attention.batch import PagedBatch
 from dashinfer_kernels.attention.launch import paged_attention
+from dashinfer_kernels.layer_norm.launch import add_layer_norm, layer_norm
 from dashinfer_kernels.linear.launch import Linear, pack_linear
-from dashinfer_kernels.norm.launch import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from dashinfer_kernels.norm.launch import add_rms_norm, rms_norm
 from dashinfer_kernels.quant_matmul.launch import pack_quantized
 from dashinfer_kernels.quant_matmul.quantize import quantize_float8, quantize_int
 from dashinfer_kernels.quant_matmul.weight import QuantizedWeight
+from dashinfer_kernels.quantize_rows.launch import quantize_rows
+from dashinfer_kernels.quantized_rows import QuantizedRows
 from dashinfer_kernels.rope.launch import rope_kv_write
 from dashinfer_kernels.rotate.launch import rotate_heads
 from dashinfer_kernels.sampling.launch import sample, warm_up_sampling
@@ -24,6 +27,7 @@ from dashinfer_kernels.varlen_attention.launch import varlen_attention
 __all__ = [
     "Linear",
     "PagedBatch",
+    "QuantizedRows",
     "QuantizedWeight",
     "Sampled",
     "SamplingBatch",
@@ -37,6 +41,7 @@ __all__ = [
     "paged_attention",
     "quantize_float8",
     "quantize_int",
+    "quantize_rows",
     "rms_norm",
     "rope_kv_write",
     "rotate_heads",

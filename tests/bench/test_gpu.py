@@ -37,6 +37,11 @@ OPS = {
     "varlen_attention",
     "sampling",
     "linear",
+    "a8w8_matmul",
+    "fp8_matmul",
+    "quantize_rows",
+    "add_rms_norm_int8",
+    "silu_mul_int8",
 }
 PLACE = Place(torch.device("cpu"), torch.float32, 0, toy=True)
 CEILINGS = Ceilings(copy=1e12, matmul=1e14)

@@ -4,7 +4,9 @@ On one thread and on two, since torch divides work among threads by its size.
 """
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
+from typing import Literal
 
 import pytest
 import torch
@@ -12,13 +14,17 @@ from torch import Tensor
 
 from dashinfer_kernels import (
     PagedBatch,
+    QuantizedWeight,
     add_layer_norm,
     add_rms_norm,
     dispatch,
     gelu_mul,
     layer_norm,
     pack_linear,
+    pack_quantized,
     paged_attention,
+    quantize_float8,
+    quantize_int,
     rms_norm,
     rope_kv_write,
     silu_mul,
@@ -58,6 +64,25 @@ def test_linear(out_features: int, in_features: int, dtype: torch.dtype) -> None
     bias = torch.randn(out_features).to(dtype) if out_features == 129 else None
 
     check_rows(pack_linear(weight, bias), torch.randn(ROWS, in_features).to(dtype))
+
+
+QUANTIZED: dict[str, Callable[[Tensor], QuantizedWeight]] = {
+    "4 bits": partial(quantize_int, bits=4, group_size=32, symmetric=False),
+    "8 bits": partial(quantize_int, bits=8, symmetric=True),
+    "8 bits, groups": partial(quantize_int, bits=8, group_size=32, symmetric=True),
+    "groups of 16": partial(quantize_int, bits=4, group_size=16, symmetric=True),
+    "float8": quantize_float8,
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activations", [None, "int8"])
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_quantized_linear(name: str, activations: Literal["int8"] | None, dtype: torch.dtype) -> None:
+    weight = QUANTIZED[name](torch.randn(129, 1536) * 1536**-0.5)
+    layer = pack_quantized(weight, torch.randn(129).to(dtype), dtype=dtype, activations=activations)
+
+    check_rows(layer, torch.randn(ROWS, 1536).to(dtype))
 
 
 def test_linear_of_no_rows_and_of_rows_with_gaps() -> None:

@@ -10,12 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dashinfer.errors import InsufficientMemory, UnsupportedModel
+from dashinfer.models import linears
 from dashinfer.models.config import ModelConfig
 from dashinfer.models.memory import packed_bytes, weight_bytes
 from dashinfer.models.parallel import Group, VocabParallelHead
+from dashinfer.models.quantized_config import read_quantization
 from dashinfer.models.quantized_formats import checkpoint_format
 from dashinfer.models.shapes import tensor_shapes
 from dashinfer.models.weights import Part, SafetensorsSource, WeightReader
+from dashinfer_kernels.quant_matmul.launch import UnpackedLinear
 
 from . import toy
 from .test_parallel import on_ranks
@@ -39,8 +42,15 @@ def reader(path: Path) -> WeightReader:
     return WeightReader(source, dtype=torch.float32, device=torch.device("cpu"), report=lambda *_: None)
 
 
+def as_defined(weight, bias=None, *, dtype, activations=None, wide_copy=False):
+    """In place of `pack_quantized`: layers as they are defined, whatever the device multiplies."""
+    return UnpackedLinear(weight, bias, dtype, activations)
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_logits_and_tokens_equal_those_of_the_library(name):
+def test_logits_and_tokens_equal_those_of_the_library(name, monkeypatch):
+    if name in ROUNDED_INPUTS and name != "int8":  # a CPU rounds no inputs to float8
+        monkeypatch.setattr(linears, "pack_quantized", as_defined)
     expected = load_file(FOLDER / name / "expected.safetensors")
     session = toy.Session(toy.load(worker_config(name)), 64)
     prompt, spread = expected["prompt"].tolist(), expected["logits"].std()
@@ -148,6 +158,54 @@ def test_half_precision_stays_close():
         logits = session.run(expected["prompt"].tolist())
 
         assert (logits - expected["logits"]).norm() < 0.05 * expected["logits"].norm()
+
+
+def read_scaled(tmp_path: Path, table: dict, tensors: dict[str, torch.Tensor], **share) -> torch.Tensor:
+    """Dequantised: the matrix `x`, [16, 64], of a file with these tensors, in a group of compressed-tensors with `table`."""
+    save_file({f"x.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    group = {"targets": ["Linear"], "weights": table}
+    method = {"quant_method": "compressed-tensors", "format": "naive-quantized", "config_groups": {"a": group}}
+    with reader(tmp_path / "model.safetensors") as weights:
+        weight = checkpoint_format(read_quantization(method)).read(weights, Part("x.weight", (16, 64), **share))
+    assert weight is not None
+    return weight.dequantize()
+
+
+def test_integers_with_zero_points_one_a_byte(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-128, 128, (16, 64), generator=generator, dtype=torch.int8)
+    zeros = torch.randint(-128, 128, (16, 2), generator=generator, dtype=torch.int8)
+    scales = torch.rand(16, 2, generator=generator)
+    expected = (codes.float() - zeros.repeat_interleave(32, 1)) * scales.repeat_interleave(32, 1)
+    table = {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "group", "group_size": 32}
+    tensors = {"weight": codes, "weight_zero_point": zeros, "weight_scale": scales}
+
+    torch.testing.assert_close(read_scaled(tmp_path, table, tensors), expected)
+    torch.testing.assert_close(read_scaled(tmp_path, table, tensors, rows=(8, 16), columns=(32, 64)), expected[8:, 32:])
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_shapes_of_a_single_scale(shape, tmp_path):
+    codes = torch.ones(16, 64).to(torch.float8_e4m3fn)
+    table = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+
+    dense = read_scaled(tmp_path, table, {"weight": codes, "weight_scale": torch.full(shape, 3.0)})
+
+    assert torch.equal(dense, torch.full((16, 64), 3.0))
+
+
+def test_packed_integers_whose_inputs_are_sorted(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(-(2**31), 2**31, (16, 8), generator=generator).int()
+    scales = torch.rand(16, 2, generator=generator)
+    groups = (torch.arange(64) // 32)[torch.randperm(64, generator=generator)]
+    table = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "actorder": "group"}
+    tensors = {"weight_packed": words, "weight_shape": torch.tensor([16, 64]), "weight_scale": scales}
+
+    dense = read_scaled(tmp_path, table, tensors | {"weight_g_idx": groups.int()})
+
+    codes = torch.stack([(words >> shift) & 15 for shift in range(0, 32, 4)], -1).view(16, 64) - 8
+    torch.testing.assert_close(dense, codes * scales[:, groups])
 
 
 def damaged(name: str, tmp_path: Path, changes: dict[str, torch.Tensor | None], settings: dict | None = None):

@@ -27,8 +27,8 @@ if torch.backends.mkldnn.is_available() and hasattr(_packers, "_linear_pointwise
     _multiply = _packers._linear_pointwise.default
 
 
-def _packed_dtype(dtype: torch.dtype) -> torch.dtype | None:
-    """What weights of a type are packed as; None: they are not packed."""
+def packed_dtype(dtype: torch.dtype) -> torch.dtype | None:
+    """What weights of a type are packed as, which is what products of it are fast in; None: they are not packed."""
     if _multiply is None or dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
     if dtype == torch.bfloat16 and not _packers._is_mkldnn_bf16_supported():
@@ -41,13 +41,15 @@ def _packed_dtype(dtype: torch.dtype) -> torch.dtype | None:
 class PackedLinear:
     """One layer; see `launch.Linear`."""
 
+    takes = None
+
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype
-        packed_dtype = _packed_dtype(weight.dtype)
-        self._compute = packed_dtype or weight.dtype
+        found = packed_dtype(weight.dtype)
+        self._compute = found or weight.dtype
         self._bias = None if bias is None else bias.to(self._compute)
-        self._packed = packed_dtype is not None
+        self._packed = found is not None
         if self._packed:
             self._weight = _packers._reorder_linear_weight(weight.detach().to(self._compute).contiguous())
         else:

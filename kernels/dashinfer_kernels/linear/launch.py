@@ -10,6 +10,8 @@ from torch import Tensor
 
 from dashinfer_kernels import dispatch, tuning
 from dashinfer_kernels.linear.cpu import PackedLinear
+from dashinfer_kernels.quant_matmul.reference import Activations
+from dashinfer_kernels.quantized_rows import QuantizedRows
 
 
 class Linear(Protocol):
@@ -18,18 +20,21 @@ class Linear(Protocol):
     in_features: int
     out_features: int
     nbytes: int  # what the layer holds
+    takes: Activations | None  # how inputs are quantised; a layer that does that takes them quantised, too
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | QuantizedRows) -> Tensor:
         """[..., in_features] to [..., out_features], in the type of the weights."""
         ...
 
-    def wide(self, x: Tensor) -> Tensor:
+    def wide(self, x: Tensor | QuantizedRows) -> Tensor:
         """[rows, in_features] to [rows, out_features] float32; on a GPU sums are not rounded to a narrower type before."""
         ...
 
 
 class PlainLinear:
     """A layer on a GPU: `F.linear`, which looks at the number of rows, or in deterministic mode a kernel that does not."""
+
+    takes = None
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.out_features, self.in_features = weight.shape

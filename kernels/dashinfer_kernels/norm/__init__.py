@@ -1,1 +1,1 @@
-"""Root-mean-square and layer normalisation, alone or after adding to the residual stream."""
+"""Root-mean-square normalisation, alone or after adding to the residual stream."""

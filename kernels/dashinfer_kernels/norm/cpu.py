@@ -1,4 +1,4 @@
-"""Normalisation on CPU, in float32: RMS by a vectorised sum of squares and two passes over the rows, layers by torch's own.
+"""RMS normalisation on CPU, in float32: a vectorised sum of squares and two passes over the rows.
 
 `F.rms_norm` is not one operator on CPU but seven; this takes half its time at one row and a fifth at 512. The root of the mean
 square plus eps is the hypotenuse of the row's length and a constant, over the root of the size. Its vectorised form may round
@@ -8,7 +8,6 @@ otherwise than the one for the last few rows, so deterministic mode takes the ro
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dashinfer_kernels import dispatch
@@ -32,12 +31,3 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tenso
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     return rms_norm(residual.add_(x), weight, eps, x.dtype)
-
-
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return F.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps).to(dtype)
-
-
-def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return layer_norm(residual.add_(x), weight, bias, eps, x.dtype)

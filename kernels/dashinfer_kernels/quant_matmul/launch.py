@@ -4,8 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dashinfer_kernels.dispatch import use_triton
 from dashinfer_kernels.linear.launch import Linear
+from dashinfer_kernels.quant_matmul.cpu import pack_on_cpu
 from dashinfer_kernels.quant_matmul.reference import Activations, quantize_rows
+from dashinfer_kernels.quant_matmul.scaled import ScaledLinear, multiplies
 from dashinfer_kernels.quant_matmul.weight import QuantizedWeight
 
 
@@ -23,15 +26,24 @@ def pack_quantized(
         weight: on the device where the layer is to run.
         bias: [out_features] of `dtype`, or None.
         dtype: of the layer's inputs and outputs: float16, bfloat16 or float32.
-        activations: what inputs are quantised to, row by row; None: weights alone are quantised.
-        wide_copy: on CPU, keep a 16-bit copy too, which multiplies many rows faster; elsewhere it means nothing.
+        activations: what inputs are quantised to, row by row; None: weights alone are quantised. "fp8" is what inputs are where
+            the device multiplies float8 (NVIDIA GPUs from compute capability 8.9 on), and means the weights alone elsewhere.
+        wide_copy: on CPU, keep the weights in `dtype` as well, for numbers of rows that are multiplied faster by those.
     """
     assert bias is None or (bias.shape == (weight.out_features,) and bias.dtype == dtype)
+    if not use_triton(weight.codes):
+        return pack_on_cpu(weight, bias, dtype, activations, wide_copy=wide_copy)
+    if activations is not None and multiplies(weight, activations):
+        return ScaledLinear(weight, bias, dtype, activations)
+    if activations == "fp8":
+        activations = None
     return UnpackedLinear(weight, bias, dtype, activations)
 
 
 class UnpackedLinear:
     """Codes as they are, multiplied by `F.linear` after they became `dtype` again, in every call."""
+
+    takes = None
 
     def __init__(
         self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype, activations: Activations | None

@@ -13,6 +13,8 @@ from dashinfer_kernels.quant_matmul.weight import FLOAT8, RANGES, QuantizedWeigh
 # Shares of a group's range that are tried.
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 FLOAT8_MAX = 448.0
+# Elements that are rounded at a time: on a CPU as many as its caches hold several copies of.
+CPU_CHUNK, GPU_CHUNK = 2**18, 2**26
 _TINY = 2.0**-14  # the smallest scale: float16 has full precision from here on
 
 
@@ -28,29 +30,19 @@ def quantize_int(weight: Tensor, *, bits: int, group_size: int | None = None, sy
     rows, columns = weight.shape
     size = group_size or columns
     assert columns % size == 0
-    groups = weight.float().view(rows, columns // size, size)
-    choose = _signed if symmetric else _unsigned
-    best, codes, scales, offsets = None, None, None, None
-    for clip in CLIPS:
-        found = choose(groups, bits, clip)
-        values = found[0].float() * found[1] + (0.0 if found[2] is None else found[2])
-        error = (values - groups).square_().sum(-1, keepdim=True)
-        if best is None:
-            best, (codes, scales, offsets) = error, found
-            continue
-        better = error < best
-        best = torch.where(better, error, best)
-        codes = torch.where(better, found[0], codes)
-        scales = torch.where(better, found[1], scales)
+    shape, device = (rows, columns // size), weight.device
+    codes = torch.empty(rows, columns, dtype=torch.int8 if symmetric else torch.uint8, device=device)
+    scales = torch.empty(shape, device=device)
+    offsets = None if symmetric else torch.empty(shape, device=device)
+    step = max((CPU_CHUNK if device.type == "cpu" else GPU_CHUNK) // columns, 1)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        found = _round_groups(weight[part].reshape(-1, size).T.float().contiguous(), bits, symmetric)
+        codes[part].view(-1, size).copy_(found[0].T)
+        scales[part].view(-1).copy_(found[1])
         if offsets is not None:
-            offsets = torch.where(better, found[2], offsets)
-    return QuantizedWeight(
-        codes=codes.view(rows, columns),
-        scales=scales.squeeze(-1).contiguous(),
-        offsets=None if offsets is None else offsets.squeeze(-1).contiguous(),
-        bits=bits,
-        group_size=size,
-    )
+            offsets[part].view(-1).copy_(found[2])
+    return QuantizedWeight(codes=codes, scales=scales, offsets=offsets, bits=bits, group_size=size)
 
 
 def quantize_float8(weight: Tensor) -> QuantizedWeight:
@@ -66,22 +58,39 @@ def quantize_float8(weight: Tensor) -> QuantizedWeight:
     return QuantizedWeight(codes=codes, scales=scales, group_size=weight.shape[1])
 
 
-def _signed(groups: Tensor, bits: int, clip: float) -> tuple[Tensor, Tensor, None]:
-    """Codes [rows, groups, size] and scales [rows, groups, 1] for a range cut to `clip` of it."""
-    least, most = RANGES[bits]
-    scales = _half(groups.abs().amax(-1, keepdim=True) * (clip / most))
-    codes = (groups / scales).round_().clamp_(least, most)
-    return codes.to(torch.int8), scales, None
+def _round_groups(groups: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [size, groups], in float32, scales [groups] and offsets [groups] of groups [size, groups] float32.
 
+    A group is a column: reductions and products with a value a group then run along the memory.
+    """
+    least, most = RANGES[bits] if symmetric else (0, 2**bits - 1)
+    low, high = groups.amin(0), groups.amax(0)
+    peaks = torch.maximum(high, -low)
+    exact, codes = torch.empty_like(groups), torch.empty_like(groups)
 
-def _unsigned(groups: Tensor, bits: int, clip: float) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_signed`, with offsets [rows, groups, 1]."""
-    most = 2**bits - 1
-    low, high = groups.aminmax(dim=-1, keepdim=True)
-    offsets = _nearest_half(low * clip)
-    scales = _half((high * clip - offsets) / most)
-    codes = ((groups - offsets) / scales).round_().clamp_(0, most)
-    return codes.to(torch.uint8), scales, offsets
+    def in_codes(scales: Tensor, offsets: Tensor) -> None:
+        """Sets `exact` to the groups in units of their codes, and `codes` to what they are rounded to."""
+        torch.sub(groups, offsets, out=exact)
+        torch.round(exact.div_(scales), out=codes).clamp_(least, most)
+
+    best: tuple[Tensor, Tensor, Tensor] | None = None
+    for clip in CLIPS:
+        if symmetric:
+            offsets, scales = torch.zeros_like(peaks), _half(peaks * (clip / most))
+        else:
+            offsets = _nearest_half(low * clip)
+            scales = _half((high * clip - offsets) / most)
+        in_codes(scales, offsets)
+        error = exact.sub_(codes).square_().sum(0).mul_(scales.square())
+        if best is None:
+            best = error, scales, offsets
+        else:
+            better = error < best[0]
+            best = tuple(torch.where(better, new, old) for new, old in zip((error, scales, offsets), best, strict=True))
+    assert best is not None
+    _, scales, offsets = best
+    in_codes(scales, offsets)
+    return codes, scales, offsets
 
 
 def _half(scales: Tensor) -> Tensor:

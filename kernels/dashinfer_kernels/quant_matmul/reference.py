@@ -20,12 +20,13 @@ def quantize_rows(x: Tensor, activations: Activations) -> tuple[Tensor, Tensor]:
 
     Returns:
         values: [rows, columns] int8 (rounded to the nearest, ties to even) or float8_e4m3fn.
-        scales: [rows] float32, the greatest magnitude of the row / 127 or 448; 1 for a row of zeros.
+        scales: [rows] float32, the greatest magnitude of the row, or 1e-30 if that is more, / 127 or 448;
+            1 for a row of zeros.
     """
     dtype, greatest = ACTIVATION_TYPES[activations]
     wide = x.float()
     peaks = wide.abs().amax(-1)
-    scales = torch.where(peaks > 0, peaks / greatest, 1.0)
+    scales = torch.where(peaks > 0, peaks.clamp(min=1e-30) / greatest, 1.0)
     values = wide / scales.unsqueeze(-1)
     if dtype == torch.int8:
         values = values.round()

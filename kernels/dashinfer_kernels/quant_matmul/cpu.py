@@ -1,0 +1,307 @@
+"""Linear layers over quantised weights on CPU: torch's kernels that read the codes as they are, where there is one.
+
+| layer | weights | few rows | many rows |
+|---|---|---|---|
+| `NibbleLinear` | 4 bits or fewer, or 8, in groups of a multiple of 32 | `_weight_int4pack_mm_for_cpu` | blocks |
+| `RowLinear` | 8 bits, a scale an output | `_weight_int8pack_mm` | blocks |
+| `IntegerLinear` | 8 bits, a scale an output, int8 activations | oneDNN's int8 product | the same |
+| `BlockLinear` | any other; float32 activations | blocks | blocks |
+
+Blocks are `cpu_blocks.py`'s. The two weight-only kernels are vectorised for bfloat16 alone (AVX2 and AVX512), keep scales in
+bfloat16 and round outputs to it; float16 activations go through bfloat16. Their time grows with every row, and passes that of
+blocks at the number of rows below. A row's sums are the same in any company, so deterministic mode uses them for any number.
+
+Eight bits are two planes of four for the 4-bit kernel: `x` twice beside itself, times the upper and the lower halves of codes.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dashinfer_kernels import dispatch
+from dashinfer_kernels.linear.cpu import PackedLinear, packed_dtype
+from dashinfer_kernels.linear.launch import Linear
+from dashinfer_kernels.quant_matmul.cpu_blocks import (
+    BlockLinear,
+    CpuLinear,
+    block_columns,
+    centred,
+    multiply_blocks,
+    scale_block,
+    split_pairs,
+    workspace,
+)
+from dashinfer_kernels.quant_matmul.reference import Activations, quantize_rows
+from dashinfer_kernels.quant_matmul.weight import FLOAT8, QuantizedWeight
+
+# The most rows that the kernels multiply faster than blocks do, and than a packed 16-bit copy does.
+NIBBLE_ROWS, NIBBLE_ROWS_BESIDE_COPY = {1: 48, 2: 24}, {1: 12, 2: 4}
+ROW_ROWS, ROW_ROWS_BESIDE_COPY = 16, 3
+
+_LEAST_SCALE = torch.finfo(torch.float32).tiny
+
+# Groups that the 4-bit kernel knows, the best first.
+_GROUPS = (256, 128, 64, 32)
+
+
+def pack_on_cpu(
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    activations: Activations | None,
+    *,
+    wide_copy: bool = False,
+) -> Linear:
+    """See `launch.pack_quantized`. Float8 activations are not rounded: nothing here multiplies float8 faster for it.
+
+    Args:
+        wide_copy: keep the weights in `dtype` as well, for numbers of rows that are multiplied faster by those.
+    """
+    per_row = weight.codes.dtype == torch.int8 and weight.bits == 8 and weight.scales.shape[1] == 1
+    if activations == "int8":
+        if per_row and _multiplies_integers():
+            return IntegerLinear(weight, bias, dtype)
+        return RoundedInputs(pack_on_cpu(weight, bias, dtype, None, wide_copy=wide_copy))
+    narrow: NibbleLinear | RowLinear | None = None
+    if dtype != torch.float32:
+        if per_row and weight.in_features % 16 == 0:
+            narrow = RowLinear(weight, bias, dtype)
+        elif _kernel_group(weight) and _kernel_tile():
+            narrow = NibbleLinear(weight, bias, dtype)
+    if not wide_copy:
+        return narrow or BlockLinear(weight, bias, dtype)
+    copy = PackedLinear(weight.dequantize(dtype), bias)
+    return copy if narrow is None else BesideCopy(narrow, copy)
+
+
+class NibbleLinear(CpuLinear):
+    """Codes two a byte: tiles of outputs, in each an input's codes side by side; see `launch.Linear`.
+
+    Outputs are padded to whole tiles.
+    """
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__(weight, bias, dtype)
+        tile, self._group = _kernel_tile(), _kernel_group(weight)
+        assert tile and self._group
+        self._tile = tile
+        self._planes = 1 if weight.bits <= 4 else 2
+        self.most_rows, self.most_rows_beside_copy = NIBBLE_ROWS[self._planes], NIBBLE_ROWS_BESIDE_COPY[self._planes]
+        codes, offsets = centred(weight)
+        codes = codes.view(torch.uint8) + (8 if self._planes == 1 else 128)
+        scales, offsets = weight.scales, torch.zeros_like(weight.scales) if offsets is None else offsets
+        padding = -self.out_features % tile
+        codes = F.pad(codes, (0, 0, 0, padding))
+        scales, offsets = (_spread(each, weight.group_size // self._group, padding) for each in (scales, offsets))
+        if self._planes == 1:
+            self._codes, self._scales = _pack_nibbles(codes, tile), torch.stack((scales, offsets), -1)
+        else:
+            # Less 8 each, the halves h and l of a code c make 16 h + l = c - 136: 8 less than it is from the middle.
+            upper, lower = torch.stack((16 * scales, offsets), -1), torch.stack((scales, 8 * scales), -1)
+            self._codes = _pack_nibbles(torch.cat((codes >> 4, codes & 15), 1), tile)
+            self._scales = torch.cat((upper, lower))
+
+    def _product(self, rows: Tensor) -> Tensor:
+        return self.few(rows) if dispatch.deterministic or len(rows) <= self.most_rows else self._many(rows)
+
+    def few(self, rows: Tensor) -> Tensor:
+        if self._planes == 2:
+            rows = torch.cat((rows, rows), 1)
+        y = torch._weight_int4pack_mm_for_cpu(rows, self._codes, self._group, self._scales)
+        return y if y.shape[1] == self.out_features else y[:, : self.out_features].contiguous()
+
+    def _many(self, rows: Tensor) -> Tensor:
+        wide = packed_dtype(self._compute) or self._compute
+        halves = multiply_blocks(rows.to(wide), self._halves_of_blocks(wide))
+        shape = len(rows), -1, self._tile // 2
+        pairs = zip(halves[::2], halves[1::2], strict=True)
+        y = torch.cat([torch.stack((low.view(shape), high.view(shape)), 2).flatten(1) for low, high in pairs], 1)
+        return y[:, : self.out_features].to(self._compute)
+
+    def _halves_of_blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Of some tiles the first halves, then the second halves, [inputs, outputs], and so on."""
+        inputs, half = self.in_features, self._tile // 2
+        groups = inputs // self._group
+        # The scales of the lower plane and the offsets of the upper are those of a whole code from its middle.
+        parts = self._scales[-groups:, :, 0], self._scales[:groups, :, 1]
+        halves = (part.to(dtype).view(groups, -1, 2, half).permute(2, 0, 1, 3) for part in parts)
+        scales, offsets = (each.reshape(2, groups, 1, -1) for each in halves)
+        # Bytes go to the order of a block eight at a time.
+        words = self._codes.view(torch.int64).view(-1, self._planes, inputs, half // 8)
+        count = block_columns(inputs) // self._tile
+        size = count * inputs * half
+        staged = workspace("staged", self._planes * size // 8, torch.int64)
+        codes, spare = workspace("codes", 2 * size, torch.uint8), workspace("spare", size, torch.uint8)
+        buffer = workspace("values", 2 * size, dtype)
+        for start in range(0, len(words), count):
+            part = words[start : start + count]
+            size = len(part) * inputs * half
+            stage = staged[: self._planes * size // 8]
+            stage.view(self._planes, inputs, len(part), half // 8).copy_(part.permute(1, 2, 0, 3))
+            planes = stage.view(torch.uint8).view(self._planes, size)
+            if self._planes == 1:
+                integers = split_pairs(planes[0], codes[: 2 * size])
+            else:
+                integers = _join_planes(planes[0], planes[1], codes[: 2 * size], spare[:size])
+            blocks = buffer[: 2 * size].copy_(integers).view(2, groups, self._group, -1)
+            outputs = slice(start * half, (start + count) * half)
+            for side, block in enumerate(blocks):
+                yield scale_block(block, scales[side, ..., outputs], offsets[side, ..., outputs])
+
+
+class RowLinear(CpuLinear):
+    """Codes as they are, [out_features, in_features]; see `launch.Linear`."""
+
+    most_rows, most_rows_beside_copy = ROW_ROWS, ROW_ROWS_BESIDE_COPY
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__(weight, bias, dtype)
+        self._codes = weight.codes.contiguous()
+        self._scales = weight.scales.view(-1).to(self._compute)
+
+    def _product(self, rows: Tensor) -> Tensor:
+        return self.few(rows) if dispatch.deterministic or len(rows) <= self.most_rows else self._many(rows)
+
+    def few(self, rows: Tensor) -> Tensor:
+        if rows.data_ptr() % 64:
+            rows = rows.clone()  # the kernel's loads are aligned ones
+        return torch._weight_int8pack_mm(rows, self._codes, self._scales)
+
+    def _many(self, rows: Tensor) -> Tensor:
+        wide = packed_dtype(self._compute) or self._compute
+        rows = rows.to(wide)
+        columns = block_columns(self.in_features)
+        buffer = workspace("values", columns * self.in_features, wide).view(columns, self.in_features)
+        parts = [F.linear(rows, buffer[: len(codes)].copy_(codes)) for codes in self._codes.split(columns)]
+        return torch.cat(parts, 1).mul_(self._scales).to(self._compute)
+
+
+class IntegerLinear:
+    """Codes in oneDNN's layout, times int8 activations; see `launch.Linear`."""
+
+    takes = None
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
+        self.out_features, self.in_features = weight.out_features, weight.in_features
+        self._dtype = dtype
+        self._bias = None if bias is None else bias.float()
+        self._order = weight.order
+        self._codes = torch.ops.onednn.qlinear_prepack(weight.codes.contiguous(), None)
+        self._scales = weight.scales.view(-1).clone()
+        self._zeros = torch.zeros(self.out_features, dtype=torch.int32)
+        others = (self._scales, self._zeros, self._bias, self._order)
+        self.nbytes = weight.codes.nbytes + sum(tensor.nbytes for tensor in others if tensor is not None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._product(x).to(self._dtype)
+
+    def wide(self, x: Tensor) -> Tensor:
+        return self._product(x)
+
+    def _product(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features)
+        if self._order is not None:
+            rows = rows.index_select(1, self._order)
+        values, scales = _quantize_rows(rows)
+        y = torch.ops.onednn.qlinear_pointwise.default(
+            values, 1.0, 128, self._codes, self._scales, self._zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        y = y.mul_(scales)
+        if self._bias is not None:
+            y = y.add_(self._bias)
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+class RoundedInputs:
+    """A layer whose inputs are rounded to int8, row by row, and multiplied in their own type."""
+
+    takes = None
+
+    def __init__(self, layer: Linear) -> None:
+        self.in_features, self.out_features, self.nbytes = layer.in_features, layer.out_features, layer.nbytes
+        self._layer = layer
+
+    def __call__(self, x: Tensor) -> Tensor:
+        values, scales = quantize_rows(x.reshape(-1, self.in_features), "int8")
+        return self._layer((values * scales.unsqueeze(-1)).to(x.dtype).view(x.shape))
+
+    def wide(self, x: Tensor) -> Tensor:
+        return self(x).float()
+
+
+class BesideCopy:
+    """Few rows times the codes, more times a copy in 16 bits. In deterministic mode the copy serves nothing."""
+
+    takes = None
+
+    def __init__(self, narrow: NibbleLinear | RowLinear, copy: PackedLinear) -> None:
+        self.in_features, self.out_features = narrow.in_features, narrow.out_features
+        self.nbytes = narrow.nbytes + copy.nbytes
+        self._narrow, self._copy = narrow, copy
+
+    def __call__(self, x: Tensor) -> Tensor:
+        few = x.numel() <= self._narrow.most_rows_beside_copy * self.in_features
+        return self._narrow(x) if few or dispatch.deterministic else self._copy(x)
+
+    def wide(self, x: Tensor) -> Tensor:
+        return self(x).float()
+
+
+def _quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantize_rows` to int8 in fewer passes. Scales are [rows, 1], that of a row of zeros is any.
+
+    Values are plus 128, in uint8: oneDNN's product of signed ones takes hundreds of times as long.
+    """
+    wide = rows.float()
+    scales = torch.linalg.vector_norm(wide, torch.inf, -1, keepdim=True).div_(127.0).clamp_(min=_LEAST_SCALE)
+    return wide.div(scales).round_().add_(128.0).to(torch.uint8), scales
+
+
+@cache
+def _kernel_tile() -> int | None:
+    """Outputs of the 4-bit kernel's tiles on this processor, if it keeps them as `_pack_nibbles` does."""
+    codes = torch.arange(128 * 32, dtype=torch.uint8).view(128, 32) * 7 % 16
+    expected = torch._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+    return next((tile for tile in (64, 32) if torch.equal(_pack_nibbles(codes, tile), expected.view(torch.uint8))), None)
+
+
+@cache
+def _multiplies_integers() -> bool:
+    """Whether sums of int8 products are exact and fast here."""
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
+
+
+def _kernel_group(weight: QuantizedWeight) -> int | None:
+    """The group size that the 4-bit kernel multiplies the weights in, if it can."""
+    if weight.codes.dtype == FLOAT8 or weight.in_features % weight.group_size:
+        return None
+    return next((size for size in _GROUPS if weight.group_size % size == 0), None)
+
+
+def _spread(values: Tensor, times: int, padding: int) -> Tensor:
+    """[outputs, groups] to [more groups, more outputs] bfloat16."""
+    return F.pad(values.repeat_interleave(times, 1), (0, 0, 0, padding)).T.to(torch.bfloat16)
+
+
+def _pack_nibbles(codes: Tensor, tile: int) -> Tensor:
+    """[outputs, inputs] codes of 0 to 15 to [outputs, inputs // 2] bytes, as the 4-bit kernel reads them.
+
+    For each tile of outputs: [inputs, tile // 2] bytes, the first half of the outputs below the second.
+    """
+    low, high = codes.view(-1, 2, tile // 2, codes.shape[1]).unbind(1)
+    return (low | high << 4).transpose(1, 2).contiguous().view(len(codes), -1)
+
+
+def _join_planes(upper: Tensor, lower: Tensor, out: Tensor, spare: Tensor) -> Tensor:
+    """Bytes of the codes' upper and lower halves, [n], to the codes below and above, each less 128, in `out` [2 n], as int8."""
+    low, high = out.chunk(2)
+    torch.bitwise_left_shift(upper, 4, out=low)
+    torch.bitwise_and(lower, 15, out=spare)
+    low.bitwise_or_(spare)
+    torch.bitwise_and(upper, 0xF0, out=high)
+    torch.bitwise_right_shift(lower, 4, out=spare)
+    high.bitwise_or_(spare)
+    return out.bitwise_xor_(128).view(torch.int8)

@@ -1,0 +1,88 @@
+import pytest
+import torch
+from torch import Tensor
+
+from dashinfer_kernels import quantize_float8, quantize_int
+from dashinfer_kernels.quant_matmul import quantize
+
+FORMS = [(4, 32, False), (4, 64, True), (8, None, True), (8, 16, False), (8, 96, True)]
+
+
+def squared_errors(weight: Tensor, values: Tensor, size: int) -> Tensor:
+    """[outputs, groups]."""
+    return (weight.double() - values.double()).square().view(len(weight), -1, size).sum(-1)
+
+
+@pytest.mark.parametrize(("bits", "group_size", "symmetric"), FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_group_is_worse_than_without_clipping(
+    bits: int, group_size: int | None, symmetric: bool, dtype: torch.dtype
+) -> None:
+    weight = (torch.randn(40, 192) * 0.05).to(dtype)
+    weight[:, ::50] *= 8
+    size = group_size or 192
+
+    rounded = quantize_int(weight, bits=bits, group_size=group_size, symmetric=symmetric)
+
+    groups = weight.double().view(40, -1, size)
+    most = 2 ** (bits - 1) - 1 if symmetric else 2**bits - 1
+    offsets = torch.zeros(()) if symmetric else groups.amin(-1, keepdim=True)
+    scales = (groups.abs() if symmetric else groups - offsets).amax(-1, keepdim=True) / most
+    values = ((groups - offsets) / scales).round() * scales + offsets
+    found = squared_errors(weight, rounded.dequantize(), size)
+    plain = squared_errors(weight, values.view(40, 192), size)
+    # Scales and offsets are rounded to float16, which counts where steps are fine.
+    assert (found <= 1.5 * plain + 1e-12).all()
+    assert found.sum() < 1.01 * plain.sum()
+    assert (rounded.bits, rounded.group_size) == (bits, size)
+
+
+def test_clipping_pays_where_groups_have_outliers() -> None:
+    weight = torch.randn(64, 512)
+    weight[:, ::128] *= 2
+
+    rounded = quantize_int(weight, bits=4, group_size=128, symmetric=False)
+
+    low, high = weight.view(64, 4, 128).aminmax(dim=-1)
+    assert (rounded.scales * 15 < 0.97 * (high - low)).float().mean() > 0.5
+
+
+@pytest.mark.parametrize(("bits", "group_size", "symmetric"), FORMS)
+def test_the_same_in_any_chunks(bits: int, group_size: int | None, symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(101, 384)
+    whole = quantize_int(weight, bits=bits, group_size=group_size, symmetric=symmetric)
+
+    for rows in (1, 3, 64):
+        monkeypatch.setattr(quantize, "CPU_CHUNK", rows * 384)
+        parts = quantize_int(weight, bits=bits, group_size=group_size, symmetric=symmetric)
+        assert torch.equal(parts.codes, whole.codes)
+        assert torch.equal(parts.scales, whole.scales)
+        assert symmetric or torch.equal(parts.offsets, whole.offsets)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_groups_of_one_value_are_kept(symmetric: bool) -> None:
+    weight = torch.tensor([0.0, 0.5, -3.0]).repeat_interleave(32).repeat(2, 1)
+
+    rounded = quantize_int(weight, bits=8, group_size=32, symmetric=symmetric)
+
+    torch.testing.assert_close(rounded.dequantize(), weight, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(("bits", "group_size", "symmetric"), FORMS)
+def test_scales_and_offsets_are_float16_numbers(bits: int, group_size: int | None, symmetric: bool) -> None:
+    rounded = quantize_int(torch.randn(8, 192) * 1e-3, bits=bits, group_size=group_size, symmetric=symmetric)
+
+    for values in (rounded.scales, rounded.offsets):
+        assert values is None or torch.equal(values.half().float(), values)
+
+
+def test_float8_is_the_nearest_of_the_format() -> None:
+    weight = torch.randn(16, 64)
+
+    rounded = quantize_float8(weight)
+
+    scaled = weight / rounded.scales
+    assert scaled.abs().amax(-1).allclose(torch.tensor(448.0))
+    step = torch.exp2(scaled.abs().clamp(min=2.0**-6).log2().floor() - 3)
+    assert ((rounded.codes.float() - scaled).abs() <= step / 2).all()
