@@ -19,7 +19,7 @@ SHARED = [
     *("dashinfer", "dashinfer.errors", "dashinfer.types", "dashinfer.config", "dashinfer.gguf_header"),
     *("dashinfer.worker", "dashinfer.worker.frames"),
     # A model's shape needs no torch, so the parent refuses what cannot be served before its weights are fetched.
-    *("dashinfer.models", "dashinfer.models.config", "dashinfer.models.rope_config"),
+    *("dashinfer.models", "dashinfer.models.config", "dashinfer.models.rope_config", "dashinfer.models.vision_config"),
     *("dashinfer.models.quantized_config", "dashinfer.models.quantized_values", "dashinfer.models.scaled_config"),
 ]
 # From the bottom to the top; names in one set are one layer, and may import each other.

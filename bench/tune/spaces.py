@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from bench.ops import activation, attention, norm, quant_matmul, rope, varlen_attention
+from bench.ops import activation, attention, layer_norm, norm, quant_matmul, rope, rotate, varlen_attention
 from bench.ops.case import Job, Place
 
 Config = dict[str, Any]
@@ -56,6 +56,8 @@ SPACES = {
         Space("prefill_attention", attention.prefill_jobs, _prefill_candidates()),
         Space("rms_norm", norm.jobs, grid(num_warps=(8, 4, 16, 32, 2), rows=(1, 2, 4))),
         Space("rope_kv_write", rope.jobs, grid(num_warps=(4, 8, 2), rows=(16, 32, 8, 64))),
+        Space("layer_norm", layer_norm.jobs, grid(num_warps=(8, 4, 16, 32, 2), rows=(1, 2, 4))),
+        Space("rotate_heads", rotate.jobs, grid(num_warps=(4, 8, 2), rows=(16, 32, 8, 64))),
         Space("gated", activation.jobs, grid(num_warps=(4, 8, 2), columns=(2048, 1024, 4096), rows=(1, 2))),
         Space(
             "varlen_attention",

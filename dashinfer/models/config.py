@@ -32,6 +32,10 @@ class _Family:
     qk_norm: bool = False
     windows: Literal["none", "all", "upper"] = "none"  # layers that see `sliding_window` tokens only
     window: int | None = None
+    max_window_layers: int = 28
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    mrope: tuple[tuple[int, int, int], bool] | None = None  # sections, and whether they are interleaved
 
 
 _QWEN = {"max_position_embeddings": 32768, "num_kv_heads": 32, "windows": "upper", "window": 4096}
@@ -43,9 +47,36 @@ _FAMILIES = {
     "Qwen2ForCausalLM": _Family(**_QWEN, qkv_bias=True, output_bias=False),
     "Qwen3ForCausalLM": _Family(**_QWEN, head_dim=128, qk_norm=True),
 }
+_QWEN2_VL = _Family(
+    **(_QWEN | {"num_kv_heads": 8, "max_window_layers": 80}),
+    qkv_bias=True,
+    output_bias=False,
+    norm_eps=1e-5,
+    rope_theta=1e6,
+    mrope=((16, 24, 24), False),
+)
+# Decoders of vision-language models.
+_VISION_FAMILIES = {
+    "Qwen2VLForConditionalGeneration": _QWEN2_VL,
+    "Qwen2_5_VLForConditionalGeneration": _QWEN2_VL,
+    "Qwen3VLForConditionalGeneration": _Family(
+        max_position_embeddings=128000,
+        num_kv_heads=32,
+        head_dim=128,
+        qk_norm=True,
+        rope_theta=5e5,
+        mrope=((24, 20, 20), True),
+    ),
+}
 _BY_MODEL_TYPE = {
-    "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"
-}  # fmt: skip
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,44 +105,56 @@ class ModelConfig:
     quantization: CheckpointQuantization | None = None  # of the linear layers in the checkpoint
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
+    def from_hf(cls, config: Mapping[str, Any], *, vision: bool = False) -> "ModelConfig":
         """From a config.json's contents.
+
+        Args:
+            vision: take vision-language models too, of which this is the decoder.
 
         Raises:
             UnsupportedModel: an architecture, quantisation or setting that cannot be served, or a value that makes no sense.
         """
-        architecture = _architecture(config)
-        family = _FAMILIES[architecture]
-        hidden_size = _count(config, "hidden_size")
-        num_heads = _count(config, "num_attention_heads")
-        num_kv_heads = _count(config, "num_key_value_heads", family.num_kv_heads or num_heads, null=num_heads)
-        num_layers = _count(config, "num_hidden_layers")
+        architecture = _architecture(config, vision)
+        family = _FAMILIES.get(architecture) or _VISION_FAMILIES[architecture]
+        quantization = read_quantization(config.get("quantization_config"))
+        if architecture in _VISION_FAMILIES:
+            config = text_config(config)
+        hidden_size = read_count(config, "hidden_size")
+        num_heads = read_count(config, "num_attention_heads")
+        num_kv_heads = read_count(config, "num_key_value_heads", family.num_kv_heads or num_heads, null=num_heads)
+        num_layers = read_count(config, "num_hidden_layers")
         if num_heads % num_kv_heads:
             raise UnsupportedModel(
                 f"config.json: {num_heads} attention heads cannot share {num_kv_heads} key-value heads evenly"
             )
         if config.get("head_dim") is None and family.head_dim is None and hidden_size % num_heads:
             raise UnsupportedModel(f"config.json: hidden_size {hidden_size} is no multiple of the {num_heads} attention heads")
-        head_dim = _count(config, "head_dim", family.head_dim or hidden_size // num_heads, null=hidden_size // num_heads)
+        head_dim = read_count(config, "head_dim", family.head_dim or hidden_size // num_heads, null=hidden_size // num_heads)
         activation = config.get("hidden_act", "silu")
         if activation not in _ACTIVATIONS:
             raise UnsupportedModel(
                 f"config.json: the activation {activation!r} is not supported; supported are {', '.join(_ACTIVATIONS)}"
             )
-        positions = _count(config, "max_position_embeddings", family.max_position_embeddings)
-        rope = RopeConfig.from_hf(config, head_dim=head_dim, max_position_embeddings=positions)
+        positions = read_count(config, "max_position_embeddings", family.max_position_embeddings)
+        rope = RopeConfig.from_hf(
+            config,
+            head_dim=head_dim,
+            max_position_embeddings=positions,
+            default_theta=family.rope_theta,
+            default_mrope=family.mrope,
+        )
         attention_bias = bool(config.get("attention_bias", False))
         return cls(
             architecture=architecture,
-            vocab_size=_count(config, "vocab_size"),
+            vocab_size=read_count(config, "vocab_size"),
             hidden_size=hidden_size,
-            intermediate_size=_count(config, "intermediate_size"),
+            intermediate_size=read_count(config, "intermediate_size"),
             num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             activation=_ACTIVATIONS[activation],
-            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            norm_eps=float(config.get("rms_norm_eps", family.norm_eps)),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
             output_bias=attention_bias if family.output_bias is None else family.output_bias,
@@ -122,7 +165,7 @@ class ModelConfig:
             max_positions=rope.reach(positions),
             # dynamic scaling changes every rotation, so a model keeps its own length unless a longer one is asked for
             native_positions=positions if rope.kind == "dynamic" else rope.reach(positions),
-            quantization=read_quantization(config.get("quantization_config")),
+            quantization=quantization,
         )
 
     def resolve_max_length(self, requested: int | None) -> int:
@@ -155,19 +198,29 @@ class ModelConfig:
         return self.num_heads % world_size == 0 and self.intermediate_size % world_size == 0 and kv_divides
 
 
-def _architecture(config: Mapping[str, Any]) -> str:
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The decoder's part of a vision-language model's config.json: a table of its own, or in older files keys beside others."""
+    text = dict(config.get("text_config") or config)
+    text["tie_word_embeddings"] = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+    return text
+
+
+def _architecture(config: Mapping[str, Any], vision: bool) -> str:
     names = config.get("architectures") or [_BY_MODEL_TYPE.get(config.get("model_type", ""))]
     name = names[0]
     if name is None:
         raise UnsupportedModel("config.json names no architecture, and its model_type is none that is known")
+    if vision and name in _VISION_FAMILIES:
+        return name
     if "vision_config" in config or "VL" in name or "Vision" in name or "Llava" in name:
-        raise UnsupportedModel(f"{name} is a vision-language model; vision is not supported yet")
+        reason = f"supported are {', '.join(_VISION_FAMILIES)}" if vision else "vision is not supported yet"
+        raise UnsupportedModel(f"{name} is a vision-language model; {reason}")
     if name not in _FAMILIES:
         raise UnsupportedModel(f"the architecture {name} is not supported; supported are {', '.join(_FAMILIES)}")
     return name
 
 
-def _count(config: Mapping[str, Any], key: str, default: int | None = None, *, null: int | None = None) -> int:
+def read_count(config: Mapping[str, Any], key: str, default: int | None = None, *, null: int | None = None) -> int:
     """A positive integer; `default` where the key is missing, `null` where its value is null."""
     value = config.get(key, default)
     if value is None:
@@ -182,7 +235,7 @@ def _count(config: Mapping[str, Any], key: str, default: int | None = None, *, n
 def _windows(config: Mapping[str, Any], family: _Family, num_layers: int) -> tuple[int | None, ...]:
     if family.windows == "none" or config.get("sliding_window", family.window) is None:
         return (None,) * num_layers
-    window = _count(config, "sliding_window", family.window)
+    window = read_count(config, "sliding_window", family.window)
     if family.windows == "all":
         return (window,) * num_layers
     if not config.get("use_sliding_window", False):
@@ -196,5 +249,5 @@ def _windows(config: Mapping[str, Any], family: _Family, num_layers: int) -> tup
                 else f"config.json: layers of the type {sorted(unknown)[0]!r} are not supported"
             )
         return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
-    first = config.get("max_window_layers", 28)
+    first = config.get("max_window_layers", family.max_window_layers)
     return tuple(window if layer >= first else None for layer in range(num_layers))

@@ -1,9 +1,12 @@
-"""The decoder of Llama, SmolLM2, Mistral, Qwen2, Qwen2.5 and Qwen3: one body, since they differ by flags only.
+"""The decoder of Llama, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3 and of the Qwen models that see: one body, since they differ by
+flags only.
 
 Tokens of all sequences lie one after the other, [tokens, hidden]; which token belongs where is the `PagedBatch`'s business.
 Knows nothing of sampling, scheduling or files. Every layer ends in the residual sum that the next one's norm begins with, so
 the two are one op. The residual stream is float32 whatever the layers compute in.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,6 +37,21 @@ from dashinfer_kernels import (
     rope_kv_write,
     silu_mul,
 )
+
+
+@dataclass(frozen=True)
+class InputEmbeddings:
+    """What takes the place of placeholder tokens in a step.
+
+    Attributes:
+        rows: [count] int64, which of the step's tokens; none twice.
+        values: [count, hidden].
+        deepstack: [count, hidden] each, what is added to those rows after each of the first layers.
+    """
+
+    rows: Tensor
+    values: Tensor
+    deepstack: tuple[Tensor, ...] = ()
 
 
 class DecoderLayer:
@@ -75,22 +93,31 @@ class DecoderLayer:
         if config.qk_norm:
             self.heads |= {"q_norm": norm("self_attn.q_norm", head_dim), "k_norm": norm("self_attn.k_norm", head_dim)}
         self.heads["eps"] = self.eps = config.norm_eps
+        if config.rope.mrope_section is not None:
+            self.heads |= {"mrope_section": config.rope.mrope_section, "mrope_interleaved": config.rope.mrope_interleaved}
         self.scale = head_dim**-0.5
         window = config.windows[index]
         self.window = window if window is not None and window < max_length else None
         self.activate = silu_mul if config.activation == "silu" else gelu_mul
 
     def __call__(
-        self, normed: Tensor | QuantizedRows, residual: Tensor, batch: PagedBatch, cos_sin: Tensor, kv_cache: KVCache
+        self,
+        normed: Tensor | QuantizedRows,
+        residual: Tensor,
+        batch: PagedBatch,
+        positions: Tensor,
+        cos_sin: Tensor,
+        kv_cache: KVCache,
     ) -> Tensor:
         """The MLP's output, which the caller adds to `residual`; the attention's is added here.
 
         Args:
             normed: [tokens, hidden], the input after `input_norm`; quantised where `qkv` takes it so.
             residual: [tokens, hidden] float32, the input before it; changed in place.
+            positions: [tokens] int64, or [3, tokens], that queries and keys are rotated by.
         """
         held, scales = kv_cache.values, kv_cache.scales
-        q = rope_kv_write(self.qkv(normed), batch.positions, cos_sin, held, batch.slot_mapping, **self.heads, kv_scales=scales)
+        q = rope_kv_write(self.qkv(normed), positions, cos_sin, held, batch.slot_mapping, **self.heads, kv_scales=scales)
         attended = paged_attention(q, held, batch, scale=self.scale, window=self.window, kv_scales=scales)
         normed = add_rms_norm(self.output(attended), residual, self.mlp_norm, self.eps, quantize=self.gate_up.takes)
         return self.down(self.activate(self.gate_up(normed), quantize=self.down.takes))
@@ -136,23 +163,43 @@ class DecoderLM:
         self.weight_bytes = sum(part.nbytes for part in parts)
 
     @torch.inference_mode()
-    def forward(self, input_ids: Tensor, batch: PagedBatch, kv_caches: list[KVCache]) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        batch: PagedBatch,
+        kv_caches: list[KVCache],
+        *,
+        positions: Tensor | None = None,
+        images: InputEmbeddings | None = None,
+    ) -> Tensor:
         """Runs the layers, and writes the new keys and values to the cache.
 
         Args:
             input_ids: [tokens] int64.
             kv_caches: of each layer, as `allocate_kv_cache` makes them.
+            positions: that tokens are rotated by, where they are not their places in the sequences: [tokens] int64, or
+                [3, tokens] temporal, height and width positions; all below the `max_length` that the model was made for.
+            images: embeddings of tokens that stand for what a vision tower saw.
 
         Returns:
             [tokens, hidden], after the final norm.
         """
         embedded = self.embedding(input_ids)
+        if positions is None:
+            positions = batch.positions
+        deepstack: tuple[Tensor, ...] = ()
+        if images is not None:
+            embedded.index_copy_(0, images.rows, images.values.to(embedded.dtype))
+            deepstack = images.deepstack
         residual = embedded.to(torch.float32, copy=True)
         eps = self.config.norm_eps
         first = self.layers[0]
         normed = rms_norm(residual, first.input_norm, eps, embedded.dtype, quantize=first.qkv.takes)
-        for layer, kv_cache, (norm_after, quantize) in zip(self.layers, kv_caches, self._norms_after, strict=True):
-            output = layer(normed, residual, batch, self.cos_sin, kv_cache)
+        layers = zip(self.layers, kv_caches, self._norms_after, strict=True)
+        for index, (layer, kv_cache, (norm_after, quantize)) in enumerate(layers):
+            output = layer(normed, residual, batch, positions, self.cos_sin, kv_cache)
+            if images is not None and index < len(deepstack):
+                residual.index_add_(0, images.rows, deepstack[index].to(residual.dtype))
             normed = add_rms_norm(output, residual, norm_after, eps, quantize=quantize)
         return normed
 

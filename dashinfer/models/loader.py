@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 
 from dashinfer.errors import ModelNotFound, UnsupportedModel
+from dashinfer.models.checkpoint_parts import decoder_part
 from dashinfer.models.config import ModelConfig
 from dashinfer.models.decoder import DecoderLM
 from dashinfer.models.gguf import GGUFFormat, GGUFSource
@@ -122,4 +123,5 @@ def _source(config: WorkerConfig, model_config: ModelConfig) -> Source:
         raise ModelNotFound(f"{config.files.name} has no weight files; a model needs .safetensors files, or is a .gguf file")
     if config.files.format == "gguf":
         return GGUFSource(config.files.weights, head_dim=model_config.head_dim)
-    return SafetensorsSource(config.files.weights)
+    source = SafetensorsSource(config.files.weights)
+    return source if model_config.rope.mrope_section is None else decoder_part(source)

@@ -30,21 +30,40 @@ class RopeConfig:
     beta_slow: float = 1.0  # yarn: rotations below which it is interpolated
     truncate: bool = True  # yarn: round the limits between the two to whole dimensions
     attention_factor: float = 1.0  # yarn: cos and sin are multiplied by it
+    mrope_section: tuple[int, int, int] | None = None  # frequencies turned by temporal, height and width positions
+    mrope_interleaved: bool = False  # those frequencies take turns, instead of lying together
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any], *, head_dim: int, max_position_embeddings: int) -> "RopeConfig":
-        """Raises UnsupportedModel for a kind that is not known, or settings that make no sense."""
+    def from_hf(
+        cls,
+        config: Mapping[str, Any],
+        *,
+        head_dim: int,
+        max_position_embeddings: int,
+        default_theta: float = 10000.0,
+        default_mrope: tuple[tuple[int, int, int], bool] | None = None,
+    ) -> "RopeConfig":
+        """
+        Args:
+            default_mrope: sections, and whether they are interleaved, where the config says nothing; None: a model whose tokens
+                have one position each.
+
+        Raises:
+            UnsupportedModel: a kind that is not known, or settings that make no sense.
+        """
         table = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
         if any(isinstance(value, Mapping) for value in table.values()):
             raise UnsupportedModel("config.json: rotary embeddings that differ by the kind of layer are not supported")
         kind = table.get("rope_type") or table.get("type") or "default"
+        if kind == "mrope" and default_mrope is not None:
+            kind = "default"
         if kind not in get_args(RopeKind):
             raise UnsupportedModel(
                 f"config.json: rotary embeddings of the type {kind!r} are not supported; "
                 f"supported are {', '.join(get_args(RopeKind))}"
             )
-        if "mrope_section" in table:
-            raise UnsupportedModel("config.json: multimodal rotary embeddings (mrope_section) are not supported yet")
+        if "mrope_section" in table and default_mrope is None:
+            raise UnsupportedModel("config.json: multimodal rotary embeddings (mrope_section) of a model without vision")
 
         def number(key: str, default: float | None) -> float:
             value = table.get(key)
@@ -63,7 +82,11 @@ class RopeConfig:
         rotary_dim = int(head_dim * number("partial_rotary_factor", 1.0))
         if rotary_dim % 2 or not 2 <= rotary_dim <= head_dim:
             raise UnsupportedModel(f"config.json: {rotary_dim} rotated dimensions of heads of {head_dim} cannot be paired")
-        rope = {"kind": kind, "theta": number("rope_theta", 10000.0), "rotary_dim": rotary_dim, "original_positions": original}
+        rope = {"kind": kind, "rotary_dim": rotary_dim, "original_positions": original}
+        rope["theta"] = number("rope_theta", default_theta)
+        if default_mrope is not None:
+            rope["mrope_section"] = _section(table.get("mrope_section", default_mrope[0]), rotary_dim)
+            rope["mrope_interleaved"] = bool(table.get("mrope_interleaved", default_mrope[1]))
         if kind == "default":
             return cls(**rope)
 
@@ -92,6 +115,15 @@ class RopeConfig:
         if self.kind in ("linear", "dynamic", "yarn"):
             return max(max_position_embeddings, int(self.original_positions * self.factor))
         return max_position_embeddings
+
+
+def _section(value: Any, rotary_dim: int) -> tuple[int, int, int]:
+    counts = list(value) if isinstance(value, list | tuple) else []
+    if len(counts) != 3 or not all(isinstance(count, int) and count >= 0 for count in counts) or 2 * sum(counts) != rotary_dim:
+        raise UnsupportedModel(
+            f"config.json: mrope_section is {value!r}, not three numbers that make {rotary_dim // 2} frequencies together"
+        )
+    return counts[0], counts[1], counts[2]
 
 
 def _magnitude(factor: float, scale: float) -> float:

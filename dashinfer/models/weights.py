@@ -57,7 +57,7 @@ class Part:
         if len(self.shape) == 1:
             return (stop - start,)
         first, last = self.columns or (0, self.shape[1])
-        return (stop - start, last - first)
+        return (stop - start, last - first, *self.shape[2:])
 
 
 class Source(Protocol):
@@ -176,7 +176,7 @@ class WeightReader:
                 run without it and answer nonsense.
         """
         for name in sorted(self.source.sizes.keys() - self._used):
-            layer = re.match(r"(?:model\.layers|blk)\.(\d+)\.", name)
+            layer = re.match(r"(?:model\.layers|blk|visual\.blocks)\.(\d+)\.", name)
             if layer and int(layer[1]) < num_layers and not name.endswith(_HARMLESS) and not self._adds_nothing(name):
                 raise UnsupportedModel(f"the weights have the tensor {name}, which the model's config does not account for")
         self._report("weights", self._total, self._total, "B")
@@ -272,7 +272,7 @@ class DummySource:
         return torch.bfloat16
 
     def read_into(self, out: Tensor, part: Part) -> None:
-        if part.name.endswith("norm.weight"):
+        if re.search(r"(norm\d?|ln_q)\.weight$", part.name):
             out.fill_(1)
             return
         noise = self._noise = self._noise.to(out.device)

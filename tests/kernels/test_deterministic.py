@@ -15,9 +15,11 @@ from torch import Tensor
 from dashinfer_kernels import (
     PagedBatch,
     QuantizedWeight,
+    add_layer_norm,
     add_rms_norm,
     dispatch,
     gelu_mul,
+    layer_norm,
     pack_linear,
     pack_quantized,
     paged_attention,
@@ -99,6 +101,8 @@ def test_norms(hidden: int) -> None:
     check_rows(lambda rows: rms_norm(rows, weight, 1e-5, torch.bfloat16), x)
     check_rows(lambda rows: rms_norm(rows, weight, 1e-5), x)
     check_rows(lambda rows: add_rms_norm(rows, rows.clone(), weight, 1e-5), x)
+    check_rows(lambda rows: layer_norm(rows, weight, weight, 1e-5), x)
+    check_rows(lambda rows: add_layer_norm(rows, rows.clone(), weight, weight, 1e-5), x)
     expected = norm_reference.rms_norm(x.double(), weight.double(), 1e-5)
     torch.testing.assert_close(rms_norm(x, weight, 1e-5).double(), expected, rtol=2e-6, atol=2e-6)
 

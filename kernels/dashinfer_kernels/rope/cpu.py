@@ -12,13 +12,16 @@ For a quantised cache all heads are widened at once, and what is stored is round
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dashinfer_kernels import dispatch, loops
-from dashinfer_kernels.rope.reference import quantise
+from dashinfer_kernels.rope.reference import angles, quantise
+
+_MRope = tuple[tuple[int, int, int] | None, bool]  # sections, and whether they are interleaved
 
 
 @dataclass(frozen=True)
@@ -29,34 +32,51 @@ class _Step:
     cos_sin: Tensor
     slot_mapping: Tensor
     block_size: int
+    mrope: _MRope
     cos: Tensor  # [tokens, 1, 1, rotary_dim / 2]
     sin: Tensor  # [tokens, 1, 2, rotary_dim / 2], negative for the first half
     where: tuple[Tensor, Tensor]  # block and offset of each token that is written
     written: Tensor | None  # [tokens] bool where some are padding
 
     @classmethod
-    def make(cls, positions: Tensor, cos_sin: Tensor, slot_mapping: Tensor, block_size: int) -> "_Step":
-        cos, sin = cos_sin.index_select(0, positions)[:, None, None].chunk(2, -1)
+    def make(
+        cls,
+        positions: Tensor,
+        cos_sin: Tensor,
+        slot_mapping: Tensor,
+        block_size: int,
+        mrope: _MRope,
+    ) -> "_Step":
+        turns = cos_sin.index_select(0, positions) if positions.ndim == 1 else angles(positions, cos_sin, *mrope)
+        cos, sin = turns[:, None, None].chunk(2, -1)
         written = slot_mapping >= 0
         slots = slot_mapping if written.all() else slot_mapping[written]
         where = (slots // block_size, slots % block_size)
         signed = torch.cat((-sin, sin), 2)
         kept = None if slots is slot_mapping else written
-        return cls(positions, cos_sin, slot_mapping, block_size, cos, signed, where, kept)
+        return cls(positions, cos_sin, slot_mapping, block_size, mrope, cos, signed, where, kept)
 
-    def serves(self, positions: Tensor, cos_sin: Tensor, slot_mapping: Tensor, block_size: int) -> bool:
+    def serves(
+        self,
+        positions: Tensor,
+        cos_sin: Tensor,
+        slot_mapping: Tensor,
+        block_size: int,
+        mrope: _MRope,
+    ) -> bool:
         same = self.positions is positions and self.cos_sin is cos_sin and self.slot_mapping is slot_mapping
-        return same and self.block_size == block_size
+        return same and self.block_size == block_size and self.mrope == mrope
 
 
 _last: _Step | None = None
 
 
-def _step(positions: Tensor, cos_sin: Tensor, slot_mapping: Tensor, block_size: int) -> _Step:
+def _step(*inputs: Any) -> _Step:
+    """The last step's, or a new one's; takes what `_Step.make` takes."""
     global _last
     step = _last
-    if step is None or not step.serves(positions, cos_sin, slot_mapping, block_size):
-        step = _last = _Step.make(positions, cos_sin, slot_mapping, block_size)
+    if step is None or not step.serves(*inputs):
+        step = _last = _Step.make(*inputs)
     return step
 
 
@@ -74,11 +94,13 @@ def rope_kv_write(
     k_norm: Tensor | None,
     eps: float,
     kv_scales: Tensor | None,
+    mrope_section: tuple[int, int, int] | None = None,
+    mrope_interleaved: bool = False,
 ) -> Tensor:
-    if q_norm is None and kv_cache.dtype == qkv.dtype and loops.fit(qkv):
+    if q_norm is None and positions.ndim == 1 and kv_cache.dtype == qkv.dtype and loops.fit(qkv):
         return _loop().rope_kv_write(qkv, positions, cos_sin, kv_cache, slot_mapping, num_heads)
     tokens, rotary_dim, num_rotated = qkv.shape[0], cos_sin.shape[1], num_heads + num_kv_heads
-    step = _step(positions, cos_sin, slot_mapping, kv_cache.shape[3])
+    step = _step(positions, cos_sin, slot_mapping, kv_cache.shape[3], (mrope_section, mrope_interleaved))
     heads = qkv.view(tokens, num_rotated + num_kv_heads, head_dim)
     # where results go: to their places, or to wide heads that are quantised afterwards
     kept = heads if kv_scales is None else heads.to(torch.promote_types(qkv.dtype, torch.float32), copy=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dashinfer_kernels import tuning
 from dashinfer_kernels.dispatch import use_triton
-from dashinfer_kernels.rope import cpu, reference
+from dashinfer_kernels.rope import cpu
 
 # Types of a quantised cache, and the largest value of each that is used.
 _LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
@@ -73,9 +73,7 @@ def rope_kv_write(
     tensors = (qkv, positions, cos_sin, kv_cache, slot_mapping)
     heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
     norms = {"q_norm": q_norm, "k_norm": k_norm, "eps": eps}
-    if not use_triton(qkv) and positions.ndim == 1:
-        return cpu.rope_kv_write(*tensors, **heads, **norms, kv_scales=kv_scales)
-    path = _launch if use_triton(qkv) else reference.rope_kv_write
+    path = _launch if use_triton(qkv) else cpu.rope_kv_write
     rotation = {"mrope_section": mrope_section, "mrope_interleaved": mrope_interleaved}
     return path(*tensors, **heads, **norms, kv_scales=kv_scales, **rotation)
 

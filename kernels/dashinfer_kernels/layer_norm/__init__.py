@@ -1,0 +1,1 @@
+"""Layer normalisation, alone or after adding to the residual stream."""

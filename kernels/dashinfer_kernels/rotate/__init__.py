@@ -1,0 +1,1 @@
+"""Rotary embedding of heads in place, by angles of each token's own."""
