@@ -287,3 +287,13 @@ def test_a_bias_that_the_config_does_not_account_for_is_named(tmp_path, open_ggu
 
     with pytest.raises(UnsupportedModel, match=r"q_proj\.bias, which the model's config does not account for"):
         reader.finish(1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "cpu", "gpu"), [(Kind.Q4_K, 5, 6), (Kind.Q8_0, 10, 9), (Kind.Q6_K, 10, 10), (Kind.F16, 16, 16)]
+)
+def test_bits_that_layers_keep(kind, cpu, gpu, tmp_path, open_gguf):
+    data = encoded(kind, (4, 256)) if kind is not Kind.F16 else np.zeros((4, 256), np.float16)
+    source = open_gguf(write(tmp_path / "x.gguf", {"blk.0.attn_q.weight": (kind, data)}))
+
+    assert (source.bits_per_weight(on_cpu=True), source.bits_per_weight(on_cpu=False)) == (cpu, gpu)
