@@ -132,12 +132,19 @@ class GGUFSource:
     def read_stored(self, part: Part) -> Tensor:
         raise UnsupportedModel(f"the tensor {part.name} cannot be read as the .gguf file stores it")
 
-    @property
-    def bits_per_weight(self) -> float:
-        """Of matrices as `read_codes` gives them, or in 16 bits where it does not: codes, scales and offsets."""
-        matrices = {name: math.prod(entry.shape) for name, entry in self._entries.items() if name.endswith("_proj.weight")}
-        bits = sum(((self.code_bits(name) or 15) + 1) * weights for name, weights in matrices.items())
-        return bits / max(1, sum(matrices.values()))
+    def bits_per_weight(self, *, on_cpu: bool) -> float:
+        """Of matrices as layers keep what `read_codes` gives, or in 16 bits where it gives nothing: codes, scales and offsets.
+
+        On CPU 8 bits are two planes of 4, with scales each. On a GPU those of the K formats need more than 16 bits.
+        """
+        found, weights = 0, 0
+        for name, entry in self._entries.items():
+            if name.endswith("_proj.weight"):
+                bits = code_bits(entry.kind)
+                doubled = bits == 8 if on_cpu else entry.kind.name.endswith("_K")
+                weights += math.prod(entry.shape)
+                found += math.prod(entry.shape) * (16 if bits is None else bits + (2 if doubled else 1))
+        return found / max(1, weights)
 
     def code_bits(self, name: str) -> int | None:
         """Of the codes that `read_codes` gives: 4 or 8; None where it gives none."""

@@ -54,11 +54,16 @@ class RoundedOnLoad(WeightFormat):
         self.rounds_head = not quantizes_head
 
     def read(self, reader: WeightReader, part: Part) -> QuantizedWeight | None:
-        weight = reader.read(part, dtype=torch.float32)
+        weight = reader.read(part, dtype=self._dtype(reader, part.name))
         if self._rounding.bits is None:
             return quantize_float8(weight)
         group_size = self._rounding.group_for(weight.shape[1])
         return quantize_int(weight, bits=self._rounding.bits, group_size=group_size, symmetric=self._rounding.symmetric)
+
+    def _dtype(self, reader: WeightReader, name: str) -> torch.dtype:
+        """The file's own type where it is a narrow one: half of what goes to a GPU, and of what is there meanwhile."""
+        stored = reader.stored_type(name) if name in reader else None
+        return stored if stored in (torch.float16, torch.bfloat16) else torch.float32
 
     def read_head(self, reader: WeightReader, part: Part) -> QuantizedWeight | None:
         return self.read(reader, part) if self._quantizes_head else None

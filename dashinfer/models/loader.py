@@ -109,7 +109,7 @@ def _weight_format(
         return GGUFFormat(source, bits=4, others=rounded), needed
     if rounded is not None or (on_cpu and config.deterministic):
         return rounded, needed
-    own = needs(source.bits_per_weight)
+    own = needs(source.bits_per_weight(on_cpu=on_cpu))
     if on_cpu and needed + own < free // 2:
         # with the copies, formats of more bits gain nothing
         return GGUFFormat(source, bits=4, wide_copy=True), needed + own

@@ -183,7 +183,9 @@ class WeightReader:
 
     def _adds_nothing(self, name: str) -> bool:
         """Quantisers of GPTQ's early days gave every linear layer a bias."""
-        return name.endswith(".bias") and not self.source.read_stored(Part(name, self.source.shape(name))).any()
+        if not name.endswith(".bias") or self.source.dtype(name) is None:
+            return False
+        return not self.source.read_stored(Part(name, self.source.shape(name))).any()
 
     def _count(self, name: str) -> None:
         if name in self._used:

@@ -69,6 +69,9 @@ class Service:
         built_from = [self.version, self.config.model_name, info.architecture, info.data_type, info.device]
         if info.kv_cache_dtype != "auto":
             built_from.append(info.kv_cache_dtype)
+        config = self.config
+        if config.quant_type is not None:
+            built_from.append(f"{config.quant_type}, {config.quant_group_size}, {config.quantize_head}")
         self.system_fingerprint = "fp_" + hashlib.sha256("|".join(built_from).encode()).hexdigest()[:10]
 
     def begin_drain(self) -> None:

@@ -1,7 +1,7 @@
 """Compiled loops beside the torch paths of the same ops on CPU."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -160,6 +160,31 @@ def test_deterministic_mode_and_many_rows_take_the_torch_path(monkeypatch: pytes
     silu_mul(bf16(1, 8))
 
 
+def fail(*_: object) -> None:
+    raise ImportError("Numba needs NumPy 2.2 or less")
+
+
+@pytest.mark.usefixtures("_compiled_anew")
+def test_a_numba_that_does_not_work_leaves_the_torch_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loops, "import_module", fail)
+    gate_up = bf16(3, 8)
+
+    with pytest.warns(RuntimeWarning, match=r"NumPy 2\.2 or less"):
+        warm_up_loops(torch.bfloat16)
+    actual = silu_mul(gate_up)
+    monkeypatch.setattr(loops, "enabled", False)
+
+    assert torch.equal(actual, silu_mul(gate_up))
+
+
+@pytest.fixture
+def _compiled_anew() -> Iterator[None]:
+    loops.compile_all.cache_clear()
+    yield
+    loops.compile_all.cache_clear()
+
+
+@pytest.mark.usefixtures("_compiled_anew")
 def test_warming_up_compiles_for_bfloat16_alone() -> None:
     for name in [name for name in sys.modules if name.endswith(".cpu_loop")]:
         del sys.modules[name]

@@ -1,6 +1,7 @@
 import ctypes
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -41,6 +42,19 @@ def blocks_of_float8(outputs: int, inputs: int) -> QuantizedWeight:
     codes = torch.randn(outputs, inputs).mul_(100).clamp_(-448, 448).to(FLOAT8)
     scales = (0.5 + torch.rand(-(-outputs // 128), -(-inputs // 128))) * inputs**-0.5 / 100
     return QuantizedWeight(codes=codes, scales=scales, group_size=128, block_rows=128)
+
+
+@pytest.mark.parametrize("offset", [1, 8, 20])
+def test_codes_may_lie_anywhere(offset: int) -> None:
+    weight = random_weight(32, 64)
+    memory = torch.empty(weight.codes.numel() + 64, dtype=torch.int8)
+    codes = memory[offset : offset + weight.codes.numel()].view(32, 64).copy_(weight.codes)
+    x = torch.randn(2, 64).bfloat16()
+
+    layer = pack_quantized(replace(weight, codes=codes), dtype=torch.bfloat16)
+
+    assert isinstance(layer, RowLinear)
+    assert torch.equal(layer(x), pack_quantized(weight, dtype=torch.bfloat16)(x))
 
 
 # A weight, and the layer that serves it in bfloat16.

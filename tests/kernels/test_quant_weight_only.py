@@ -215,6 +215,17 @@ def test_what_cannot_be_packed_stays_as_it_is(triton_path: str) -> None:
     assert isinstance(pack_quantized(weight, dtype=torch.float16), UnpackedLinear)
 
 
+def test_what_is_unpacked_in_every_call_is_deterministic_too(triton_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = pack_quantized(move(make("s8", 24), triton_path), dtype=torch.float16)
+    x = torch.randn(5, layer.in_features).half().to(triton_path)
+    expected = layer.wide(x)
+    monkeypatch.setattr(dispatch, "deterministic", True)
+    monkeypatch.setattr(torch.nn.functional, "linear", None)  # the library's product is not taken
+
+    torch.testing.assert_close(layer.wide(x), expected, rtol=2e-3, atol=2e-3)
+    assert torch.equal(layer(x)[1:2], layer(x[1:2]))
+
+
 @pytest.mark.parametrize(("step", "offsets"), [(1.0, "zeros"), (0.9995, "zeros"), (0.9, "offsets")])
 def test_offsets_that_are_whole_steps_become_zeros(step: float, offsets: str) -> None:
     weight = make("z4", 128)

@@ -1,8 +1,11 @@
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
-from dashinfer_kernels import quantize_float8, quantize_int
+from dashinfer_kernels import QuantizedWeight, quantize_float8, quantize_int
 from dashinfer_kernels.quant_matmul import quantize
 
 FORMS = [(4, 32, False), (4, 64, True), (8, None, True), (8, 16, False), (8, 96, True)]
@@ -90,3 +93,17 @@ def test_float8_is_the_nearest_of_the_format() -> None:
     assert scaled.abs().amax(-1).allclose(torch.tensor(448.0))
     step = torch.exp2(scaled.abs().clamp(min=2.0**-6).log2().floor() - 3)
     assert ((rounded.codes.float() - scaled).abs() <= step / 2).all()
+
+
+@pytest.mark.parametrize("round_", [quantize_float8, partial(quantize_int, bits=4, group_size=32, symmetric=False)])
+def test_narrow_types_in_parts_give_the_same(
+    round_: Callable[[Tensor], QuantizedWeight], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.randn(20, 64).bfloat16()
+    expected = round_(weight.float())
+    monkeypatch.setattr(quantize, "CPU_CHUNK", 3 * 64)
+
+    actual = round_(weight)
+
+    assert torch.equal(actual.codes.float(), expected.codes.float())
+    assert torch.equal(actual.scales, expected.scales)

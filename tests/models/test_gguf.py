@@ -14,7 +14,7 @@ from dashinfer.errors import ModelNotFound, UnsupportedModel
 from dashinfer.models.config import ModelConfig
 from dashinfer.models.gguf import GGUFSource
 from dashinfer.models.rope import inverse_frequencies
-from dashinfer.models.weights import Part
+from dashinfer.models.weights import Part, WeightReader
 
 from . import toy
 
@@ -279,3 +279,21 @@ def test_codes_of_llama_queries_are_put_back_like_their_values(tmp_path, open_gg
     name = "model.layers.0.self_attn.q_proj.weight"
 
     assert torch.equal(source.read_codes(Part(name, shape)).dequantize(), read(source, name, shape))
+
+
+def test_a_bias_that_the_config_does_not_account_for_is_named(tmp_path, open_gguf):
+    path = write(tmp_path / "x.gguf", {"blk.0.attn_q.bias": (Kind.F32, np.zeros(32, np.float32))})
+    reader = WeightReader(open_gguf(path), dtype=torch.float32, device=torch.device("cpu"), report=lambda *_: None)
+
+    with pytest.raises(UnsupportedModel, match=r"q_proj\.bias, which the model's config does not account for"):
+        reader.finish(1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "cpu", "gpu"), [(Kind.Q4_K, 5, 6), (Kind.Q8_0, 10, 9), (Kind.Q6_K, 10, 10), (Kind.F16, 16, 16)]
+)
+def test_bits_that_layers_keep(kind, cpu, gpu, tmp_path, open_gguf):
+    data = encoded(kind, (4, 256)) if kind is not Kind.F16 else np.zeros((4, 256), np.float16)
+    source = open_gguf(write(tmp_path / "x.gguf", {"blk.0.attn_q.weight": (kind, data)}))
+
+    assert (source.bits_per_weight(on_cpu=True), source.bits_per_weight(on_cpu=False)) == (cpu, gpu)

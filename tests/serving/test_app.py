@@ -1,16 +1,20 @@
 """The routes, over HTTP."""
 
 import json
+from typing import Any
 
 import httpx
 import pytest
 import trio
 
+from dashinfer.config import ServerConfig
 from dashinfer.errors import ContextLengthExceeded, QueueFull
 from dashinfer.protocol.chat import ChatCompletion, ErrorResponse, ModelList
 from dashinfer.serving import app, edge
+from dashinfer.serving.service import Service, TextModel
 
 from .conftest import RunServer
+from .fake_engine import INFO, FakeEngine
 
 
 def error_of(response: httpx.Response) -> dict:
@@ -372,3 +376,16 @@ async def test_an_http2_client_that_grants_no_room_loses_its_request(
 
     assert server.engine.record[:2] == ["begin", "end"]
     assert "the client stopped reading" in caplog.text
+
+
+def test_fingerprints_tell_quantisations_apart(text: TextModel) -> None:
+    def fingerprint(**settings: Any) -> str:
+        engine, service = FakeEngine(), Service(ServerConfig(model="demo", **settings), version="0")
+        engine.info = INFO
+        service.ready(engine, text)
+        return service.system_fingerprint
+
+    found = [fingerprint(), fingerprint(quant_type="a16w4"), fingerprint(quant_type="a16w4", quant_group_size=32)]
+
+    assert len(set(found)) == 3
+    assert fingerprint() == found[0]

@@ -91,7 +91,7 @@ def _fits_loop(q: Tensor, kv_cache: Tensor, batch: PagedBatch, window: int | Non
     if fits is None:
         seen = batch.host_starts + 1 if window is None else (batch.host_starts + 1).clip(max=window)
         few = len(q) == batch.num_decodes <= loops.MAX_TOKENS and int(seen.sum()) <= _LOOP_TOKENS
-        fits = batch.plans[key] = loops.enabled and few and q.dtype == kv_cache.dtype == torch.bfloat16
+        fits = batch.plans[key] = loops.enabled and few and q.dtype == kv_cache.dtype == torch.bfloat16 and loops.compile_all()
     return fits and q.stride()[1:] == (q.shape[2], 1)
 
 

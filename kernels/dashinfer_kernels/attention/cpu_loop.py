@@ -27,7 +27,7 @@ def _decode(
     window,
     scale,
 ):
-    """Returns how many sequences are done: all, or those before one with a block that the cache does not have."""
+    """Returns how many sequences are done: all, or those before one with a block that its table or the cache does not have."""
     q = array(q_ptr, (sequences, q_stride), uint16)
     cache = array(cache_ptr, (num_blocks, 2, num_kv_heads, block_size, head_dim), uint16)
     tables, contexts = array(tables_ptr, (sequences, table_width), int32), array(contexts_ptr, (sequences,), int32)
@@ -38,6 +38,8 @@ def _decode(
     for sequence in range(sequences):
         end = contexts[sequence]
         begin = max(0, end - window)
+        if end > table_width * block_size:
+            return sequence
         for column in range(begin // block_size, (end - 1) // block_size + 1):
             if not 0 <= tables[sequence, column] < num_blocks:
                 return sequence
@@ -101,5 +103,5 @@ def decode(q: Tensor, kv_cache: Tensor, batch: PagedBatch, scale: float, window:
         scale,
     )
     if done < sequences:
-        raise IndexError(f"sequence {done} has a block outside of the cache")
+        raise IndexError(f"sequence {done} has a block outside of its table or of the cache")
     return out

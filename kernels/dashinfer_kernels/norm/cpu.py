@@ -37,7 +37,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tenso
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    if loops.fit(x) and residual.dtype == torch.float32:
+    if loops.fit(x) and residual.dtype == torch.float32 and residual.is_contiguous():
         return _loop().add_rms_norm(x, residual, weight, eps)
     return rms_norm(residual.add_(x), weight, eps, x.dtype)
 

@@ -160,16 +160,15 @@ class RowLinear(CpuLinear):
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__(weight, bias, dtype)
-        self._codes = weight.codes.contiguous()
+        # the kernel's loads are aligned ones, and codes may lie anywhere in a file's memory
+        self._codes = _aligned(weight.codes.contiguous())
         self._scales = weight.scales.view(-1).to(self._compute)
 
     def _product(self, rows: Tensor) -> Tensor:
         return self.few(rows) if dispatch.deterministic or len(rows) <= self.most_rows else self._many(rows)
 
     def few(self, rows: Tensor) -> Tensor:
-        if rows.data_ptr() % 64:
-            rows = rows.clone()  # the kernel's loads are aligned ones
-        return torch._weight_int8pack_mm(rows, self._codes, self._scales)
+        return torch._weight_int8pack_mm(_aligned(rows), self._codes, self._scales)
 
     def _many(self, rows: Tensor) -> Tensor:
         wide = packed_dtype(self._compute) or self._compute
@@ -259,6 +258,10 @@ def _quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     wide = rows.float()
     scales = torch.linalg.vector_norm(wide, torch.inf, -1, keepdim=True).div_(127.0).clamp_(min=_LEAST_SCALE)
     return wide.div(scales).round_().add_(128.0).to(torch.uint8), scales
+
+
+def _aligned(x: Tensor) -> Tensor:
+    return x.clone() if x.data_ptr() % 64 else x
 
 
 @cache

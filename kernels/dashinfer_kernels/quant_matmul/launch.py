@@ -1,11 +1,10 @@
 """Public function of linear layers over quantised weights."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dashinfer_kernels.dispatch import use_triton
-from dashinfer_kernels.linear.launch import Linear
+from dashinfer_kernels.linear.launch import Linear, PlainLinear
 from dashinfer_kernels.quant_matmul.cpu import pack_on_cpu
 from dashinfer_kernels.quant_matmul.reference import Activations, quantize_rows
 from dashinfer_kernels.quant_matmul.scaled import ScaledLinear, multiplies
@@ -38,13 +37,13 @@ def pack_quantized(
         return ScaledLinear(weight, bias, dtype, activations)
     if activations == "fp8":
         activations = None
-    if use_triton(weight.codes) and activations is None and can_pack(weight):
+    if activations is None and can_pack(weight):
         return WeightOnlyLinear(weight, bias, dtype)
     return UnpackedLinear(weight, bias, dtype, activations)
 
 
 class UnpackedLinear:
-    """Codes as they are, multiplied by `F.linear` after they became `dtype` again, in every call."""
+    """Codes as they are, multiplied as 16-bit weights are after they became `dtype` again, in every call."""
 
     takes = None
 
@@ -57,10 +56,16 @@ class UnpackedLinear:
         self.nbytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._activations is not None:
-            values, scales = quantize_rows(x, self._activations)
-            x = (values.float() * scales.unsqueeze(-1)).to(x.dtype)
-        return F.linear(x, self._weight.dequantize(self._dtype), self._bias)
+        return self._plain()(self._rounded(x))
 
     def wide(self, x: Tensor) -> Tensor:
-        return self(x).float()
+        return self._plain().wide(self._rounded(x))
+
+    def _plain(self) -> PlainLinear:
+        return PlainLinear(self._weight.dequantize(self._dtype), self._bias)
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        if self._activations is None:
+            return x
+        values, scales = quantize_rows(x, self._activations)
+        return (values.float() * scales.unsqueeze(-1)).to(x.dtype)

@@ -6,6 +6,8 @@ so that layouts may keep them in 16 bits. Of unsigned codes a whole one stands f
 tensor cores multiply exactly, at about 2% more error than an offset of any value.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -35,9 +37,7 @@ def quantize_int(weight: Tensor, *, bits: int, group_size: int | None = None, sy
     codes = torch.empty(rows, columns, dtype=torch.int8 if symmetric else torch.uint8, device=device)
     scales = torch.empty(shape, device=device)
     offsets = None if symmetric else torch.empty(shape, device=device)
-    step = max((CPU_CHUNK if device.type == "cpu" else GPU_CHUNK) // columns, 1)
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
+    for part in _chunks(weight):
         found = _round_groups(weight[part].reshape(-1, size).T.float().contiguous(), bits, symmetric)
         codes[part].view(-1, size).copy_(found[0].T)
         scales[part].view(-1).copy_(found[1])
@@ -52,11 +52,22 @@ def quantize_float8(weight: Tensor) -> QuantizedWeight:
     Args:
         weight: [out_features, in_features], any float type.
     """
-    wide = weight.float()
-    peaks = wide.abs().amax(-1, keepdim=True)
-    scales = (peaks / FLOAT8_MAX).clamp_(min=_TINY / FLOAT8_MAX)
-    codes = (wide / scales).clamp_(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8)
-    return QuantizedWeight(codes=codes, scales=scales, group_size=weight.shape[1])
+    rows, columns = weight.shape
+    codes = torch.empty(rows, columns, dtype=FLOAT8, device=weight.device)
+    scales = torch.empty(rows, 1, device=weight.device)
+    for part in _chunks(weight):
+        wide = weight[part].float()
+        peaks = wide.abs().amax(-1, keepdim=True)
+        scales[part] = (peaks / FLOAT8_MAX).clamp_(min=_TINY / FLOAT8_MAX)
+        codes[part] = (wide / scales[part]).clamp_(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8)
+    return QuantizedWeight(codes=codes, scales=scales, group_size=columns)
+
+
+def _chunks(weight: Tensor) -> Iterator[slice]:
+    """Rows that are rounded at a time."""
+    rows, columns = weight.shape
+    step = max((CPU_CHUNK if weight.device.type == "cpu" else GPU_CHUNK) // columns, 1)
+    return (slice(start, start + step) for start in range(0, rows, step))
 
 
 def _round_groups(groups: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:

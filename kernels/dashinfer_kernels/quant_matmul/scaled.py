@@ -247,7 +247,10 @@ def _generation(device: torch.device) -> Generation:
     if torch.version.hip is not None:
         return "amd"
     capability = torch.cuda.get_device_capability(device)
-    return "hopper" if capability >= (9, 0) else "ampere" if capability in ((8, 0), (8, 7)) else "ada"
+    if capability in ((8, 0), (8, 7)):
+        return "ampere"
+    # 12 is Blackwell without a data center's shared memory
+    return "hopper" if (9, 0) <= capability < (12, 0) else "ada"
 
 
 def _has_float8(device: torch.device) -> bool:

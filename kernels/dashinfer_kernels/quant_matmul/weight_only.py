@@ -78,7 +78,7 @@ class WeightOnlyLinear:
         tensors = {id(each): each for each in (self._words, self._scales, self._offsets, self._order, bias) if each is not None}
         self.nbytes = sum(each.nbytes for each in tensors.values())
         # while memory is measured, and before graphs are captured
-        for rows in (16, FEW_ROWS, 2 * FEW_ROWS, 4 * FEW_ROWS):
+        for rows in (16, FEW_ROWS, *range(2 * FEW_ROWS, UNPACKED_ROWS, 2 * FEW_ROWS)):
             self._shared_sums(self._heuristic(None if dispatch.deterministic else rows), rows)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ class WeightOnlyLinear:
         shared, splits = self._shared_sums(config, rows), self._splits(config)
         partial, arrivals = shared or (out, out)
         scale = "end" if self._scales_at_end else "weights" if self.offsets == "offsets" else config["SCALE"]
-        nvidia = _generation(device) in ("hopper", "ampere")
+        nvidia = _generation(device) in ("hopper", "ampere", "ada")
         _kernel().weight_only_kernel[(tiles, splits if shared else 1)](
             x_ptr=x,
             words_ptr=self._words,
@@ -250,7 +250,8 @@ def choose_config(
         rows: of the activations; None: a choice that is good for few and the same for all.
         steps: rows of words that an output has.
         wide: for float32, whose products take no tensor cores.
-        generation: "hopper", "ampere" (and what has its instructions), "amd" or "interpreter".
+        generation: "hopper", "ampere" (and what has its instructions and no less shared memory), "ada" (the same, with 99 KiB
+            of it), "amd" or "interpreter".
     """
     wanted = 2 * multiprocessors
     many = rows is not None and rows > FEW_ROWS
@@ -273,7 +274,7 @@ def choose_config(
         "SPLITS": max(1, min(wanted // tiles, steps // LEAST_STEPS)),
         "SCALE": "weights" if many else "sums",
         "num_warps": num_warps,
-        "num_stages": 2 if wide or generation == "amd" else 3 if block_out == 128 else 4,
+        "num_stages": 2 if wide or generation == "amd" else 3 if block_out == 128 or generation == "ada" else 4,
     }
 
 
@@ -346,7 +347,10 @@ def _generation(device: torch.device) -> str:
         return "interpreter"
     if torch.version.hip is not None:
         return "amd"
-    return "hopper" if torch.cuda.get_device_capability(device)[0] == 9 else "ampere"
+    capability = torch.cuda.get_device_capability(device)
+    if capability[0] == 9:
+        return "hopper"
+    return "ampere" if capability in ((8, 0), (8, 7)) or (10, 0) <= capability < (12, 0) else "ada"
 
 
 class _Workspace:

@@ -6,9 +6,14 @@ from typing import Any
 from aot_variants import TARGETS, Variant
 from dashinfer_kernels.quant_matmul.weight_only import choose_config
 
-GENERATION = {"sm_80": "ampere", "sm_90": "hopper", "gfx942": "amd"}
-MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "gfx942": 304}
-TENSOR_CORES = {"sm_80": (r"mma\.sync",), "sm_90": (r"wgmma\.mma_async\S* \{[^}]*\}, \{",), "gfx942": (r"v_mfma",)}
+GENERATION = {"sm_80": "ampere", "sm_86": "ada", "sm_90": "hopper", "gfx942": "amd"}
+MULTIPROCESSORS = {"sm_80": 108, "sm_86": 72, "sm_90": 132, "gfx942": 304}
+TENSOR_CORES = {
+    "sm_80": (r"mma\.sync",),
+    "sm_86": (r"mma\.sync",),
+    "sm_90": (r"wgmma\.mma_async\S* \{[^}]*\}, \{",),
+    "gfx942": (r"v_mfma",),
+}
 # Words, 16 bytes a thread, go to shared memory, and from there to registers in the order of the tensor cores.
 COPIES = (r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", r"ldmatrix\.sync\.aligned\.m8n8\.x4")
 
@@ -87,4 +92,5 @@ VARIANTS = [
     variant("sm_90", "float8", 16, group=None),
     variant("sm_90", "float8", 128, scale_rows=128, dtype="fp16"),
     variant("sm_80", "float8", 16, group=None),
+    variant("sm_86", "int4", 64, shape=(4096, 4096)),
 ]
