@@ -32,6 +32,6 @@ def test_answers_truly_and_keeps_no_16_bit_copy(mode, layer_bits):
     packed = (WEIGHTS * layer_bits + EMBEDDING * (16 + 8)) / 8 / 2**20
     (told,) = re.findall(r"([\d,]+) MiB of weights", "".join(server.lines))
     assert float(told.replace(",", "")) == pytest.approx(packed, rel=0.05)
-    # what is neither weights nor cache: Python, torch and its libraries
+    # Python, torch, and the compiler of loops, which a first process runs; a 16-bit copy of the layers would be 202 MiB more
     anonymous = int(re.search(r"RssAnon:\s+(\d+)", status)[1]) / 1024
-    assert anonymous < packed + 32 + 250
+    assert anonymous < packed + 32 + 320
