@@ -132,8 +132,9 @@ class GGUFSource:
     def read_stored(self, part: Part) -> Tensor:
         raise UnsupportedModel(f"the tensor {part.name} cannot be read as the .gguf file stores it")
 
-    def bits_per_weight(self, *, on_cpu: bool) -> float:
-        """Of matrices as layers keep what `read_codes` gives, or in 16 bits where it gives nothing: codes, scales and offsets.
+    def bits_per_weight(self, *, on_cpu: bool, kept: int | None = None, others: float = 16) -> float:
+        """Of matrices as layers keep what `read_codes` gives, codes, scales and offsets; `others` where it gives nothing, or
+        codes of other bits than are `kept` (None: all are).
 
         On CPU 8 bits are two planes of 4, with scales each. On a GPU those of the K formats need more than 16 bits.
         """
@@ -143,7 +144,8 @@ class GGUFSource:
                 bits = code_bits(entry.kind)
                 doubled = bits == 8 if on_cpu else entry.kind.name.endswith("_K")
                 weights += math.prod(entry.shape)
-                found += math.prod(entry.shape) * (16 if bits is None else bits + (2 if doubled else 1))
+                own = bits is not None and kept in (None, bits)
+                found += math.prod(entry.shape) * (bits + (2 if doubled else 1) if own else others)
         return found / max(1, weights)
 
     def code_bits(self, name: str) -> int | None:

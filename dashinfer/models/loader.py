@@ -106,7 +106,8 @@ def _weight_format(
     if not isinstance(source, GGUFSource) or config.data_type == "float32":
         return rounded, needed
     if config.quant_type == "a16w4":
-        return GGUFFormat(source, bits=4, others=rounded), needed
+        bits = source.bits_per_weight(on_cpu=on_cpu, kept=4, others=settings.bits_per_weight)
+        return GGUFFormat(source, bits=4, others=rounded), needs(bits)
     if rounded is not None or (on_cpu and config.deterministic):
         return rounded, needed
     own = needs(source.bits_per_weight(on_cpu=on_cpu))

@@ -67,6 +67,7 @@ def check_memory(name: str, needed: int, available: int, kind: str, where: str) 
     if needed <= available:
         return
     changes = {"bfloat16": "--quant-type a16w8 or a16w4, ", "float16": "--quant-type a16w8 or a16w4, "}
+    changes |= dict.fromkeys(("a16w8", "a8w8", "fp8"), "--quant-type a16w4, ")
     smaller = changes.get(kind, "--data-type bfloat16, " if kind == "float32" else "")
     raise InsufficientMemory(
         f"{name}: the weights need {format_size(needed)} in {kind}, but only {format_size(available)} of {where} is free; "

@@ -297,3 +297,14 @@ def test_bits_that_layers_keep(kind, cpu, gpu, tmp_path, open_gguf):
     source = open_gguf(write(tmp_path / "x.gguf", {"blk.0.attn_q.weight": (kind, data)}))
 
     assert (source.bits_per_weight(on_cpu=True), source.bits_per_weight(on_cpu=False)) == (cpu, gpu)
+
+
+def test_bits_of_layers_that_keep_some_of_the_codes(tmp_path, open_gguf):
+    tensors = {
+        "blk.0.ffn_up.weight": (Kind.Q4_1, encoded(Kind.Q4_1)),
+        "blk.0.ffn_gate.weight": (Kind.Q6_K, encoded(Kind.Q6_K)),
+    }
+    source = open_gguf(write(tmp_path / "model.gguf", tensors))
+
+    assert source.bits_per_weight(on_cpu=True) == (5 + 10) / 2
+    assert source.bits_per_weight(on_cpu=True, kept=4, others=4.25) == (5 + 4.25) / 2

@@ -97,6 +97,7 @@ def test_too_little_memory_says_what_to_change():
     )
     for kind, advice in (
         ("bfloat16", "use --quant-type a16w8 or a16w4, a smaller model, or"),
+        ("a8w8", "use --quant-type a16w4, a smaller"),
         ("a16w4", "use a smaller model,"),
     ):
         with pytest.raises(InsufficientMemory, match=f"in {kind}, .*; {advice}"):
