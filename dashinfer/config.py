@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from dashinfer.errors import ConfigurationError
-from dashinfer.types import DataType, KVCacheDtype, QuantType
+from dashinfer.types import DataType, KVCacheDtype, QuantType, VisionEngine
 
 Mode = Literal["auto", "llm", "vlm"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LoadFormat = Literal["auto", "dummy"]
 Device = Literal["auto", "cuda", "cpu"]
-VisionEngine = Literal["tensorrt", "transformers"]
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 
@@ -152,7 +151,9 @@ class ServerConfig:
     )
     log_level: LogLevel = _setting("info", "how much to log")
 
-    vision_engine: VisionEngine = _setting("tensorrt", "what runs the vision tower", group=_VLM)
+    vision_engine: VisionEngine | None = _setting(
+        None, "what runs the vision tower (default: tensorrt; native where TensorRT or a GPU is missing)", group=_VLM
+    )
     min_pixels: int = _setting(3136, "least image size in pixels", group=_VLM, parse=_positive, metavar="N")
     max_pixels: int = _setting(12845056, "greatest image size in pixels", group=_VLM, parse=_positive, metavar="N")
     allowed_media_path: Path | None = _setting(

@@ -12,6 +12,8 @@ from msgspec import Struct
 DataType = Literal["float16", "bfloat16", "float32"]
 QuantType = Literal["gptq", "a8w8", "a16w4", "a16w8", "fp8"]
 KVCacheDtype = Literal["auto", "int8", "fp8"]
+VisionEngine = Literal["native", "transformers", "tensorrt"]
+Grid = tuple[int, int, int]  # patches of an image or a video: steps in time, rows, columns
 FinishReason = Literal["stop", "length"]
 
 
@@ -69,6 +71,10 @@ class WorkerConfig(Struct, frozen=True):
     quant_group_size: int | None = None  # inputs that share a scale in a16w4 and a16w8; None: the mode's own
     quantize_head: bool = False  # the output layer too
     kv_cache_dtype: KVCacheDtype = "auto"  # auto: `data_type`
+    vision: bool = False  # load the checkpoint's vision tower too
+    vision_engine: VisionEngine | None = None  # None: tensorrt where it works, else native
+    pixel_values: bytes = b""  # [channels, 256] float32, what each byte of each channel of a patch stands for
+    media_cache_memory: int | None = None  # bytes of embeddings that a rank keeps
 
 
 class Start(Struct, tag="start", frozen=True):
@@ -103,6 +109,9 @@ class Ready(Struct, tag="ready", frozen=True):
     activation_bytes: int = 0  # kept free for a step's temporary tensors
     graph_bytes: int = 0  # of CUDA graphs
     kv_cache_dtype: KVCacheDtype = "auto"
+    vision_engine: VisionEngine | None = None  # with mode "vlm"
+    media_cache_bytes: int = 0  # for embeddings, see `Encode`
+    media_token_bytes: int = 0  # that the embeddings of one token take there
 
 
 class Failed(Struct, tag="failed", frozen=True):
@@ -117,6 +126,43 @@ class Alive(Struct, tag="alive", frozen=True):
     """Rank to parent, once a second from a thread of its own."""
 
 
+class Encode(Struct, tag="encode", frozen=True):
+    """Parent to rank: run the vision tower over an image or a video, and keep the embeddings under `key`.
+
+    Ranks do so between steps, and say `Encoded` when they have. The parent never asks for more than `media_cache_bytes` at a
+    time, but for a single medium that is larger by itself. A plan that needs embeddings waits for them.
+    """
+
+    key: bytes  # stands for the content
+    grid: Grid
+    patches: bytes  # [patches, channels * temporal_patch_size * patch_size ** 2] uint8
+
+
+class Forget(Struct, tag="forget", frozen=True):
+    """Parent to rank: these embeddings are wanted no more, whether encoded or not; plans sent earlier still find them."""
+
+    keys: list[bytes]
+
+
+class Encoded(Struct, tag="encoded", frozen=True):
+    """Rank to parent: these are there."""
+
+    keys: list[bytes]
+
+
+class MediaSpan(Struct, frozen=True, array_like=True):
+    """Positions of a prompt that take embeddings instead of tokens."""
+
+    key: bytes
+    start: int
+    offset: int  # of the first one among the key's embeddings
+    length: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
 class Enter(Struct, frozen=True, array_like=True):
     """A sequence takes a slot, for the first time or again after a preemption."""
 
@@ -124,6 +170,11 @@ class Enter(Struct, frozen=True, array_like=True):
     tokens: bytes  # int32 little endian: the prompt, then what was produced so far
     prompt_length: int
     sampling: SamplingParams
+    media: tuple[MediaSpan, ...] = ()  # ascending
+    positions: bytes = (
+        b""  # int32 little endian [3, prompt_length], that the prompt is rotated by; empty: the places themselves
+    )
+    delta: int = 0  # what a token after the prompt adds to its place for its three positions
 
 
 class Chunk(Struct, frozen=True, array_like=True):
@@ -164,5 +215,5 @@ class StepResult(Struct, tag="result", frozen=True):
     failed: list[int] = []  # indexes into `tokens` of those that mean nothing: the model gave no finite logits for them
 
 
-FromParent = Start | StepPlan
-FromWorker = Progress | Ready | Failed | Alive | StepResult
+FromParent = Start | StepPlan | Encode | Forget
+FromWorker = Progress | Ready | Failed | Alive | StepResult | Encoded

@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 
 from msgspec import Struct
 
-from dashinfer.types import FinishReason, Ready, SamplingParams, TokenLogprobs
+from dashinfer.types import FinishReason, Grid, MediaSpan, Ready, SamplingParams, TokenLogprobs
 
 EngineState = Literal["loading", "ready", "draining", "failed"]
 
@@ -23,6 +23,39 @@ class TokenOutput(Struct, frozen=True):
     token: int
     logprobs: TokenLogprobs | None
     finish: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class Medium:
+    """An image or a video, prepared.
+
+    Attributes:
+        key: SHA-256 of grid and patches.
+        patches: uint8, as `dashinfer.types.Encode` has them.
+        tokens: how many embeddings it becomes.
+    """
+
+    key: bytes
+    grid: Grid
+    patches: bytes
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class PromptMedia:
+    """What a prompt shows.
+
+    Attributes:
+        media: each content once.
+        spans: the places in the prompt that take embeddings, ascending.
+        positions: [3, prompt] int32 little endian, see `dashinfer.types.Enter`.
+        delta: see there.
+    """
+
+    media: tuple[Medium, ...]
+    spans: tuple[MediaSpan, ...]
+    positions: bytes
+    delta: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +93,9 @@ class EngineAPI(Protocol):
     state: EngineState
     info: Ready | None  # the model, once it is loaded
 
-    def submit(self, prompt: list[int], params: list[SamplingParams]) -> AbstractContextManager[Generation]:
+    def submit(
+        self, prompt: list[int], params: list[SamplingParams], media: PromptMedia | None = None
+    ) -> AbstractContextManager[Generation]:
         """Queue one request with a choice for each of `params` (they may differ in their seeds).
 
         Raises, at once and not on entering:

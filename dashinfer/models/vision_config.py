@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from dashinfer.errors import UnsupportedModel
 from dashinfer.models.config import read_count
+from dashinfer.types import Grid
 
-Grid = tuple[int, int, int]  # patches of an image or a video: steps in time, rows, columns
 VisionActivation = Literal["quick_gelu", "gelu", "gelu_tanh", "silu"]
 _ACTIVATIONS: dict[str, VisionActivation] = {
     "quick_gelu": "quick_gelu",

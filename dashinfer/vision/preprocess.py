@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from dashinfer.errors import InvalidRequest, MediaError, UnsupportedModel
+from dashinfer.types import Grid
 
 if TYPE_CHECKING:
     import numpy as np
 
-Grid = tuple[int, int, int]  # temporal, vertical, horizontal: patches along each
 
 MAX_ASPECT_RATIO = 200  # the model's rule
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

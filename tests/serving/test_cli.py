@@ -25,7 +25,11 @@ def test_defaults_are_the_documented_ones() -> None:
     assert config == ServerConfig(model="Qwen/Qwen2.5-7B-Instruct")
     assert (config.host, config.port, config.tensor_parallel, config.max_batch) == ("0.0.0.0", 8000, 1, 32)
     assert (config.mode, config.data_type, config.api_keys, config.log_level) == ("auto", "bfloat16", (), "info")
-    assert (config.vision_engine, config.min_pixels, config.max_pixels) == ("tensorrt", 3136, 12845056)
+    assert (config.vision_engine, config.min_pixels, config.max_pixels) == (
+        None,
+        3136,
+        12845056,
+    )  # None: tensorrt where it runs
     assert config.model_name == "Qwen2.5-7B-Instruct"
 
 
