@@ -19,6 +19,7 @@ from dashinfer.models.vision_config import Grid, VisionConfig
 from dashinfer.models.vision_layout import Layout
 from dashinfer.models.vision_shapes import PATCHES, POSITIONS, TowerNames, tower_shapes
 from dashinfer.models.weights import Part, WeightReader
+from dashinfer.types import VisionEngine
 from dashinfer_kernels import (
     Linear,
     add_layer_norm,
@@ -55,6 +56,8 @@ class VisionTower:
     Attributes:
         weight_bytes: that it holds.
     """
+
+    engine: VisionEngine = "native"
 
     def __init__(self, config: VisionConfig, reader: WeightReader, pixel_values: Tensor) -> None:
         """Reads the tensors of `tower_shapes`.
