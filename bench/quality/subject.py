@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from dashinfer.models.config import ModelConfig
-from dashinfer.models.decoder import DecoderLM
 from dashinfer.models.kv_cache import allocate_kv_cache
 from dashinfer.models.loader import load_model
 from dashinfer.models.parallel import Group
@@ -90,7 +89,7 @@ class Subject:
             quant_group_size=mode.group_size,
         )
         self.mode, self._device, self._block_size = mode, place, BLOCK_SIZE[place.type]
-        self.model: DecoderLM = load_model(
+        self.model, _ = load_model(
             worker, config, max_length=length, device=place, free=1 << 60, group=Group(), report=lambda *_: None
         )
         self._table = list(range(-(-length // self._block_size)))

@@ -1,12 +1,13 @@
 """From a WorkerConfig to a model in memory: checks first, then reads."""
 
 from collections.abc import Mapping
+from contextlib import closing
 from typing import Protocol
 
 import torch
 
 from dashinfer.errors import ModelNotFound, UnsupportedModel
-from dashinfer.models.checkpoint_parts import decoder_part
+from dashinfer.models.checkpoint_parts import decoder_part, tower_part
 from dashinfer.models.config import ModelConfig
 from dashinfer.models.decoder import DecoderLM
 from dashinfer.models.gguf import GGUFFormat, GGUFSource
@@ -17,6 +18,9 @@ from dashinfer.models.quantization import rounding
 from dashinfer.models.quantized_config import check_quant_type
 from dashinfer.models.quantized_formats import checkpoint_format
 from dashinfer.models.shapes import tensor_shapes
+from dashinfer.models.towers import Tower, load_tower
+from dashinfer.models.vision_config import VisionConfig
+from dashinfer.models.vision_shapes import tower_bytes, tower_shapes
 from dashinfer.models.weights import DummySource, ReportProgress, SafetensorsSource, Source, WeightReader
 from dashinfer.types import WorkerConfig
 from dashinfer_kernels import pack_linear
@@ -31,28 +35,38 @@ def load_model(
     free: int,
     group: Group,
     report: ReportProgress,
-) -> DecoderLM:
-    """One rank's share of the model, on `device`.
+    vision: VisionConfig | None = None,
+) -> tuple[DecoderLM, Tower | None]:
+    """One rank's share of the model, on `device`, and the vision tower, of which each rank has the whole.
 
     Args:
         max_length: of the longest sequence, in tokens.
         free: bytes that the rank may take on the device.
         report: called with ("weights", bytes read, bytes in all, "B"), about a hundred times.
+        vision: the tower's shape; None: the decoder alone is loaded.
 
     Raises:
         UnsupportedModel: the world size, the weights' format, type or shape, or a tensor is missing.
         ModelNotFound: a file is missing or damaged.
         InsufficientMemory: the weights do not fit.
+        StartupError: the vision engine that is asked for cannot be used here.
     """
     model_config.check_world_size(group.world_size)
+    if vision is not None:
+        _check_vision(config, model_config, vision)
     dtype = getattr(torch, config.data_type)
     on_cpu = device.type == "cpu"
     # a processor that cannot multiply the type keeps weights in another one: a layer of a single weight tells
     itemsize = pack_linear(torch.zeros(1, 1, dtype=dtype, device=device)).nbytes
 
+    tower_needs = 0 if vision is None else tower_bytes(vision, itemsize)
+
     def needs(layer_bits: float | None = None, packed: Mapping[str, int] | None = None) -> int:
         copies = 2 if on_cpu else 1
-        return weight_bytes(model_config, itemsize, group.world_size, tied_copies=copies, layer_bits=layer_bits, packed=packed)
+        decoder = weight_bytes(
+            model_config, itemsize, group.world_size, tied_copies=copies, layer_bits=layer_bits, packed=packed
+        )
+        return decoder + tower_needs
 
     # where the checkpoint's own codes are kept, its files tell how much memory they need; else the config does, before
     source = None
@@ -67,8 +81,35 @@ def load_model(
             source.close()
         raise
     source = source or _source(config, model_config)
-    with WeightReader(source, dtype=dtype, device=device, report=report, format=form) as reader:
-        return DecoderLM(model_config, reader, group, max_length)
+    if vision is None:
+        with WeightReader(source, dtype=dtype, device=device, report=report, format=form) as reader:
+            return DecoderLM(model_config, reader, group, max_length), None
+    with closing(source), closing(_tower_source(config, vision)) as tower_source:
+        decoder_total, tower_total = (sum(each.sizes.values()) for each in (source, tower_source))
+
+        def report_decoder(stage: str, done: int, total: int, unit: str) -> None:
+            report(stage, done, decoder_total + tower_total, unit)
+
+        def report_tower(stage: str, done: int, total: int, unit: str) -> None:
+            report(stage, decoder_total + done, decoder_total + tower_total, unit)
+
+        reader = WeightReader(source, dtype=dtype, device=device, report=report_decoder, format=form)
+        decoder = DecoderLM(model_config, reader, group, max_length)
+        pixel_values = torch.frombuffer(bytearray(config.pixel_values), dtype=torch.float32).view(vision.channels, 256)
+        tower = load_tower(
+            config, vision, tower_source, pixel_values=pixel_values, device=device, dtype=dtype, report=report_tower
+        )
+        return decoder, tower
+
+
+def _check_vision(config: WorkerConfig, model_config: ModelConfig, vision: VisionConfig) -> None:
+    if config.files.format == "gguf":
+        raise UnsupportedModel(f"{config.files.name}: a .gguf file has no vision tower that is supported; use --mode llm")
+    if vision.out_hidden_size != model_config.hidden_size:
+        raise UnsupportedModel(
+            f"config.json: the vision tower's embeddings have the size {vision.out_hidden_size}, "
+            f"and the decoder's {model_config.hidden_size}"
+        )
 
 
 class _Needs(Protocol):
@@ -126,3 +167,9 @@ def _source(config: WorkerConfig, model_config: ModelConfig) -> Source:
         return GGUFSource(config.files.weights, head_dim=model_config.head_dim)
     source = SafetensorsSource(config.files.weights)
     return source if model_config.rope.mrope_section is None else decoder_part(source)
+
+
+def _tower_source(config: WorkerConfig, vision: VisionConfig) -> Source:
+    if config.load_format == "dummy":
+        return DummySource(tower_shapes(vision))
+    return tower_part(SafetensorsSource(config.files.weights))

@@ -1,8 +1,8 @@
 """A rank: `python -m dashinfer.worker FD`, where FD is its end of the parent's socket pair.
 
-The main thread loads the model and executes plans; one reads frames, and ends the process when the socket closes, in the
-middle of a step if need be, so that no rank outlives its parent; one says once a second that the process is alive; with a GPU,
-which is given steps before earlier ones have ended, one waits for their results.
+The main thread loads the model, executes plans and encodes images between them; one reads frames, and ends the process when the
+socket closes, in the middle of a step if need be, so that no rank outlives its parent; one says once a second that the process
+is alive; with a GPU, which is given steps before earlier ones have ended, one waits for their results.
 Signals that a terminal or a service manager sends to the whole group are left to the parent.
 """
 
@@ -14,19 +14,25 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
 from dashinfer.errors import StartupError, WorkerError
-from dashinfer.types import Alive, Failed, FromParent, FromWorker, Progress, Start, StepPlan
+from dashinfer.types import Alive, Encode, Encoded, Failed, Forget, FromParent, FromWorker, Progress, Start, StepPlan
 from dashinfer.worker.frames import encode, worker_reader
 
 if TYPE_CHECKING:
     from dashinfer.worker.executor import LaunchedStep
+    from dashinfer.worker.media import Media
+    from dashinfer.worker.runner import Runner
 
 HEARTBEAT_INTERVAL = 1.0  # seconds
+# Seconds of encoding images after each step: on CPU as long as the step took, up to so many; on a GPU always so many.
+ENCODE_TIME = {"cpu": 0.1, "cuda": 0.01}
+POLL_INTERVAL = 5e-4  # seconds, while a GPU encodes and there is nothing else to do
 
 
 class Connection:
@@ -100,7 +106,8 @@ def serve(connection: Connection) -> None:
 
     from dashinfer.models.config import ModelConfig
 
-    model_config = ModelConfig.from_hf(start.config.files.config)  # refuses an unknown architecture before torch is imported
+    # refuses an unknown architecture before torch is imported
+    model_config = ModelConfig.from_hf(start.config.files.config, vision=True)
 
     from dashinfer.worker.runner import Runner
 
@@ -112,20 +119,64 @@ def serve(connection: Connection) -> None:
     gc.collect()
     gc.freeze()
     connection.send(runner.ready)
-    rank = start.config.rank
-    steps: queue.SimpleQueue[LaunchedStep] = queue.SimpleQueue()
-    if runner.on_gpu and rank == 0:
-        threading.Thread(target=_guarded, args=(connection, partial(send_results, connection, steps)), daemon=True).start()
-    while True:
-        plan = connection.inbox.get()
-        assert isinstance(plan, StepPlan)
-        step = runner.launch(plan)
-        if rank != 0:
-            continue
-        if runner.on_gpu:
-            steps.put(step)
-        else:
-            connection.send(step.result())
+    Loop(connection, runner, start.config.rank).run()
+
+
+class Loop:
+    """What a rank does once it is ready: steps as their plans come, and images in between."""
+
+    def __init__(self, connection: Connection, runner: "Runner", rank: int) -> None:
+        self._connection = connection
+        self._runner = runner
+        self._media: Media | None = runner.media
+        self._speaks = rank == 0  # for all ranks
+        self._steps: queue.SimpleQueue[LaunchedStep] = queue.SimpleQueue()
+
+    def run(self) -> None:
+        """For ever."""
+        if self._runner.on_gpu and self._speaks:
+            work = partial(send_results, self._connection, self._steps)
+            threading.Thread(target=_guarded, args=(self._connection, work), daemon=True).start()
+        while True:
+            match self._receive():
+                case StepPlan() as plan:
+                    self._execute(plan)
+                case Encode() as message:
+                    assert self._media is not None
+                    self._media.ask(message)
+                case Forget(keys):
+                    assert self._media is not None
+                    self._media.forget(keys)
+                case message:
+                    raise AssertionError(f"unexpected: {message}")
+
+    def _receive(self) -> FromParent:
+        """The next message; until there is one, images are encoded."""
+        inbox, media = self._connection.inbox, self._media
+        while media is not None and media.pending:
+            try:
+                return inbox.get(timeout=POLL_INTERVAL) if media.running else inbox.get_nowait()
+            except queue.Empty:
+                self._encode(media, ENCODE_TIME["cuda"] if self._runner.on_gpu else 0)
+        return inbox.get()
+
+    def _execute(self, plan: StepPlan) -> None:
+        begun = time.perf_counter()
+        step = self._runner.launch(plan)
+        if self._speaks and self._runner.on_gpu:
+            self._steps.put(step)
+        elif self._speaks:
+            self._connection.send(step.result())
+        if self._media is not None:
+            on_gpu = self._runner.on_gpu
+            self._encode(self._media, ENCODE_TIME["cuda"] if on_gpu else min(time.perf_counter() - begun, ENCODE_TIME["cpu"]))
+
+    def _encode(self, media: "Media", seconds: float) -> None:
+        """A slice, unless the last one is still under way, and tell what is there."""
+        if media.pending and not media.running:
+            media.advance(seconds)
+        if (keys := media.take_new()) and self._speaks:
+            self._connection.send(Encoded(keys))
 
 
 def send_results(connection: Connection, steps: "queue.SimpleQueue[LaunchedStep]") -> None:

@@ -1,10 +1,14 @@
 """How much memory a rank may take for the KV cache, and what else it must keep free."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from dashinfer.errors import InsufficientMemory
 from dashinfer.models.config import ModelConfig
 from dashinfer.models.memory import available_memory, format_size
+from dashinfer.models.vision_config import VisionConfig
 from dashinfer.types import DataType, KVCacheDtype
 
 MEMORY_SHARE = 0.5  # of host memory that is available once the weights are there
@@ -13,6 +17,27 @@ MEMORY_SHARE = 0.5  # of host memory that is available once the weights are ther
 HIDDEN_BYTES = 32  # times hidden size
 INTERMEDIATE_BYTES = 8  # times intermediate size
 LOGIT_BYTES = 32  # times vocabulary
+# And of a vision tower, for a patch: the sum of the two.
+TOWER_HIDDEN_BYTES = 32  # times the tower's hidden size
+TOWER_INTERMEDIATE_BYTES = 12  # times its intermediate size
+# For the embeddings of media where nothing is asked for: at most so much, and at most this share of what is free.
+MEDIA_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
+MEDIA_SHARE = 0.05
+LARGEST_IMAGE = 16384  # tokens, of what --max-pixels allows by default
+# What torch on CPU, torch, CUDA and Triton on GPU, and cuBLAS say.
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+@contextmanager
+def out_of_memory(name: str, where: str) -> Iterator[None]:
+    """Turns a failed allocation into the one line that a user sees, an InsufficientMemory."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # CUDA's and Triton's own failures, and torch's on CPU, are RuntimeErrors like any other
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in _OUT_OF_MEMORY):
+            raise
+        raise InsufficientMemory(f"{name}: memory ran out {where}") from error
 
 
 def free_memory(device: torch.device, world_size: int) -> int:
@@ -24,6 +49,38 @@ def step_bytes(config: ModelConfig, step_tokens: int, max_batch: int) -> int:
     """Bytes to keep for what a step of `step_tokens` tokens, `max_batch` of which sample, allocates and frees again."""
     token = max(HIDDEN_BYTES * config.hidden_size, INTERMEDIATE_BYTES * config.intermediate_size)
     return step_tokens * token + max_batch * config.vocab_size * LOGIT_BYTES
+
+
+def encode_bytes(vision: VisionConfig, patches: int) -> int:
+    """Bytes to keep on CPU for what encoding so many patches at once allocates and frees again."""
+    return patches * (TOWER_HIDDEN_BYTES * vision.hidden_size + TOWER_INTERMEDIATE_BYTES * vision.intermediate_size)
+
+
+def largest_image(max_length: int) -> int:
+    """Tokens of the largest image to keep memory for: no image has more that is part of a prompt."""
+    return min(max_length, LARGEST_IMAGE)
+
+
+def media_cache_bytes(
+    name: str, *, requested: int | None, free: int, token_bytes: int, max_length: int, device: torch.device
+) -> int:
+    """Bytes for the embeddings of media: what was asked for, or a share of what is free, with room for one large image.
+
+    Args:
+        token_bytes: of the embeddings of one token.
+
+    Raises:
+        InsufficientMemory: more is asked for than there is.
+    """
+    if requested is None:
+        share = min(MEDIA_BYTES[device.type], int(MEDIA_SHARE * free))
+        return max(share, largest_image(max_length) * token_bytes)
+    if requested > free:
+        raise InsufficientMemory(
+            f"{name}: --media-cache-memory asks for {format_size(requested)}, but only {format_size(free)} of memory is free; "
+            "lower it, or leave it out to take what is there"
+        )
+    return requested
 
 
 def count_blocks(

@@ -8,15 +8,18 @@ step before; its tokens are read back while the next one runs. On a GPU, steps t
 from collections.abc import Callable
 from functools import reduce
 from operator import or_
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dashinfer.models.decoder import DecoderLM
+from dashinfer.models.decoder import DecoderLM, InputEmbeddings
 from dashinfer.models.kv_cache import KVCache
 from dashinfer.types import Chunk, Enter, StepPlan, StepResult, TokenLogprobs
 from dashinfer.worker.graphs import DecodeGraphs
+from dashinfer.worker.media import Media
+from dashinfer.worker.placements import Placements, Shown
 from dashinfer.worker.staging import Download, Staging
 from dashinfer_kernels import PagedBatch, Sampled, SamplingBatch, SamplingState, sample, warm_up_sampling
 from dashinfer_kernels.dispatch import use_triton
@@ -27,10 +30,22 @@ _SLOT, _CONTEXT, _TABLE, _COLUMN, _BLOCK = range(5)
 
 
 class Executor:
-    """Runs a model for up to `max_batch` sequences of up to `max_length` tokens, over caches that `use_caches` brings."""
+    """Runs a model for up to `max_batch` sequences of up to `max_length` tokens, over caches that `use_caches` brings; with
+    `media`, one that sees those."""
 
-    def __init__(self, model: DecoderLM, *, device: torch.device, max_batch: int, max_length: int, block_size: int) -> None:
+    def __init__(
+        self,
+        model: DecoderLM,
+        *,
+        device: torch.device,
+        max_batch: int,
+        max_length: int,
+        block_size: int,
+        media: Media | None = None,
+    ) -> None:
         self._model = model
+        self._media = media
+        self._placements = None if media is None else Placements(max_batch, max_length, device)
         self._device = device
         self._block_size = block_size
         self._kv_caches: list[KVCache] = []
@@ -70,7 +85,11 @@ class Executor:
             for enter in plan.enter:
                 self._num_blocks[enter.slot] = 0
                 enter_slot(self._state, enter)
+                if self._placements is not None:
+                    self._placements.enter(enter)
             decodes = all(chunk.length == 1 and chunk.sample and len(chunk.new_blocks) <= 1 for chunk in plan.chunks)
+            if decodes and self._placements is not None:
+                decodes = not any(map(self._placements.has_positions, plan.chunks))
             run = self._replay if decodes and self._graphs is not None else self._run
             logits, slots, positions = run(plan.chunks)
             if logits is None:
@@ -107,16 +126,22 @@ class Executor:
         owners, positions = np.repeat(slots, lengths), np.arange(ends[-1]) + np.repeat(context - ends, lengths)
         samplers = np.flatnonzero([chunk.sample for chunk in chunks])
         longer = np.flatnonzero(lengths > 1)
+        turned = shown = None
+        if self._placements is not None:
+            turned = self._placements.positions(chunks, owners, positions)
+            shown = self._placements.shown(chunks)
         uploaded = self._staging.upload(
             [
                 *self._take_blocks(chunks),
                 *(slots, owners, positions, np.concatenate(([0], ends)), context),
                 *((ends - 1)[samplers], slots[samplers], context[samplers]),
+                *([] if turned is None else [turned.ravel()]),
+                *([] if shown is None else [shown.rows]),
             ]
         )
         self._add_blocks(*uploaded[:3])
         slot, owner, position, query_starts, contexts = uploaded[3:8]
-        last_rows, sampled_slots, sampled_positions = uploaded[8:]
+        last_rows, sampled_slots, sampled_positions = uploaded[8:11]
         owner, position = owner.long(), position.long()
         tables = self._block_tables[:, : -(-int(context.max()) // self._block_size)].index_select(0, slot.long())
         batch = PagedBatch(
@@ -131,12 +156,27 @@ class Executor:
             host_lengths=lengths,
             host_tables=None if use_triton(tables) else tables.numpy(),
         )
-        hidden = self._model.forward(self._state.history[owner, position].long(), batch, self._kv_caches)
+        seen: dict[str, Any] = {}
+        if turned is not None:
+            seen["positions"] = uploaded[11].view(turned.shape).long()
+        if shown is not None:
+            seen["images"] = self._embeddings(shown, uploaded[-1].long())
+        hidden = self._model.forward(self._state.history[owner, position].long(), batch, self._kv_caches, **seen)
         if not len(samplers):
             return None, sampled_slots, sampled_positions
         if len(samplers) < len(hidden):
             hidden = hidden.index_select(0, last_rows.long())
         return self._model.logits(hidden), sampled_slots, sampled_positions
+
+    def _embeddings(self, shown: Shown, rows: Tensor) -> InputEmbeddings:
+        """`rows`: those of `shown`, [count] int64 on the device."""
+        assert self._media is not None
+        self._media.finish(key for key, _, _ in shown.parts)
+        parts = [(self._media[key], slice(begin, end)) for key, begin, end in shown.parts]
+        levels = zip(*([level[where] for level in seen.deepstack] for seen, where in parts), strict=True)
+        return InputEmbeddings(
+            rows, torch.cat([seen.embeddings[where] for seen, where in parts]), tuple(torch.cat(level) for level in levels)
+        )
 
     # -- steps that only decode, from graphs
 
@@ -174,7 +214,10 @@ class Executor:
             host_tables=tables.numpy() if on_host else None,
         )
         input_ids = self._state.history[rows, positions].long()
-        return self._model.logits(self._model.forward(input_ids, batch, self._kv_caches))
+        seen = {}
+        if self._placements is not None:  # a row without a sequence has the delta of another one's, perhaps below 0
+            seen["positions"] = (positions + self._placements.deltas[rows]).clamp(min=0)
+        return self._model.logits(self._model.forward(input_ids, batch, self._kv_caches, **seen))
 
 
 def enter_slot(state: SamplingState, enter: Enter) -> None:

@@ -3,31 +3,44 @@
 Sets for its process whether ops are deterministic.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from dashinfer.errors import ConfigurationError, InsufficientMemory
+from dashinfer.errors import ConfigurationError
 from dashinfer.models.config import ModelConfig
 from dashinfer.models.kv_cache import allocate_kv_cache, kv_bytes_per_block, kv_dtype
 from dashinfer.models.loader import load_model
 from dashinfer.models.parallel import Group
+from dashinfer.models.towers import Tower
+from dashinfer.models.vision_config import VisionConfig
 from dashinfer.models.weights import ReportProgress
-from dashinfer.types import Chunk, Enter, Ready, SamplingParams, StepPlan, StepResult, WorkerConfig
-from dashinfer.worker.capacity import MEMORY_SHARE, count_blocks, free_memory, step_bytes
+from dashinfer.types import Chunk, Encode, Enter, MediaSpan, Ready, SamplingParams, StepPlan, StepResult, WorkerConfig
+from dashinfer.worker.capacity import (
+    MEMORY_SHARE,
+    count_blocks,
+    encode_bytes,
+    free_memory,
+    largest_image,
+    media_cache_bytes,
+    out_of_memory,
+    step_bytes,
+)
 from dashinfer.worker.executor import Executor, LaunchedStep
 from dashinfer.worker.graphs import bucket_sizes
+from dashinfer.worker.media import BATCH_PATCHES, Media
 from dashinfer_kernels import dispatch, warm_up_loops
 
 BLOCK_SIZE = {"cpu": 16, "cuda": 64}  # from 64 on, Hopper's copy engine brings tiles of keys and values
 STEP_TOKENS = {"cpu": 1024, "cuda": 8192}
 GRAPH_BYTES = 32 << 20  # that a CUDA graph takes besides its tensors, generously
-# What torch on CPU, torch, CUDA and Triton on GPU, and cuBLAS say.
-_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+MEASURED_PATCHES = 4096  # that the memory of a vision tower is measured with
 
 
 class Runner:
@@ -36,6 +49,7 @@ class Runner:
     Attributes:
         ready: what was found, for the parent.
         on_gpu: whether steps run on by themselves once they are launched.
+        media: the images and videos of a model that sees; None: it does not.
 
     Raises:
         StartupError: the model, the options and the machine do not go together; the message says what to change.
@@ -50,8 +64,9 @@ class Runner:
         max_length = model_config.resolve_max_length(config.max_length)
         self._name = config.files.name
         compiling = None if on_gpu else _in_thread(warm_up_loops, getattr(torch, config.data_type))
+        vision = VisionConfig.from_hf(config.files.config) if config.vision else None
         with self._out_of_memory("while loading; use a smaller model or data type, or free some memory"):
-            model = load_model(
+            model, tower = load_model(
                 config,
                 model_config,
                 max_length=max_length,
@@ -59,6 +74,7 @@ class Runner:
                 free=free_memory(device, config.world_size),
                 group=Group(config.rank, config.world_size),
                 report=report,
+                vision=vision,
             )
         if compiling is not None:
             compiling.result()
@@ -67,21 +83,29 @@ class Runner:
         step_tokens = max(config.max_step_tokens or STEP_TOKENS[device.type], config.max_batch)
         advice = "lower --max-step-tokens, --max-batch or --kv-cache-memory"
         self._in_a_step = f"in a step; {advice}"
+        self.media: Media | None = None
+        media = _MediaMemory()
+        if vision is not None:
+            assert tower is not None
+            media = self._prepare_media(config, vision, tower, device, max_length)
         with self._out_of_memory(f"before the KV cache was there; {advice}"):
             self._executor = Executor(
-                model, device=device, max_batch=config.max_batch, max_length=max_length, block_size=block_size
+                model, device=device, max_batch=config.max_batch, max_length=max_length, block_size=block_size, media=self.media
             )
             # graphs hold decoding kernels, whose sums are not those of the kernel that chunks of prompts take
             graphs = on_gpu and not (config.enforce_eager or config.deterministic)
             if on_gpu:
                 self._executor.use_caches(allocate_kv_cache(model_config, 1, block_size, dtype, device, config.world_size))
                 activations = self._peak(step_tokens, config.max_batch, max_length, block_size)
+                activations += step_tokens * media.token_bytes
                 graph_bytes = 0
                 if graphs:
                     graph_bytes = self._peak(config.max_batch, config.max_batch, max_length, block_size)
                     sizes = bucket_sizes(config.max_batch)  # each graph keeps its logits
                     graph_bytes += GRAPH_BYTES * len(sizes) + sum(sizes) * model_config.vocab_size * torch.float32.itemsize
                 self._warm_up(config.max_batch, max_length, block_size, decodes=not graphs)
+                if vision is not None:
+                    self._warm_up_sight(vision, max_length)
                 self._executor.use_caches([])
                 torch.cuda.empty_cache()
         free = free_memory(device, config.world_size)
@@ -90,7 +114,9 @@ class Runner:
             available = free - int((1 - config.gpu_memory_utilization) * total) - activations - graph_bytes
         else:
             activations, graph_bytes = step_bytes(model_config, step_tokens, config.max_batch), 0
+            activations += step_tokens * media.token_bytes
             available = int(free * MEMORY_SHARE) - activations
+        available -= media.total
         block_bytes = kv_bytes_per_block(model_config, block_size, dtype, config.world_size)
         num_blocks = count_blocks(
             name=config.files.name,
@@ -101,7 +127,7 @@ class Runner:
             max_batch=config.max_batch,
             max_length=max_length,
             requested=config.kv_cache_memory,
-            free=max(free - activations - graph_bytes, 0),
+            free=max(free - activations - graph_bytes - media.total, 0),
             available=available,
         )
         with self._out_of_memory("for the KV cache; lower --kv-cache-memory or --max-length"):
@@ -113,7 +139,7 @@ class Runner:
             graph_bytes = before - free_memory(device, config.world_size)
         self.ready = Ready(
             architecture=model_config.architecture,
-            mode="llm",
+            mode="llm" if tower is None else "vlm",
             device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
             data_type=config.data_type,
             vocab_size=model_config.vocab_size,
@@ -121,11 +147,14 @@ class Runner:
             max_step_tokens=step_tokens,
             block_size=block_size,
             num_blocks=num_blocks,
-            weight_bytes=model.weight_bytes,
+            weight_bytes=model.weight_bytes + (0 if tower is None else tower.weight_bytes),
             kv_cache_bytes=num_blocks * block_bytes,
-            activation_bytes=activations,
+            activation_bytes=activations + media.activations,
             graph_bytes=graph_bytes,
             kv_cache_dtype=config.kv_cache_dtype,
+            vision_engine=None if tower is None else tower.engine,
+            media_cache_bytes=media.cache_bytes,
+            media_token_bytes=media.token_bytes,
         )
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
@@ -157,16 +186,89 @@ class Runner:
         self._executor.launch(costly_plan(tokens, max_batch, max_length, block_size)).result()
         return torch.cuda.max_memory_allocated() - before
 
-    @contextmanager
-    def _out_of_memory(self, where: str) -> Iterator[None]:
-        """Turns a failed allocation into the one line that a user sees."""
-        try:
-            yield
-        except (RuntimeError, MemoryError) as error:
-            # CUDA's and Triton's own failures, and torch's on CPU, are RuntimeErrors like any other
-            if not isinstance(error, MemoryError) and not any(words in str(error) for words in _OUT_OF_MEMORY):
-                raise
-            raise InsufficientMemory(f"{self._name}: memory ran out {where}") from error
+    def _prepare_media(
+        self, config: WorkerConfig, vision: VisionConfig, tower: Tower, device: torch.device, max_length: int
+    ) -> "_MediaMemory":
+        """Make the model see, which it does once here."""
+        dtype, batch_patches = getattr(torch, config.data_type), BATCH_PATCHES[device.type]
+        self.media = Media(
+            tower,
+            vision,
+            name=self._name,
+            device=device,
+            dtype=dtype,
+            batch_patches=batch_patches,
+            together=not config.deterministic,
+        )
+        patches = max(batch_patches, largest_image(max_length) * vision.merge_size**2)
+        if device.type == "cuda":
+            measured = _image(vision, MEASURED_PATCHES)
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            self._see(measured)
+            peak = torch.cuda.max_memory_allocated() - before
+            activations = peak * patches // math.prod(measured.grid)
+        else:
+            self._see(_image(vision, vision.merge_size**2))
+            activations = encode_bytes(vision, patches)
+        token_bytes = vision.out_hidden_size * dtype.itemsize * (1 + len(vision.deepstack_blocks))
+        cache_bytes = media_cache_bytes(
+            self._name,
+            requested=config.media_cache_memory,
+            free=max(free_memory(device, config.world_size) - activations, 0),
+            token_bytes=token_bytes,
+            max_length=max_length,
+            device=device,
+        )
+        return _MediaMemory(token_bytes, cache_bytes, activations)
+
+    def _see(self, image: Encode, plan: StepPlan | None = None) -> None:
+        """Encode an image, run a step that shows it, and forget it."""
+        assert self.media is not None
+        self.media.ask(image)
+        self.media.finish([image.key])
+        if plan is not None:
+            self._executor.launch(plan).result()
+        self.media.forget([image.key])
+
+    def _warm_up_sight(self, vision: VisionConfig, max_length: int) -> None:
+        """Have the kernels compiled that a step with an image needs."""
+        image = _image(vision, 2 * vision.merge_size**2)
+        length = min(vision.num_tokens(image.grid), max_length - 1)
+        if length > 0:
+            enter = Enter(
+                0,
+                bytes(4 * length),
+                length,
+                SamplingParams(max_tokens=1, seed=0),
+                media=(MediaSpan(image.key, 0, 0, length),),
+                positions=bytes(12 * length),
+            )
+            self._see(image, StepPlan(0, [enter], [Chunk(0, 0, length, True, (0,))]))
+
+    def _out_of_memory(self, where: str) -> AbstractContextManager[None]:
+        return out_of_memory(self._name, where)
+
+
+@dataclass(frozen=True)
+class _MediaMemory:
+    """Bytes: of a token's embeddings, of all embeddings that are kept, and of what encoding takes for a while."""
+
+    token_bytes: int = 0
+    cache_bytes: int = 0
+    activations: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.cache_bytes + self.activations
+
+
+def _image(vision: VisionConfig, patches: int) -> Encode:
+    """A black one of about so many patches."""
+    rows = max(math.isqrt(patches) // vision.merge_size, 1) * vision.merge_size
+    columns = max(patches // rows // vision.merge_size, 1) * vision.merge_size
+    return Encode(b"black", (1, rows, columns), bytes(rows * columns * vision.patch_dim))
 
 
 def _in_thread(function: Callable[..., None], *args: Any) -> Future[None]:

@@ -56,9 +56,10 @@ def load(config: WorkerConfig, group: Group | None = None, report=lambda *_: Non
     model_config = ModelConfig.from_hf(config.files.config)
     max_length = model_config.resolve_max_length(config.max_length)
     group = group or Group()
-    return load_model(
+    decoder, _ = load_model(
         config, model_config, max_length=max_length, device=torch.device("cpu"), free=free, group=group, report=report
     )
+    return decoder
 
 
 def hf_model(architecture: str, **settings: Any) -> Any:

@@ -113,7 +113,7 @@ def make(family: str, folder: Path) -> Models:
 
 def load_decoder(folder: Path, config: dict[str, Any], data_type: str = "float32") -> DecoderLM:
     model_config = ModelConfig.from_hf(config, vision=True)
-    return load_model(
+    decoder, _ = load_model(
         toy.worker_config(toy.weight_files(folder), config, data_type=data_type),
         model_config,
         max_length=512,
@@ -122,6 +122,7 @@ def load_decoder(folder: Path, config: dict[str, Any], data_type: str = "float32
         group=Group(),
         report=lambda *_: None,
     )
+    return decoder
 
 
 def load_tower(folder: Path, config: dict[str, Any], dtype: torch.dtype = torch.float32) -> VisionTower:

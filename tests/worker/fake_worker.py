@@ -91,6 +91,7 @@ class QueuingRunner:
 
     on_gpu = True
     ready = READY
+    media = None
 
     def __init__(self, config: WorkerConfig, *_: object) -> None:
         self._rank = fake_rank(config)
@@ -135,7 +136,7 @@ if __name__ == "__main__":
     if MODE in ("queued", "illegal", "exhausted"):
         module = sys.modules["dashinfer.worker.runner"] = ModuleType("dashinfer.worker.runner")
         module.Runner = QueuingRunner
-        ModelConfig.from_hf = staticmethod(lambda config: None)
+        ModelConfig.from_hf = staticmethod(lambda config, vision: None)
     else:
         worker.serve = serve
     worker.main()

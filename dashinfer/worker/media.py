@@ -1,0 +1,240 @@
+"""A rank's images and videos: encoded between steps, a slice at a time; their embeddings kept until the parent forgets them.
+
+What waits together is encoded together, up to a number of patches. A video's steps in time do not see each other in a tower, so
+a long one is encoded in pieces, and takes no more memory at a time than a large image. Everything is queued on the stream that
+steps run on: embeddings that are here may be used by the next step.
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dashinfer.models.towers import Tower
+from dashinfer.models.vision_config import Grid, VisionConfig
+from dashinfer.models.vision_qwen import VisionOutput
+from dashinfer.types import Encode
+from dashinfer.worker.capacity import out_of_memory
+
+BATCH_PATCHES = {"cpu": 4096, "cuda": 16384}
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some steps in time of a medium, usually all."""
+
+    message: Encode
+    start: int  # the first of its patches
+    grid: Grid
+    last: bool
+
+    @property
+    def patches(self) -> int:
+        return math.prod(self.grid)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    pieces: list[_Piece]
+    steps: Generator[None, None, VisionOutput]
+
+
+class Media:
+    """What was asked for, in the order of asking, and the embeddings that are here.
+
+    Args:
+        name: of the model, for messages.
+        dtype: that embeddings are kept in.
+        batch_patches: that are encoded together; a single image, or a step of a video, may have more.
+        together: whether several media may be encoded at once, which changes how products are rounded.
+
+    Raises:
+        InsufficientMemory: from `advance` and `finish`, when there was not enough of it.
+    """
+
+    def __init__(
+        self,
+        tower: Tower,
+        vision: VisionConfig,
+        *,
+        name: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        batch_patches: int,
+        together: bool = True,
+    ) -> None:
+        self._tower, self._vision = tower, vision
+        self._name = name
+        self._dtype = dtype
+        self._batch_patches, self._together = batch_patches, together
+        self._asked: dict[bytes, Encode] = {}  # and not encoded yet
+        self._waiting: deque[_Piece] = deque()  # some perhaps asked for no more
+        self._batch: _Batch | None = None
+        self._parts: dict[bytes, list[VisionOutput]] = {}  # of media in pieces
+        self._embeddings: dict[bytes, VisionOutput] = {}
+        self._new: list[bytes] = []
+        self._slice = _Slice() if device.type == "cuda" else None
+
+    @property
+    def pending(self) -> bool:
+        """Whether there is something to encode."""
+        return bool(self._asked)
+
+    @property
+    def running(self) -> bool:
+        """Whether the device is still busy with the last slice, behind which another one would only delay the next step."""
+        return self._slice is not None and self._slice.running
+
+    def __getitem__(self, key: bytes) -> VisionOutput:
+        """The embeddings of a medium that is encoded."""
+        return self._embeddings[key]
+
+    def ask(self, message: Encode) -> None:
+        """Encode this, sooner or later."""
+        steps, rows, columns = message.grid
+        area, side = rows * columns, self._vision.merge_size
+        assert steps > 0 and area > 0 and rows % side == columns % side == 0
+        assert len(message.patches) == steps * area * self._vision.patch_dim
+        assert message.key not in self._asked and message.key not in self._embeddings
+        self._asked[message.key] = message
+        at_once = max(1, self._batch_patches // area)
+        for first in range(0, steps, at_once):
+            grid = (min(at_once, steps - first), rows, columns)
+            self._waiting.append(_Piece(message, first * area, grid, last=first + at_once >= steps))
+
+    def forget(self, keys: Iterable[bytes]) -> None:
+        """Drop these, whether encoded, being encoded or waiting. Keys that are not known do not matter."""
+        for key in keys:
+            self._asked.pop(key, None)
+            self._parts.pop(key, None)
+            self._embeddings.pop(key, None)
+        self._new = [key for key in self._new if key in self._embeddings]
+        if self._batch is not None and not any(map(self._is_asked, self._batch.pieces)):
+            self._batch = None
+
+    def advance(self, seconds: float) -> None:
+        """Encode for about so long, a block of the tower at least."""
+        with torch.inference_mode():
+            if self._slice is None:
+                end = time.perf_counter() + seconds
+                self._step()
+                while self.pending and time.perf_counter() < end:
+                    self._step()
+                return
+            planned, queued = self._slice.begin(seconds), 0
+            while queued < planned:
+                self._step()
+                queued += 1
+                if self._batch is None:
+                    break
+            self._slice.end(queued, same_again=self._batch is not None)
+
+    def finish(self, keys: Iterable[bytes]) -> None:
+        """Have the embeddings of these, which were asked for, encoded now."""
+        with torch.inference_mode():
+            for key in keys:
+                while key not in self._embeddings:
+                    assert key in self._asked, "a plan needs embeddings that nobody asked for"
+                    self._step()
+
+    def take_new(self) -> list[bytes]:
+        """Those encoded since the last call."""
+        new, self._new = self._new, []
+        return new
+
+    def _is_asked(self, piece: _Piece) -> bool:
+        return self._asked.get(piece.message.key) is piece.message
+
+    def _step(self) -> None:
+        """One block of the tower."""
+        with out_of_memory(self._name, "while images were encoded; lower --max-pixels, --media-cache-memory or --max-batch"):
+            if self._batch is None:
+                self._batch = self._next_batch()
+            try:
+                next(self._batch.steps)
+            except StopIteration as end:
+                batch, self._batch = self._batch, None
+                self._keep(batch.pieces, end.value)
+
+    def _next_batch(self) -> _Batch:
+        pieces: list[_Piece] = []
+        total = 0
+        while self._waiting:
+            piece = self._waiting[0]
+            if self._is_asked(piece):
+                if pieces and (total + piece.patches > self._batch_patches or not self._together):
+                    break
+                pieces.append(piece)
+                total += piece.patches
+            self._waiting.popleft()
+        assert pieces
+        patches = torch.empty(total, self._vision.patch_dim, dtype=torch.uint8)
+        rows, end = patches.numpy(), 0
+        for piece in pieces:
+            size, width = piece.patches, self._vision.patch_dim
+            values = np.frombuffer(piece.message.patches, np.uint8, size * width, piece.start * width)
+            rows[end : end + size] = values.reshape(size, width)
+            end += size
+        return _Batch(pieces, self._tower.steps(patches, [piece.grid for piece in pieces]))
+
+    def _keep(self, pieces: Sequence[_Piece], output: VisionOutput) -> None:
+        end = 0
+        for piece in pieces:
+            begin, end = end, end + self._vision.num_tokens(piece.grid)
+            if not self._is_asked(piece):
+                continue
+            key = piece.message.key
+            parts = self._parts.setdefault(key, [])
+            parts.append(VisionOutput(output.embeddings[begin:end], tuple(level[begin:end] for level in output.deepstack)))
+            if piece.last:
+                self._embeddings[key] = self._joined(self._parts.pop(key))
+                del self._asked[key]
+                self._new.append(key)
+        assert end == len(output.embeddings)
+
+    def _joined(self, parts: Sequence[VisionOutput]) -> VisionOutput:
+        """One after the other, in memory of their own."""
+        levels = zip(*(part.deepstack for part in parts), strict=True)
+        return VisionOutput(
+            torch.cat([part.embeddings for part in parts]).to(self._dtype),
+            tuple(torch.cat(level).to(self._dtype) for level in levels),
+        )
+
+
+class _Slice:
+    """Blocks queued on a GPU together, and how long such blocks take there."""
+
+    def __init__(self) -> None:
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None  # around the slice, until it has ended
+        self._begun: torch.cuda.Event | None = None
+        self._blocks = 0
+        self._block_seconds: float | None = None  # of the batch at hand, where it is known
+        self._same_again = False
+
+    @property
+    def running(self) -> bool:
+        if self._events is None:
+            return False
+        begun, ended = self._events
+        if not ended.query():
+            return True
+        self._block_seconds = begun.elapsed_time(ended) / 1e3 / self._blocks if self._same_again else None
+        self._events = None
+        return False
+
+    def begin(self, seconds: float) -> int:
+        """How many blocks to queue now, as many as take about `seconds`."""
+        self._begun = torch.cuda.Event(enable_timing=True)
+        self._begun.record()
+        return 1 if self._block_seconds is None else max(1, int(seconds / max(self._block_seconds, 1e-6)))
+
+    def end(self, blocks: int, *, same_again: bool) -> None:
+        """So many were queued; `same_again`: more of their batch are to come."""
+        assert self._begun is not None
+        ended = torch.cuda.Event(enable_timing=True)
+        ended.record()
+        self._events, self._blocks, self._same_again = (self._begun, ended), blocks, same_again
