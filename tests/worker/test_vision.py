@@ -13,7 +13,7 @@ from dashinfer.models.config import ModelConfig
 from dashinfer.models.memory import weight_bytes
 from dashinfer.models.vision_shapes import tower_bytes
 from dashinfer.types import Chunk, Encode, Enter, MediaSpan, ModelFiles, SamplingParams, StepPlan, StepResult, WorkerConfig
-from dashinfer.vision.positions import Medium
+from dashinfer.vision.positions import Medium, Placement
 from dashinfer.worker import media as media_module
 from dashinfer.worker.capacity import encode_bytes, media_cache_bytes
 from dashinfer.worker.runner import Runner
@@ -155,16 +155,17 @@ class Reference:
 
 
 def reference(models: Models, asked: Prompt) -> Reference:
-    """By whole prompts, one for each token: Qwen3-VL's `generate` gives videos other positions than its `forward`."""
     inputs = asked.reference_inputs(models.family)
-    produced, logprobs = [], []
-    for _ in range(COUNT):
-        with torch.inference_mode():
-            logprobs.append(models.reference(**inputs).logits[0, -1].log_softmax(-1))
-        produced.append(int(logprobs[-1].argmax()))
-        following = {"input_ids": produced[-1], "mm_token_type_ids": 0}
-        inputs |= {name: torch.cat((inputs[name], inputs[name].new_tensor([[value]])), 1) for name, value in following.items()}
-    return Reference(produced, torch.stack(logprobs))
+    with torch.inference_mode():
+        out = models.reference.generate(
+            **inputs,
+            attention_mask=torch.ones_like(inputs["input_ids"]),
+            max_new_tokens=COUNT,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+    return Reference(out.sequences[0, len(asked.placement.tokens) :].tolist(), torch.cat(out.logits).log_softmax(-1))
 
 
 def assert_same(slot: Slot, right: Reference) -> None:
@@ -233,29 +234,29 @@ def test_a_chunk_that_starts_after_pictures_does_without_them(runner, prompts, r
 def test_a_prompt_whose_last_token_alone_is_computed(runner, models):
     """Which is the last of a picture: its positions are its own, and not those of text."""
     asked = prompt(models.vision_config, (3, TALL))
-    placement = asked.placement
-    end = placement.spans[-1].start + placement.spans[-1].length
-    cut = type(placement)(placement.tokens[:end], placement.spans, placement.positions[:, :end], 0)
-    cut = type(cut)(cut.tokens, cut.spans, cut.positions, int(cut.positions.max()) + 1 - end)
-    asked = Prompt(cut, asked.media, asked.patches)
-    whole = generate(runner, [asked])[0]
+    whole = asked.placement
+    end = whole.spans[-1].start + whole.spans[-1].length
+    positions = whole.positions[:, :end]
+    placement = Placement(whole.tokens[:end], whole.spans, positions, int(positions.max()) + 1 - end)
+    asked = Prompt(placement, asked.media, asked.patches)
+    with torch.inference_mode():
+        expected = models.reference(**asked.reference_inputs(models.family)).logits[0, -1].log_softmax(-1)
 
-    assert generate(runner, [asked], cached=[end - 1])[0].produced == whole.produced
-    assert whole.produced == reference(models, asked).tokens
+    slots = [generate(runner, [asked], cached=cached, count=4)[0] for cached in ([], [end - 1])]
+
+    assert slots[0].produced == slots[1].produced
+    for slot in slots:
+        assert slot.logprobs[0].top_logprobs == pytest.approx(expected.topk(3).values.tolist(), abs=5e-4)
 
 
 def test_a_preempted_sequence_goes_on(runner, prompts, references):
     asked, right = prompts[0], references[0]
+    produced, length = right.tokens[:4], len(asked.placement.tokens) + 4
     for message in messages(asked):
         runner.media.ask(message)
-    produced = right.tokens[:4]
-    length = len(asked.placement.tokens) + 4
-    chunks = [
-        Chunk(2, 0, length - 3, False, tuple(range(-(-(length - 3) // BLOCK_SIZE)))),
-        Chunk(2, length - 3, 3, True, (30,) if (length - 3) % BLOCK_SIZE in (0, 6, 7) else ()),
-    ]
-    plans = [StepPlan(0, [enter(2, asked, produced)], chunks[:1]), StepPlan(1, [], chunks[1:])]
-    results = [runner.execute(plan) for plan in plans]
+    blocks = tuple(range(-(-length // BLOCK_SIZE)))
+    first, second = Chunk(2, 0, length - 3, False, blocks), Chunk(2, length - 3, 3, True, ())
+    results = [runner.execute(plan) for plan in (StepPlan(0, [enter(2, asked, produced)], [first]), StepPlan(1, [], [second]))]
     runner.media.forget([message.key for message in messages(asked)])
 
     assert results[1].tokens == right.tokens[4:5]

@@ -1,0 +1,169 @@
+"""A rank's loop: what it does in which order, with a fake runner and an inbox that is filled while it works."""
+
+import queue
+import time
+
+import pytest
+
+from dashinfer.types import Encode, Encoded, Forget, StepPlan, StepResult
+from dashinfer.worker.__main__ import Loop
+
+
+class End(Exception):
+    pass
+
+
+class Inbox(queue.SimpleQueue):
+    """Raises End rather than wait for ever."""
+
+    def get(self, block: bool = True, timeout: float | None = None):
+        try:
+            return super().get(block=False) if timeout is None else super().get(timeout=timeout)
+        except queue.Empty:
+            if block and timeout is None:
+                raise End from None
+            raise
+
+
+class Rank:
+    """A connection, a runner and its media in one, which write what happens into `record`.
+
+    Args:
+        blocks: of the tower, that encoding all that was asked for takes.
+        steps: how many steps the parent asks for, one when the step before has a result.
+    """
+
+    def __init__(self, blocks: int, steps: int, *, on_gpu: bool = False) -> None:
+        self.record: list = []
+        self.inbox = Inbox()
+        self.media = self
+        self.on_gpu = on_gpu
+        self.busy = 0  # how many looks at the device find it busy
+        self.blocks, self._steps = blocks, steps
+        self._keys: list[bytes] = []
+        self._new: list[bytes] = []
+
+    # connection
+    def send(self, message) -> None:
+        if isinstance(message, StepResult):
+            self.record.append(f"result {message.step}")
+            if message.step + 1 < self._steps:
+                self.inbox.put(StepPlan(message.step + 1, [], []))
+        else:
+            self.record.append(message)
+
+    # runner
+    def launch(self, plan: StepPlan):
+        time.sleep(0.002)
+        number = plan.step
+
+        class Step:
+            def result(self) -> StepResult:
+                return StepResult(number, [])
+
+        return Step()
+
+    # media
+    @property
+    def pending(self) -> bool:
+        return bool(self._keys)
+
+    @property
+    def running(self) -> bool:
+        self.busy -= 1
+        return self.busy >= 0
+
+    def ask(self, message: Encode) -> None:
+        self._keys.append(message.key)
+
+    def forget(self, keys) -> None:
+        self._keys = [key for key in self._keys if key not in keys]
+        self.record.append(f"forget {len(keys)}")
+
+    def advance(self, seconds: float) -> None:
+        self.record.append("slice" if seconds else "block")
+        self.blocks -= 1
+        if self.blocks == 0:
+            self._new, self._keys = self._keys, []
+
+    def take_new(self) -> list[bytes]:
+        new, self._new = self._new, []
+        return new
+
+    def run(self, rank: int = 0) -> list:
+        with pytest.raises(End):
+            Loop(self, self, rank).run()
+        return self.record
+
+
+ASKED = Encode(b"a", (1, 2, 2), b"")
+
+
+def test_decoding_goes_on_while_an_image_is_encoded():
+    rank = Rank(blocks=4, steps=3)
+    rank.inbox.put(ASKED)
+    rank.inbox.put(StepPlan(0, [], []))
+
+    assert rank.run() == [
+        *("result 0", "slice", "result 1", "slice", "result 2", "slice"),
+        "block",  # and without a plan it goes on by itself
+        Encoded([b"a"]),
+    ]
+
+
+def test_a_plan_that_waits_already_comes_after_one_slice():
+    rank = Rank(blocks=9, steps=0)
+    rank.inbox.put(ASKED)
+    for step in range(3):
+        rank.inbox.put(StepPlan(step, [], []))
+
+    assert rank.run()[:6] == ["result 0", "slice", "result 1", "slice", "result 2", "slice"]
+
+
+def test_a_plan_is_not_kept_waiting_by_other_messages():
+    rank = Rank(blocks=9, steps=0)
+    for message in (ASKED, Encode(b"b", (1, 2, 2), b""), Forget([b"b"]), StepPlan(0, [], [])):
+        rank.inbox.put(message)
+
+    assert rank.run() == ["forget 1", "result 0", "slice", *["block"] * 8, Encoded([b"a"])]
+
+
+def test_what_a_plan_had_encoded_is_told_after_its_result():
+    rank = Rank(blocks=1, steps=0)
+    launch = rank.launch
+
+    def launch_and_encode(plan: StepPlan):
+        rank.advance(1)
+        return launch(plan)
+
+    rank.launch = launch_and_encode
+    rank.inbox.put(ASKED)
+    rank.inbox.put(StepPlan(0, [], []))
+
+    assert rank.run() == ["slice", "result 0", Encoded([b"a"])]
+
+
+def test_other_ranks_encode_and_say_nothing():
+    rank = Rank(blocks=2, steps=0)
+    rank.inbox.put(ASKED)
+    rank.inbox.put(StepPlan(0, [], []))
+
+    assert rank.run(rank=1) == ["slice", "block"]
+
+
+def test_a_gpu_gets_the_next_slice_when_it_has_done_the_last():
+    rank = Rank(blocks=2, steps=0, on_gpu=True)
+    rank.inbox.put(ASKED)
+    rank.busy = 3
+    begun = time.monotonic()
+
+    assert rank.run(rank=1) == ["slice", "slice"]
+    assert time.monotonic() - begun < 1
+
+
+def test_a_model_that_does_not_see_waits_for_plans():
+    rank = Rank(blocks=0, steps=2)
+    rank.media = None
+    rank.inbox.put(StepPlan(0, [], []))
+
+    assert rank.run() == ["result 0", "result 1"]
