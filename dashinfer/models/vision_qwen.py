@@ -135,7 +135,10 @@ class VisionTower:
         return VisionOutput(merged[0], tuple(merged[1:]))
 
     def _upload(self, array: Any) -> Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+        tensor = torch.from_numpy(array)
+        if self._device.type == "cuda":  # a copy from other memory would wait for whatever the device does
+            tensor = tensor.pin_memory()
+        return tensor.to(self._device, non_blocking=True)
 
     def _embed(self, patches: Tensor, layout: Layout) -> Tensor:
         """[patches, hidden] float32."""

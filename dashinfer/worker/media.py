@@ -78,6 +78,7 @@ class Media:
         self._embeddings: dict[bytes, VisionOutput] = {}
         self._new: list[bytes] = []
         self._slice = _Slice() if device.type == "cuda" else None
+        self._pinned = device.type == "cuda"  # a copy from other memory would wait for the steps before it
 
     @property
     def pending(self) -> bool:
@@ -172,7 +173,7 @@ class Media:
                 total += piece.patches
             self._waiting.popleft()
         assert pieces
-        patches = torch.empty(total, self._vision.patch_dim, dtype=torch.uint8)
+        patches = torch.empty(total, self._vision.patch_dim, dtype=torch.uint8, pin_memory=self._pinned)
         rows, end = patches.numpy(), 0
         for piece in pieces:
             size, width = piece.patches, self._vision.patch_dim

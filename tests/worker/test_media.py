@@ -225,6 +225,7 @@ def test_a_gpu_gets_slices_by_how_long_the_last_one_took(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     tower = FakeTower(depth=20)
     media = make(tower, "cuda")
+    media._pinned = False
     steps = tower.steps
 
     def slow(patches, grids):  # a millisecond a block

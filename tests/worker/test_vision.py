@@ -1,5 +1,8 @@
 """The runner on tiny random vision-language models, driven by plans made by hand, against transformers on the same weights."""
 
+import math
+import socket
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -12,11 +15,28 @@ from dashinfer.errors import InsufficientMemory, UnsupportedModel
 from dashinfer.models.config import ModelConfig
 from dashinfer.models.memory import weight_bytes
 from dashinfer.models.vision_shapes import tower_bytes
-from dashinfer.types import Chunk, Encode, Enter, MediaSpan, ModelFiles, SamplingParams, StepPlan, StepResult, WorkerConfig
+from dashinfer.types import (
+    Alive,
+    Chunk,
+    Encode,
+    Encoded,
+    Enter,
+    Forget,
+    MediaSpan,
+    ModelFiles,
+    Progress,
+    SamplingParams,
+    Start,
+    StepPlan,
+    StepResult,
+    WorkerConfig,
+)
 from dashinfer.vision.positions import Medium, Placement
 from dashinfer.worker import media as media_module
 from dashinfer.worker.capacity import encode_bytes, media_cache_bytes
-from dashinfer.worker.runner import Runner
+from dashinfer.worker.frames import encode, parent_reader
+from dashinfer.worker.runner import Runner, _image
+from dashinfer.worker.supervisor import COMMAND
 from tests.models import toy, vision_toy
 from tests.models.vision_toy import Models, Prompt, prompt
 from tests.worker.toy import PaddedGraphs
@@ -33,7 +53,7 @@ def models(request, tmp_path_factory) -> Models:
     return vision_toy.make(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def load(models: Models, **changes) -> Runner:
+def worker_config(models: Models, **changes) -> WorkerConfig:
     config = WorkerConfig(
         rank=0,
         world_size=1,
@@ -50,8 +70,11 @@ def load(models: Models, **changes) -> Runner:
         vision_engine="native",
         pixel_values=vision_toy.PIXEL_VALUES.numpy().tobytes(),
     )
-    config = msgspec.structs.replace(config, **changes)
-    return Runner(config, ModelConfig.from_hf(models.config, vision=True), lambda *_: None)
+    return msgspec.structs.replace(config, **changes)
+
+
+def load(models: Models, **changes) -> Runner:
+    return Runner(worker_config(models, **changes), ModelConfig.from_hf(models.config, vision=True), lambda *_: None)
 
 
 @pytest.fixture(scope="module", params=["plain", "graphs"])
@@ -398,3 +421,54 @@ def test_towers_that_do_not_fit_are_refused(models):
     config = models.config | {"vision_config": models.config["vision_config"] | {key: 40}}
     with pytest.raises(UnsupportedModel, match=r"embeddings have the size 40, and the decoder's 48"):
         load(models, files=ModelFiles("toy", "safetensors", toy.weight_files(models.folder), config))
+
+
+def test_what_a_gpu_is_warmed_up_with(models, runner):
+    runner._warm_up_sight(models.vision_config, runner.ready.max_length)
+
+    assert not runner.media.pending
+    assert runner.media.take_new() == []
+    for patches, grid in ((4096, (1, 64, 64)), (8, (1, 2, 4)), (4, (1, 2, 2)), (1, (1, 2, 2))):
+        image = _image(models.vision_config, patches)
+        assert (image.grid, len(image.patches)) == (grid, 96 * math.prod(grid))
+
+
+@pytest.mark.parametrize("models", ["qwen3-vl"], indirect=True)
+def test_a_rank_in_a_process_of_its_own(models, prompts, references):
+    ours, theirs = socket.socketpair()
+    with ours, subprocess.Popen([*COMMAND, str(theirs.fileno())], pass_fds=[theirs.fileno()]):
+        theirs.close()
+        ours.settimeout(60)
+        reader = parent_reader()
+
+        def receive():
+            while True:
+                for message in reader.feed(ours.recv(1 << 16)):
+                    if not isinstance(message, Alive):
+                        yield message
+
+        received = (message for message in receive() if not isinstance(message, Progress))
+        asked, reading = prompts[0], prompts[1]
+        length = len(reading.placement.tokens)
+        ours.sendall(encode(Start(worker_config(models))))
+        assert next(received).mode == "vlm"
+        for message in messages(asked):
+            ours.sendall(encode(message))
+        plans = [StepPlan(0, [enter(1, reading)], [Chunk(1, 0, length, True, (0, 1, 2, 3))])]
+        plans += [StepPlan(step, [], [Chunk(1, length + step - 1, 1, True, ())]) for step in range(1, 4)]
+        for plan in plans:
+            ours.sendall(encode(plan))
+        told, results = set(), []
+        while len(told) < len(asked.media) or len(results) < 4:
+            match next(received):
+                case Encoded(keys):
+                    told |= set(keys)
+                case StepResult() as result:
+                    results += result.tokens
+        assert told == {message.key for message in messages(asked)}
+        assert results == references[1].tokens[:4]
+        blocks = tuple(range(5, 5 + -(-len(asked.placement.tokens) // BLOCK_SIZE)))
+        ours.sendall(encode(StepPlan(9, [enter(0, asked)], [Chunk(0, 0, len(asked.placement.tokens), True, blocks)])))
+        assert next(received).tokens == references[0].tokens[:1]
+        ours.sendall(encode(Forget([*told])))
+        ours.shutdown(socket.SHUT_RDWR)
