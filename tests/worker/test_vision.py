@@ -265,9 +265,10 @@ def test_a_prompt_whose_last_token_alone_is_computed(runner, models):
     with torch.inference_mode():
         expected = models.reference(**asked.reference_inputs(models.family)).logits[0, -1].log_softmax(-1)
 
-    slots = [generate(runner, [asked], cached=cached, count=4)[0] for cached in ([], [end - 1])]
+    ways = ({}, {"cached": [end - 1]}, {"chunk": end - 1})
+    slots = [generate(runner, [asked], count=4, **way)[0] for way in ways]
 
-    assert slots[0].produced == slots[1].produced
+    assert slots[0].produced == slots[1].produced == slots[2].produced
     for slot in slots:
         assert slot.logprobs[0].top_logprobs == pytest.approx(expected.topk(3).values.tolist(), abs=5e-4)
 
