@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dashinfer.errors import InsufficientMemory, UnsupportedModel
 from dashinfer.models.config import ModelConfig
@@ -473,3 +474,40 @@ def test_a_rank_in_a_process_of_its_own(models, prompts, references):
         assert next(received).tokens == references[0].tokens[:1]
         ours.sendall(encode(Forget([*told])))
         ours.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_quantised_checkpoint_has_its_tower_in_16_bits(models, tmp_path):
+    """8-bit matrices in the decoder, with a scale each; the same numbers in full are the reference."""
+    weights = load_file(models.folder / "model.safetensors")
+    quantised, plain = dict(weights), dict(weights)
+    for name, weight in weights.items():
+        if name.endswith("_proj.weight") and "layers." in name:
+            scale = weight.abs().max() / 448
+            quantised[name] = (weight / scale).to(torch.float8_e4m3fn)
+            quantised[name.replace(".weight", ".weight_scale")] = scale.reshape(1)
+            plain[name] = quantised[name].float() * scale
+    table = {"quant_method": "fp8", "activation_scheme": "dynamic", "modules_to_not_convert": ["visual", "lm_head"]}
+    asked, logprobs = prompt(models.vision_config, PARTS), []
+    for tensors, extra in ((quantised, {"quantization_config": table}), (plain, {})):
+        save_file(tensors, tmp_path / "model.safetensors")
+        files = ModelFiles("toy", "safetensors", toy.weight_files(tmp_path), models.config | extra)
+        config = worker_config(models, files=files)
+        runner = Runner(config, ModelConfig.from_hf(files.config, vision=True), lambda *_: None)
+        logprobs.append([each.top_logprobs for each in generate(runner, [asked], count=3)[0].logprobs])
+        assert runner.ready.mode == "vlm"
+
+    assert len(quantised) == len(weights) + 3 * 7
+    for left, right in zip(*logprobs, strict=True):
+        assert left == pytest.approx(right, abs=1e-3)
+
+
+def test_progress_counts_the_bytes_of_both(models):
+    reports = []
+    config = ModelConfig.from_hf(models.config, vision=True)
+    Runner(worker_config(models), config, lambda stage, done, total, unit: reports.append((done, total)))
+    totals = {total for _, total in reports}
+    done = [done for done, _ in reports]
+
+    assert totals == {sum(weight.nbytes for weight in load_file(models.folder / "model.safetensors").values())}
+    assert done == sorted(done)
+    assert done[-1] in totals
