@@ -18,8 +18,8 @@ HIDDEN_BYTES = 32  # times hidden size
 INTERMEDIATE_BYTES = 8  # times intermediate size
 LOGIT_BYTES = 32  # times vocabulary
 # And of a vision tower, for a patch: the sum of the two.
-TOWER_HIDDEN_BYTES = 32  # times the tower's hidden size
-TOWER_INTERMEDIATE_BYTES = 12  # times its intermediate size
+TOWER_HIDDEN_BYTES = 56  # times the tower's hidden size
+TOWER_INTERMEDIATE_BYTES = 16  # times its intermediate size
 # For the embeddings of media where nothing is asked for: at most so much, and at most this share of what is free.
 MEDIA_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 MEDIA_SHARE = 0.05

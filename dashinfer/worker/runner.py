@@ -200,8 +200,8 @@ class Runner:
             batch_patches=batch_patches,
             together=not config.deterministic,
         )
-        patches = max(batch_patches, largest_image(max_length) * vision.merge_size**2)
         if device.type == "cuda":
+            patches = max(batch_patches, largest_image(max_length) * vision.merge_size**2)
             measured = _image(vision, MEASURED_PATCHES)
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -211,7 +211,8 @@ class Runner:
             activations = peak * patches // math.prod(measured.grid)
         else:
             self._see(_image(vision, vision.merge_size**2))
-            activations = encode_bytes(vision, patches)
+            # larger images take of what is left to others
+            activations = encode_bytes(vision, batch_patches)
         token_bytes = vision.out_hidden_size * dtype.itemsize * (1 + len(vision.deepstack_blocks))
         cache_bytes = media_cache_bytes(
             self._name,
