@@ -14,7 +14,7 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from dashinfer_kernels import loops
+from dashinfer_kernels import threads
 
 # elements that take as long as threads take to come and go
 _WORTH_THREADS = 1 << 16
@@ -42,10 +42,10 @@ class Loop:
         """Do `tasks` tasks of `elements` elements together. Returns what the loop wrote to that place, 0 if nothing."""
         work = numbers("q", (0, tasks, 0, *arguments))
         address, _ = work.buffer_info()
-        if loops.parallel is None or elements < _WORTH_THREADS:
+        if threads.parallel is None or elements < _WORTH_THREADS:
             self._alone(address)
         else:
-            loops.parallel(self._address, address, 0, 0)
+            threads.parallel(self._address, address, 0, 0)
         return work[2]
 
 
