@@ -110,6 +110,7 @@ def serve(connection: Connection) -> None:
     model_config = ModelConfig.from_hf(start.config.files.config, vision=True)
 
     from dashinfer.worker.runner import Runner
+    from dashinfer_kernels import pin_threads
 
     def report(stage: str, done: int, total: int, unit: str) -> None:
         connection.send(Progress(stage, done, total, unit))
@@ -118,6 +119,8 @@ def serve(connection: Connection) -> None:
     # What is there now stays: the collector need not look at it again, in the midst of a step.
     gc.collect()
     gc.freeze()
+    if not runner.on_gpu:
+        pin_threads()
     connection.send(runner.ready)
     Loop(connection, runner, start.config.rank).run()
 

@@ -23,6 +23,7 @@ from dashinfer_kernels.rope.launch import rope_kv_write
 from dashinfer_kernels.rotate.launch import rotate_heads
 from dashinfer_kernels.sampling.launch import sample, warm_up_sampling
 from dashinfer_kernels.sampling.state import Sampled, SamplingBatch, SamplingState
+from dashinfer_kernels.threads import pin_threads
 from dashinfer_kernels.varlen_attention.launch import varlen_attention
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "pack_linear",
     "pack_quantized",
     "paged_attention",
+    "pin_threads",
     "quantize_float8",
     "quantize_int",
     "quantize_rows",

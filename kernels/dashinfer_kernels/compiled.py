@@ -11,11 +11,10 @@ from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from dashinfer_kernels import loops
+from dashinfer_kernels import threads
 
 # elements that take as long as threads take to come and go
 _WORTH_THREADS = 1 << 16
@@ -43,10 +42,10 @@ class Loop:
         """Do `tasks` tasks of `elements` elements together. Returns what the loop wrote to that place, 0 if nothing."""
         work = numbers("q", (0, tasks, 0, *arguments))
         address, _ = work.buffer_info()
-        if loops.parallel is None or elements < _WORTH_THREADS:
+        if threads.parallel is None or elements < _WORTH_THREADS:
             self._alone(address)
         else:
-            loops.parallel(self._address, address, 0, 0)
+            threads.parallel(self._address, address, 0, 0)
         return work[2]
 
 
@@ -55,8 +54,8 @@ def take(context, address):
     """The number of the next task, which no other thread gets."""
 
     def generate(context, builder, signature, arguments):
-        counter = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), "monotonic")
+        integer = arguments[0].type
+        return builder.atomic_rmw("add", builder.inttoptr(arguments[0], integer.as_pointer()), integer(1), "monotonic")
 
     return types.int64(types.int64), generate
 
@@ -87,8 +86,9 @@ def given(context, address, count):
     kind = types.UniTuple(types.int64, count.literal_value)
 
     def generate(context, builder, signature, arguments):
-        first = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
-        places = (builder.gep(first, [ir.Constant(ir.IntType(64), each)]) for each in range(kind.count))
+        integer = arguments[0].type
+        first = builder.inttoptr(arguments[0], integer.as_pointer())
+        places = (builder.gep(first, [integer(each)]) for each in range(kind.count))
         return context.make_tuple(builder, kind, [builder.load(place) for place in places])
 
     return kind(types.int64, count), generate

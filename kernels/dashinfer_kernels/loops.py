@@ -5,14 +5,10 @@ Numba compiles them when an op's `cpu_loop.py` is imported, with a compiler (LLV
 files for the next process. Without a Numba that works, and in deterministic mode, ops take their torch paths. Loops take
 bfloat16 only, as addresses; NaN goes in and comes out as in torch.
 
-They run on torch's own threads, which spin for a while after each of its operations and so are there at once: torch computes
-with OpenMP, and whoever calls `GOMP_parallel` from the same thread gets the same team. Where torch has another kind of threads
-a loop runs on one, and few rows take it.
+They run on torch's own threads, see `threads`. Where torch has another kind of threads a loop runs on one, and takes few rows.
 """
 
-import ctypes
 import warnings
-from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -20,24 +16,11 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from dashinfer_kernels import dispatch
+from dashinfer_kernels import dispatch, threads
 
 MAX_ROWS_ALONE = 32  # beyond, where loops have one thread, torch's vectors and threads are worth their calls
 _OPS = ("activation", "attention", "norm", "rope")
 
-
-def _find_parallel() -> Callable[[int, int, int, int], None] | None:
-    """`GOMP_parallel` of the library that torch brought, which has loaded it for everybody."""
-    try:
-        function = ctypes.CDLL(None).GOMP_parallel
-    except (OSError, AttributeError, TypeError):
-        return None
-    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-    function.restype = None
-    return function
-
-
-parallel = _find_parallel()  # calls a function, given by its address, with an argument on every thread; then 0, 0
 _spec = find_spec("numba")
 enabled = _spec is not None and _spec.origin is not None  # tests clear it to have the torch paths
 
@@ -49,7 +32,7 @@ def fit(x: Tensor) -> bool:
 
 def take(dtype: torch.dtype, rows: int) -> bool:
     """Whether loops take so many rows of a type."""
-    fits = enabled and dtype == torch.bfloat16 and (parallel is not None or rows <= MAX_ROWS_ALONE)
+    fits = enabled and dtype == torch.bfloat16 and (threads.parallel is not None or rows <= MAX_ROWS_ALONE)
     return fits and not dispatch.deterministic and compile_all()
 
 

@@ -17,6 +17,7 @@ from dashinfer_kernels import (
     paged_attention,
     rope_kv_write,
     silu_mul,
+    threads,
     warm_up_loops,
 )
 from dashinfer_kernels.activation import cpu
@@ -164,7 +165,7 @@ def test_what_is_not_finite_stays_so() -> None:
 def test_deterministic_mode_and_many_rows_for_one_thread_take_the_torch_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "_loop", lambda: pytest.fail("the loop was taken"))
     silu_mul(torch.randn(1, 8))
-    monkeypatch.setattr(loops, "parallel", None)
+    monkeypatch.setattr(threads, "parallel", None)
     silu_mul(bf16(loops.MAX_ROWS_ALONE + 1, 8))
     monkeypatch.setattr(dispatch, "deterministic", True)
     silu_mul(bf16(1, 8))
