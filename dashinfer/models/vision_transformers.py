@@ -65,6 +65,9 @@ class TransformersTower:
                 f"transformers makes another vision tower of config.json than its weights: {error}"
             ) from None
         self.weight_bytes = sum(weight.nbytes for weight in weights.values())
+        self._thread = threading.local()  # `pause` of the encode that runs in it
+        for block in self._model.blocks:
+            block.register_forward_pre_hook(lambda *_: self._thread.pause())
         self._pixels = PixelTable(pixel_values, reader.device, reader.dtype)
 
     def steps(self, patches: Tensor, grids: Sequence[Grid]) -> Generator[None, None, VisionOutput]:
@@ -88,12 +91,8 @@ class TransformersTower:
     @torch.inference_mode()
     def _encode(self, patches: Tensor, grids: Sequence[Grid], pause: Callable[[], None]) -> VisionOutput:
         pixels = self._pixels(patches.to(self._device))
-        hooks = [block.register_forward_pre_hook(lambda *_: pause()) for block in self._model.blocks]
-        try:
-            output = self._model(pixels, torch.tensor(grids, device=self._device))
-        finally:
-            for hook in hooks:
-                hook.remove()
+        self._thread.pause = pause
+        output = self._model(pixels, torch.tensor(grids, device=self._device))
         return VisionOutput(output.pooler_output, tuple(getattr(output, "deepstack_features", None) or ()))
 
 
@@ -144,7 +143,8 @@ def _in_turns(work: Callable[[Callable[[], None]], _Result]) -> Generator[None, 
             ended.append((None, error))
         ours.release()
 
-    threading.Thread(target=run, daemon=True).start()
+    thread = threading.Thread(target=run, name="vision tower", daemon=True)
+    thread.start()
     try:
         while True:
             theirs.release()
@@ -155,8 +155,9 @@ def _in_turns(work: Callable[[Callable[[], None]], _Result]) -> Generator[None, 
     except GeneratorExit:
         abandoned = True
         theirs.release()
-        ours.acquire()
+        thread.join()
         raise
+    thread.join()
     result, error = ended[0]
     if error is not None:
         raise error
