@@ -21,7 +21,7 @@ def choose_vision_engine(requested: VisionEngine | None, device: torch.device) -
         return "native"
     if requested == "transformers":
         if missing := _missing("transformers"):
-            raise ConfigurationError(f'--vision-engine transformers: {missing}; pip install "dashinfer[transformers]"')
+            raise ConfigurationError(f'--vision-engine transformers: {missing}; pip install "dashinfer[vlm]"')
         return "transformers"
     if device.type != "cuda" or torch.version.hip is not None:
         why = "TensorRT needs an NVIDIA GPU"

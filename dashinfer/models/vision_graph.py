@@ -95,7 +95,7 @@ class GraphTower:
                 f"an image of {max(lengths)} patches is more than the {most} that --vision-engine {self.engine} is built for; "
                 "lower --max-pixels, or use --vision-engine native"
             )
-        pieces = patches.split(lengths)
+        pieces = patches.to(self._device, non_blocking=True).split(lengths)
         squares = config.merge_size**2
         levels = 1 + len(config.deepstack_blocks)
         found: list[tuple[Tensor, ...]] = [()] * len(shapes)
@@ -121,7 +121,7 @@ class GraphTower:
     def _inputs(self, pieces: list[Tensor], shapes: list[Step]) -> dict[str, Tensor]:
         config = self._config
         layout = BatchLayout.build(config, shapes)
-        inputs = {"patches": self._pixels(torch.cat(pieces).to(self._device, non_blocking=True))}
+        inputs = {"patches": self._pixels(torch.cat(pieces))}
         places = (self._upload(each).float()[:, None] for each in (layout.plain.rows, layout.plain.columns))
         angles = torch.cat([each * self._frequencies for each in places], 1)
         inputs |= {"cos": angles.cos(), "sin": angles.sin()}
@@ -136,4 +136,7 @@ class GraphTower:
         return {name: self._upload(padded.places), f"{name}_mask": mask, f"{name}_back": self._upload(padded.back)}
 
     def _upload(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+        tensor = torch.from_numpy(array)
+        if self._device.type == "cuda":  # a copy from other memory would wait for whatever the device does
+            tensor = tensor.pin_memory()
+        return tensor.to(self._device, non_blocking=True)

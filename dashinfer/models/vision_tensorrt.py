@@ -78,7 +78,7 @@ def load_tensorrt_tower(
             engine = engines.load(entry)
         if engine is None:
             raise StartupError(f"{engines.name} cannot load the vision tower that it built{engines.why()}")
-        session = PlanSession(trt, engine, len(bounds), device)
+        session = PlanSession(engines, engine, len(bounds), device)
     except (RuntimeError, TypeError, MemoryError) as error:  # what its bindings raise
         raise StartupError(f"{engines.name} fails: {error}{engines.why()}; use --vision-engine native") from error
     return GraphTower(
@@ -137,9 +137,9 @@ class _Engines:
 
     def __init__(self, trt: Any) -> None:
         self.name = f"TensorRT {trt.__version__}"
-        self._trt = trt
+        self.trt = trt
         self._log = _log(trt)
-        self._runtime: Any = None  # engines need it as long as they live
+        self._runtime: Any = None
 
     def why(self) -> str:
         """What TensorRT said last."""
@@ -154,7 +154,7 @@ class _Engines:
         if hashlib.sha256(plan).hexdigest() != digest:
             logger.warning("%s is damaged", entry / _PLAN)
             return None
-        self._runtime = self._trt.Runtime(self._log)
+        self._runtime = self.trt.Runtime(self._log)
         return self._runtime.deserialize_cuda_engine(plan)
 
     def build(self, path: Path, profiles: Sequence[Mapping[str, tuple[Shape, Shape, Shape]]]) -> Any:
@@ -163,7 +163,7 @@ class _Engines:
         Raises:
             StartupError: TensorRT does not understand the graph, or has not what it takes to run it.
         """
-        trt = self._trt
+        trt = self.trt
         builder = trt.Builder(self._log)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, self._log)
@@ -203,13 +203,13 @@ def _log(trt: Any) -> Any:
 class PlanSession:
     """Runs an engine in a stream of its own, so that decoding goes on meanwhile."""
 
-    def __init__(self, trt: Any, engine: Any, num_profiles: int, device: torch.device) -> None:
+    def __init__(self, engines: "_Engines", engine: Any, num_profiles: int, device: torch.device) -> None:
         self._device = device
-        self._engine = engine
+        self._kept = engines, engine  # contexts need them as long as they live
         self._stream = torch.cuda.Stream(device)
         self._contexts = []
         for index in range(num_profiles):
-            context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+            context = engine.create_execution_context(engines.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
             if context is None or not context.set_optimization_profile_async(index, self._stream.cuda_stream):
                 raise RuntimeError("no execution context")
             self._contexts.append(context)

@@ -53,14 +53,16 @@ def trt(monkeypatch, tmp_path) -> FakeTensorRT:
     return FakeTensorRT().install(monkeypatch)
 
 
-def load(models: Models, engine: str | None, dtype: torch.dtype = torch.float32, source: Any = None) -> Tower:
+def load(
+    models: Models, engine: str | None, dtype: torch.dtype = torch.float32, source: Any = None, device: torch.device = CPU
+) -> Tower:
     files = toy.weight_files(models.folder)
     return load_tower(
         toy.worker_config(files, models.config, vision=True, vision_engine=engine),
         models.vision_config,
         source or tower_part(SafetensorsSource(files)),
         pixel_values=PIXEL_VALUES,
-        device=CPU,
+        device=device,
         dtype=dtype,
         report=lambda *_: None,
     )
@@ -259,6 +261,22 @@ def test_a_gpu_that_cannot_be_used(qwen2, trt):
         load(qwen2, "tensorrt")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_tensorrt_itself(models, tmp_path, monkeypatch):
+    pytest.importorskip("tensorrt")
+    monkeypatch.setenv("DASHINFER_CACHE", str(tmp_path))
+    monkeypatch.setattr(vision_batches, "_LONGEST", (16, 40))
+    tower = load(models, "tensorrt", torch.float16, device=GPU)
+    patches = random_patches(SIZES[2])
+
+    output, _ = drain(tower.steps(patches, SIZES[2]))
+
+    exact = models.tower.encode(patches, SIZES[2])
+    for actual, right in zip((output.embeddings, *output.deepstack), (exact.embeddings, *exact.deepstack), strict=True):
+        assert (actual.cpu().float() - right).norm() < 0.02 * right.norm()
+
+
 def test_an_abandoned_batch_ends_before_its_memory_is_free(qwen2, trt):
     steps = load(qwen2, "tensorrt").steps(random_patches(SIZES[0]), SIZES[0])
     next(steps)
@@ -336,7 +354,7 @@ def test_the_choice(monkeypatch, caplog):
     [
         ("tensorrt", CPU, "TensorRT needs an NVIDIA GPU, or use --vision-engine native"),
         ("tensorrt", GPU, r'tensorrt cannot be imported.*pip install "dashinfer\[tensorrt\]"'),
-        ("transformers", CPU, r'transformers cannot be imported.*pip install "dashinfer\[transformers\]"'),
+        ("transformers", CPU, r'transformers cannot be imported.*pip install "dashinfer\[vlm\]"'),
     ],
 )
 def test_a_request_that_cannot_be_met(requested, device, advice, monkeypatch):
