@@ -18,6 +18,7 @@ FOLDERS = (ROOT, ROOT / "kernels")
 SHARED = [
     *("dashinfer", "dashinfer.errors", "dashinfer.types", "dashinfer.config", "dashinfer.gguf_header"),
     *("dashinfer.worker", "dashinfer.worker.frames"),
+    *("dashinfer.sources", "dashinfer.sources.cache"),
     # A model's shape needs no torch, so the parent refuses what cannot be served before its weights are fetched.
     *("dashinfer.models", "dashinfer.models.config", "dashinfer.models.rope_config", "dashinfer.models.vision_config"),
     *("dashinfer.models.quantized_config", "dashinfer.models.quantized_values", "dashinfer.models.scaled_config"),
@@ -46,6 +47,7 @@ PARENT: list[set[str]] = [
 ]
 CHILD: list[set[str]] = [
     {"dashinfer", "dashinfer.errors", "dashinfer.types", "dashinfer.config", "dashinfer.gguf_header"},
+    {"dashinfer.sources", "dashinfer.sources.cache"},
     {"dashinfer_kernels"},
     {"dashinfer.models"},
     {"dashinfer.worker"},  # all of it but frames and supervisor, which are the parent's
@@ -191,7 +193,7 @@ def test_only_declared_packages_are_imported() -> None:
     """Everything that the product imports is a dependency or an extra of pyproject.toml, or Python's own."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    requirements = [*project["dependencies"], *extras["serving"], *extras["vlm"]]
+    requirements = [*project["dependencies"], *extras["serving"], *extras["vlm"], *extras["tensorrt"]]
     declared = {requirement.split(";")[0].split("[")[0].split("<")[0].split(">")[0].strip() for requirement in requirements}
     known = {name.lower().replace("-", "_") for name in declared}
     known |= {"pil", "quart", "werkzeug", "pydantic_core", "tqdm", "triton"}  # parts of those declared, or what they stand on

@@ -1,16 +1,21 @@
 """The vision tower of a checkpoint, run by the engine that is asked for."""
 
+import logging
 from collections.abc import Generator, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dashinfer.errors import ConfigurationError
+from dashinfer.errors import StartupError
 from dashinfer.models.vision_config import Grid, VisionConfig
+from dashinfer.models.vision_engines import choose_vision_engine
 from dashinfer.models.vision_qwen import VisionOutput, VisionTower
+from dashinfer.models.vision_transformers import TransformersTower
 from dashinfer.models.weights import ReportProgress, Source, WeightReader
 from dashinfer.types import VisionEngine, WorkerConfig
+
+logger = logging.getLogger("dashinfer.models")
 
 
 class Tower(Protocol):
@@ -42,7 +47,7 @@ def load_tower(
     dtype: torch.dtype,
     report: ReportProgress,
 ) -> Tower:
-    """The tower that `config.vision_engine` asks for.
+    """The tower, run by what `config.vision_engine` asks for. Where nothing is and TensorRT fails: a warning, and native.
 
     Args:
         source: of the tower's tensors alone, `visual...`; may be read more than once, and is closed by the caller.
@@ -51,9 +56,21 @@ def load_tower(
         report: as of `load_model`, with bytes of the tower alone.
 
     Raises:
-        StartupError: that engine cannot be used here.
+        ConfigurationError: that engine cannot be used here.
+        StartupError: it fails.
         UnsupportedModel: a tensor is missing, has an unexpected shape or type, or is one too many.
     """
-    if config.vision_engine not in (None, "native"):
-        raise ConfigurationError(f"--vision-engine {config.vision_engine} is not supported yet; use --vision-engine native")
-    return VisionTower(vision, WeightReader(source, dtype=dtype, device=device, report=report), pixel_values)
+    engine = choose_vision_engine(config.vision_engine, device)
+    if engine == "tensorrt":
+        from dashinfer.models.vision_tensorrt import load_tensorrt_tower
+
+        try:
+            return load_tensorrt_tower(vision, source, pixel_values=pixel_values, device=device, dtype=dtype, report=report)
+        except StartupError as error:
+            if config.vision_engine is not None:
+                raise
+            logger.warning("vision engine: native, since TensorRT failed: %s", error)
+    reader = WeightReader(source, dtype=dtype, device=device, report=report)
+    if engine == "transformers":
+        return TransformersTower(vision, config.files.config.get("vision_config") or {}, reader, pixel_values)
+    return VisionTower(vision, reader, pixel_values)

@@ -17,6 +17,7 @@ from torch import Tensor
 from dashinfer.models.linears import load_linear
 from dashinfer.models.vision_config import Grid, VisionConfig
 from dashinfer.models.vision_layout import Layout
+from dashinfer.models.vision_pixels import PixelTable
 from dashinfer.models.vision_shapes import PATCHES, POSITIONS, TowerNames, tower_shapes
 from dashinfer.models.weights import Part, WeightReader
 from dashinfer.types import VisionEngine
@@ -34,7 +35,6 @@ from dashinfer_kernels import (
 )
 
 _EPS = 1e-6
-_PIXEL_ROWS = 4096  # patches whose bytes are looked up at a time
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,7 @@ class VisionTower:
         reader.finish(config.depth)
         self.weight_bytes = load.nbytes
 
-        self._pixel_values = pixel_values.to(reader.device, reader.dtype).flatten()
-        self._channels = 256 * torch.arange(config.channels, dtype=torch.int32, device=reader.device)[:, None]
+        self._pixels = PixelTable(pixel_values, reader.device, reader.dtype)
         axis = config.head_dim // 2
         frequencies = 1.0 / config.rope_theta ** (torch.arange(0, axis, 2, dtype=torch.float32) / axis)
         self._frequencies = frequencies.to(reader.device)
@@ -142,12 +141,7 @@ class VisionTower:
 
     def _embed(self, patches: Tensor, layout: Layout) -> Tensor:
         """[patches, hidden] float32."""
-        parts = []
-        for part in patches.split(_PIXEL_ROWS):
-            values = part.unflatten(1, (self.config.channels, -1)) + self._channels
-            pixels = self._pixel_values.index_select(0, values.flatten()).view(part.shape)
-            parts.append(self._patches.wide(pixels))
-        residual = parts[0] if len(parts) == 1 else torch.cat(parts)
+        residual = self._patches.wide(self._pixels(patches))
         if self._positions is not None and self.config.positions_side is not None:
             indices, shares = layout.position_weights(self.config.positions_side)
             residual += F.embedding_bag(
