@@ -19,7 +19,7 @@ import trio
 from tokenizers import decoders, models, pre_tokenizers
 
 from dashinfer.config import ServerConfig
-from dashinfer.engine.api import EngineState, EngineStats, TokenOutput
+from dashinfer.engine.api import EngineState, EngineStats, PromptMedia, TokenOutput
 from dashinfer.errors import (
     ContextLengthExceeded,
     EngineUnavailable,
@@ -128,6 +128,7 @@ class FakeGeneration:
 class FakeEngine:
     """Attributes:
     record: what happened, in order.
+    submitted: what `submit` was given, in order.
     running: generations whose block has not been left.
     at_once: tokens a choice gets with each receive.
     refusal: raised by submit, if set.
@@ -137,6 +138,7 @@ class FakeEngine:
         self.state: EngineState = "loading"
         self.info: Ready | None = None
         self.record: list[str] = []
+        self.submitted: list[tuple[list[int], list[SamplingParams], PromptMedia | None]] = []
         self.running = 0
         self.at_once = 1
         self.refusal: Exception | None = None
@@ -196,13 +198,14 @@ class FakeEngine:
         self._changed.set()
         self._changed = trio.Event()
 
-    def submit(self, prompt: list[int], params: list[SamplingParams]) -> Any:
+    def submit(self, prompt: list[int], params: list[SamplingParams], media: PromptMedia | None = None) -> Any:
         if self.refusal is not None:
             raise self.refusal
         if self.state != "ready":
             raise EngineUnavailable(f"the engine is {self.state}")
         if len(prompt) >= INFO.max_length:
             raise ContextLengthExceeded("the prompt leaves no room")
+        self.submitted.append((prompt, params, media))
         return self._life(FakeGeneration(self, prompt, params))
 
     @contextmanager
@@ -240,16 +243,17 @@ class FakeBackend:
         report("download", 1000, 1000, "B")
         return ModelSource(ModelFiles(config.model, "safetensors", (), {}), write_tokenizer(self._folder))
 
-    def engine(self, config: ServerConfig, files: ModelFiles, on_progress: Callable[[Progress], None]) -> FakeEngine:
+    def engine(self, config: ServerConfig, source: ModelSource, on_progress: Callable[[Progress], None]) -> FakeEngine:
         on_progress(Progress("weights", 10, 100, "B"))
         on_progress(Progress("weights", 100, 100, "B"))
-        if files.name == "no-memory":
+        name = source.files.name
+        if name == "no-memory":
             return _NoMemory()
-        if files.name == "never-ends":
+        if name == "never-ends":
             return _NeverEnds()
-        return FakeEngine(load=files.name != "never-loads")
+        return FakeEngine(load=name != "never-loads")
 
-    def text(self, source: ModelSource) -> TextModel:
+    def text(self, config: ServerConfig, source: ModelSource) -> TextModel:
         return make_text(self._folder)
 
 
