@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import tokenizers
 import trio
 from tokenizers import decoders, models, pre_tokenizers
@@ -127,6 +128,7 @@ class FakeGeneration:
 
 class FakeEngine:
     """Attributes:
+    model: what it says that it serves.
     record: what happened, in order.
     submitted: what `submit` was given, in order.
     running: generations whose block has not been left.
@@ -137,6 +139,7 @@ class FakeEngine:
     def __init__(self, *, load: bool = True) -> None:
         self.state: EngineState = "loading"
         self.info: Ready | None = None
+        self.model = INFO
         self.record: list[str] = []
         self.submitted: list[tuple[list[int], list[SamplingParams], PromptMedia | None]] = []
         self.running = 0
@@ -152,8 +155,8 @@ class FakeEngine:
     async def run(self, *, task_status: trio.TaskStatus[Ready] = trio.TASK_STATUS_IGNORED) -> None:
         try:
             await self.loaded.wait()
-            self.state, self.info = "ready", INFO
-            task_status.started(INFO)
+            self.state, self.info = "ready", self.model
+            task_status.started(self.model)
             await self.crash.wait()
             self.lost = InternalError("the engine lost this request")
             self.state = "failed"
@@ -203,7 +206,7 @@ class FakeEngine:
             raise self.refusal
         if self.state != "ready":
             raise EngineUnavailable(f"the engine is {self.state}")
-        if len(prompt) >= INFO.max_length:
+        if len(prompt) >= self.model.max_length:
             raise ContextLengthExceeded("the prompt leaves no room")
         self.submitted.append((prompt, params, media))
         return self._life(FakeGeneration(self, prompt, params))
@@ -222,6 +225,14 @@ class FakeEngine:
 
     def stats(self) -> EngineStats:
         return EngineStats(self.running, 0, INFO.num_blocks, 0, 0, 0, 0, 0)
+
+
+class SeeingEngine(FakeEngine):
+    """Serves a model that sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = msgspec.structs.replace(INFO, mode="vlm", vocab_size=261, max_length=8192, vision_engine="native")
 
 
 class FullEngine(FakeEngine):
