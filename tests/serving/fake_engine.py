@@ -234,6 +234,10 @@ class SeeingEngine(FakeEngine):
         super().__init__()
         self.model = msgspec.structs.replace(INFO, mode="vlm", vocab_size=261, max_length=8192, vision_engine="native")
 
+    def resize(self, max_length: int) -> None:
+        """Another length of context, once it is loaded."""
+        self.info = self.model = msgspec.structs.replace(self.model, max_length=max_length)
+
 
 class FullEngine(FakeEngine):
     """Has no place in its queue."""

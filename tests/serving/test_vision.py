@@ -341,9 +341,7 @@ async def test_what_does_not_fit_is_not_decoded(
     monkeypatch.setattr(intakes, "decode_image", lambda content: decoded.append(content))
     huge = data_uri(encode(picture(200, 200)))
     async with run_server(engine_type=SeeingEngine, model=seeing) as server:
-        server.engine.info = server.engine.model = type(server.engine.model)(
-            **{**{f: getattr(server.engine.model, f) for f in server.engine.model.__struct_fields__}, "max_length": 40}
-        )
+        server.engine.resize(40)
         error = await refusal(server, user(image(huge)))
 
     assert error["code"] == "context_length_exceeded"

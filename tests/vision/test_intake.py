@@ -83,7 +83,7 @@ async def test_a_key_stands_for_the_content(internet: FakeInternet) -> None:
     )
 
     assert first.medium == second.medium == third.medium
-    assert first.medium.patches == slow.medium.patches
+    assert slow.medium.patches == slow_timed.medium.patches
     assert slow.medium.key == quick.medium.key != first.medium.key
     assert slow_timed.medium.key != quick_timed.medium.key
     assert (slow.seconds_per_step, quick.seconds_per_step) == (2.0, 1.0)
