@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 # long string, and under a second at the worst. Text that fills a long context takes a tenth of it.
 MAX_BODY = 8 * 1024 * 1024
 INLINE_MEDIA = 2  # of the largest size, in base64, that a body may have room for besides, where the model sees
+BODY_STEP = 4 * 1024 * 1024  # bytes of that memory that are taken at a time
 PAID_BODY = 1024 * 1024  # bytes from which on a body needs memory from the budget for media, where there is one
 MAX_OTHER_BODY = 16 * 1024  # bytes that are kept of a body nobody reads
 BODY_TIMEOUT = 120  # seconds a client may take to send its body
@@ -107,13 +108,24 @@ def _unexpected(error: Exception) -> Response:
 
 
 async def _admit(service: Service, scope: Scope, record: RequestRecord) -> None:
-    """Lets a large body wait until there is memory for it, if the model sees: it then brings images. Raises QueueFull."""
-    if service.intake is None or scope["method"] != "POST":
+    """Lets a large body wait until there is memory for it, if the model sees: it then brings images. More is taken as it comes.
+
+    Raises QueueFull.
+    """
+    if service.intake is None or scope["method"] != "POST" or not scope["path"].endswith(CHAT_PATH):
         return
-    length = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
-    if length.isdigit() and PAID_BODY <= int(length) <= max_body(service, declared=True):
-        record.account = record.stack.enter_context(service.intake.budget.open())
-        await record.account.take(int(length))
+    declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
+    length = int(declared) if declared.isdigit() else 0
+    if not PAID_BODY <= length <= max_body(service, declared=True):
+        return
+    account = record.account = record.stack.enter_context(service.intake.budget.open())
+
+    async def make_room(received: int) -> None:
+        if received >= account.held and account.held < length:
+            await account.take(min(BODY_STEP, length - account.held))
+
+    await make_room(0)
+    record.make_room = make_room
 
 
 def create_app(service: Service) -> QuartTrio:

@@ -289,6 +289,8 @@ async def start(service: Service, body: Buffer, stack: ExitStack, account: "Medi
     del body  # the request has its own copy of what it needs
     if isinstance(begun, Prepared):
         prepared = begun
+        if account is not None:
+            account.settle(0)
     else:
         request = begun
         seen = await _see(service, engine, request.media(), stack, account)

@@ -51,6 +51,7 @@ class RequestRecord:
         keep_alive: sent in long silences of an answer that has begun; empty where its format has nothing to say.
         describe: what the access log's line says besides, asked for when the request has ended.
         account: pays for a large body, where images are taken.
+        make_room: awaited with the bytes of the body so far, before more are read.
     """
 
     id: str
@@ -58,6 +59,7 @@ class RequestRecord:
     keep_alive: bytes = b""
     describe: Callable[[], str] | None = None
     account: "MediaAccount | None" = None
+    make_room: Callable[[int], Awaitable[None]] | None = None
 
 
 def error_headers(error: RequestError) -> dict[str, str]:
@@ -77,6 +79,7 @@ class _Exchange:
         self._receive, self._send = receive, send
         self._record = record
         self._uploaded = trio.Event()  # or the client is gone
+        self._received = 0  # bytes of the body
         self._writing = False
         self._since = 0.0  # trio's time at which the current write began, or the last one ended
         self._keep_alive_sent: trio.Event | None = None  # while one is being sent
@@ -85,6 +88,9 @@ class _Exchange:
 
     async def receive(self) -> MutableMapping[str, Any]:
         message = await self._receive()
+        self._received += len(message.get("body", b""))
+        if self._record.make_room is not None and message.get("more_body", False):
+            await self._record.make_room(self._received)
         if message["type"] == "http.disconnect" or not message.get("more_body", False):
             self._uploaded.set()
         return message

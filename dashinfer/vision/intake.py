@@ -75,8 +75,10 @@ class Intake:
         self.policy = policy
         self.network = network or Internet()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        # Half of the cores: the model may run on them too.
-        self.cutters = trio.CapacityLimiter(max(2, min(8, cores // 2)))
+        # Half of the cores: the model may run on them too. Videos, which take long, leave the other half of those to images.
+        threads = max(2, min(8, cores // 2))
+        self.image_cutters = trio.CapacityLimiter(threads)
+        self.video_cutters = trio.CapacityLimiter(threads // 2)
         self.readers = trio.CapacityLimiter(2)  # of headers and data: URLs, which hold the interpreter's lock
 
     async def take(self, requests: Sequence[MediumRequest], account: MediaAccount, *, max_tokens: int) -> list[Seen]:
@@ -160,13 +162,13 @@ class _Passage:
             patches = processor.patches(rgb)
             return self._seen("image", patches, processor)
 
-        seen = await self._cut(cut)
+        seen = await self._cut("image", cut)
         self._account.give(len(content))
         return seen
 
     async def _video(self, source: str, processor: VideoProcessor, fps: float | None) -> Seen:
         content = await self._fetch(source)
-        info = await self._cut(partial(probe_video, content, check=trio.from_thread.check_cancelled))
+        info = await self._cut("video", partial(probe_video, content, check=trio.from_thread.check_cancelled))
         frames = len(processor.sample(info.frames, info.fps, fps))
         await self._make_room(processor.grid(frames, info.height, info.width), processor)
 
@@ -175,7 +177,7 @@ class _Passage:
                 decode_video(content, processor, fps=fps, check=trio.from_thread.check_cancelled), processor
             )
 
-        seen = await self._cut(cut)
+        seen = await self._cut("video", cut)
         self._account.give(len(content))
         return seen
 
@@ -197,7 +199,7 @@ class _Passage:
             patches = decode_frames(contents, processor, fps=fps or FRAME_RATE, check=trio.from_thread.check_cancelled)
             return self._seen_video(patches, processor)
 
-        seen = await self._cut(cut)
+        seen = await self._cut("video", cut)
         self._account.give(sum(map(len, contents)))
         return seen
 
@@ -238,9 +240,10 @@ class _Passage:
             )
         await self._account.take(math.prod(grid) * processor.patch_dim)
 
-    async def _cut(self, work: Callable[[], T]) -> T:
+    async def _cut(self, kind: MediumKind, work: Callable[[], T]) -> T:
         """Something long in a thread. It is waited for even if it is cancelled, because its memory is in use until it ends."""
-        return await trio.to_thread.run_sync(work, limiter=self._intake.cutters)
+        limiter = self._intake.image_cutters if kind == "image" else self._intake.video_cutters
+        return await trio.to_thread.run_sync(work, limiter=limiter)
 
     def _seen_video(self, patches: VideoPatches, processor: Processor) -> Seen:
         return self._seen("video", patches, processor, patches.seconds_per_step, patches.timestamps)

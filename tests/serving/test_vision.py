@@ -489,6 +489,30 @@ async def test_a_large_body_needs_memory(run_server: RunServer, seeing: TextMode
     assert [answer.status_code for answer in answers] == [200]
 
 
+async def test_memory_for_a_body_is_taken_as_it_comes(
+    run_server: RunServer, seeing: TextModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who sends slowly holds little."""
+    monkeypatch.setattr("dashinfer.serving.app.BODY_STEP", 2**18)
+    body = json.dumps({**Running.body("say yes"), "metadata": "a" * 2**21}).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
+    async with run_server(engine_type=SeeingEngine, model=seeing) as server:
+        budget = server.service.intake.budget
+        with trio.socket.from_stdlib_socket(server.connect()) as client:
+            await client.send(head)
+            with trio.fail_after(10):
+                while not budget.used:
+                    await trio.lowlevel.checkpoint()
+            assert budget.used == 2**18
+            await trio.SocketStream(client).send_all(body)
+            answer = await client.recv(20)
+            with trio.fail_after(10):
+                await server.service.idle()
+
+        assert budget.used == 0
+    assert answer.startswith(b"HTTP/1.1 200")
+
+
 async def test_bodies_may_be_larger_where_the_model_sees(run_server: RunServer, seeing: TextModel) -> None:
     body = json.dumps({**Running.body("say yes"), "metadata": "a" * (9 * 2**20)}).encode()
 
