@@ -60,7 +60,8 @@ def write_model(folder: Path, family: str = "qwen2_vl", **image_settings: Any) -
         "architectures": [architecture], "model_type": family, "vision_config": vision, "image_token_id": IMAGE,
         "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": STOP, "vocab_size": 261,
         "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 1,
-        "max_position_embeddings": 32768,
+        "max_position_embeddings": 32768, "head_dim": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 2, 2]},
     }  # fmt: skip
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab={sign: byte for byte, sign in byte_alphabet().items()}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
