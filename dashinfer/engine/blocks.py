@@ -12,21 +12,39 @@ Free blocks are handed out lowest number first, which keeps what is in use toget
 
 import hashlib
 import heapq
+import struct
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
+from dashinfer.engine.api import PromptMedia
 
-def extend_hashes(hashes: list[bytes], tokens: Sequence[int], block_size: int) -> None:
+
+def extend_hashes(hashes: list[bytes], tokens: Sequence[int], block_size: int, media: PromptMedia | None = None) -> None:
     """Append the hashes of the full blocks of `tokens` that `hashes` lacks.
 
     A block's hash is the SHA-256 of its predecessor's hash and its own token ids, so it stands for the whole prefix and two
-    prefixes never share one by accident.
+    prefixes never share one by accident. With `media` it is also of what is shown in the block, by the keys of its content, and
+    of the positions that its tokens are rotated by.
     """
     for start in range(len(hashes) * block_size, len(tokens) - block_size + 1, block_size):
         parent = hashes[-1] if hashes else b""
-        content = array("i", tokens[start : start + block_size]).tobytes()
+        end = start + block_size
+        content = array("i", tokens[start:end]).tobytes()
+        if media is not None:
+            content += _shown(media, start, end)
         hashes.append(hashlib.sha256(parent + content).digest())
+
+
+def _shown(media: PromptMedia, start: int, end: int) -> bytes:
+    prompt = len(media.positions) // 12
+    parts = [media.positions[4 * (axis * prompt + start) : 4 * (axis * prompt + min(end, prompt))] for axis in range(3)]
+    if end > prompt:
+        parts.append(struct.pack("<i", media.delta))
+    for span in media.spans:
+        if span.start < end and span.end > start:
+            parts.append(struct.pack("<iii", span.start - start, span.offset, span.length) + span.key)
+    return b"".join(parts)
 
 
 class BlockPool:

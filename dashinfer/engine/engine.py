@@ -16,6 +16,7 @@ import trio
 from dashinfer.config import ServerConfig
 from dashinfer.engine.api import EngineState, EngineStats, PromptMedia
 from dashinfer.engine.generation import SequenceGroup
+from dashinfer.engine.media import MediaCache
 from dashinfer.engine.pace import Pace
 from dashinfer.engine.scheduler import Scheduler
 from dashinfer.engine.sequence import Sequence
@@ -29,7 +30,7 @@ from dashinfer.errors import (
     StartupError,
     WorkerError,
 )
-from dashinfer.types import ModelFiles, Progress, Ready, SamplingParams, StepResult, WorkerConfig
+from dashinfer.types import Encoded, ModelFiles, Progress, Ready, SamplingParams, StepResult, WorkerConfig
 from dashinfer.worker.supervisor import COMMAND, WorkerGroup, one_error
 
 logger = logging.getLogger("dashinfer.engine")
@@ -70,6 +71,7 @@ class Engine:
             command=worker_command,
         )
         self._scheduler: Scheduler | None = None
+        self._media_cache: MediaCache | None = None
         self._groups: dict[Sequence, SequenceGroup] = {}  # of every sequence that has not ended
         self._results: deque[StepResult] = deque()
         self._wake = trio.Event()  # work or results have come
@@ -95,12 +97,17 @@ class Engine:
                         self.info = await nursery.start(self._run_workers)
                     if loading.cancelled_caught:
                         raise StartupError(f"the model did not load within {LOAD_TIMEOUT:.0f} s")
+                    if self.info.mode == "vlm":
+                        self._media_cache = MediaCache(
+                            capacity=self.info.media_cache_bytes, token_bytes=self.info.media_token_bytes
+                        )
                     self._scheduler = Scheduler(
                         num_blocks=self.info.num_blocks,
                         block_size=self.info.block_size,
                         max_batch=self._config.max_batch,
                         max_step_tokens=self.info.max_step_tokens,
                         prefix_cache=not self._config.disable_prefix_cache,
+                        media_cache=self._media_cache,
                     )
                     if self.state == "loading":
                         self.state = "ready"
@@ -143,8 +150,9 @@ class Engine:
         queued = self._num_queued(self._scheduler)
         if queued >= self._config.max_queue:
             raise QueueFull(f"{queued} of at most {self._config.max_queue} requests are waiting already; try again later")
+        assert media is None or self._media_cache is not None, "the model sees nothing"
         assert all(len(prompt) + each.max_tokens <= self.info.max_length for each in params)
-        return SequenceGroup(prompt, params, on_enter=self._enter, on_exit=self._exit, on_stop=self._end)
+        return SequenceGroup(prompt, params, media, on_enter=self._enter, on_exit=self._exit, on_stop=self._end)
 
     def stats(self) -> EngineStats:
         scheduler = self._scheduler
@@ -169,7 +177,14 @@ class Engine:
     # -- the loop
 
     async def _run_workers(self, *, task_status: trio.TaskStatus[Ready]) -> None:
-        await self._workers.run(on_progress=self._on_progress, on_result=self._on_result, task_status=task_status)
+        await self._workers.run(
+            on_progress=self._on_progress, on_result=self._on_result, on_encoded=self._on_encoded, task_status=task_status
+        )
+
+    def _on_encoded(self, message: Encoded) -> None:
+        assert self._media_cache is not None
+        self._media_cache.encoded(message.keys)
+        self._wake.set()
 
     def _on_result(self, result: StepResult) -> None:
         self._results.append(result)
@@ -178,6 +193,7 @@ class Engine:
     async def _drive(self, scheduler: Scheduler) -> None:
         """Keep the workers supplied and the requests informed."""
         steps: deque[_RunningStep] = deque()  # that the workers have
+        cache = self._media_cache
         pace = Pace()
         while True:
             self._wake = trio.Event()
@@ -191,10 +207,14 @@ class Engine:
             while scheduler.num_planned < PLANS_AHEAD:
                 if steps and (due := steps[0].begun + pace.delay(steps[0].tokens)) > trio.current_time():
                     break
-                if (plan := scheduler.schedule()) is None:
+                plan = scheduler.schedule()
+                if plan is not None:
+                    await self._workers.send(plan)
+                for message in cache.take_messages() if cache is not None else ():
+                    await self._workers.send(message)
+                if plan is None:
                     due = math.inf
                     break
-                await self._workers.send(plan)
                 steps.append(_RunningStep(plan.step, sum(chunk.length for chunk in plan.chunks), trio.current_time()))
                 due = math.inf
             if not self._results:
@@ -204,7 +224,7 @@ class Engine:
         """Until work or results have come, it is due to plan, or it is time to warn of the running step. Raises WorkerError at
         its deadline."""
         if step is None:
-            await self._wake.wait()
+            await self._wait_idle()
             return
         end = step.begun + self._config.step_timeout
         with trio.move_on_at(min(due, end if step.warned else min(end, step.begun + LONG_STEP))):
@@ -220,6 +240,17 @@ class Engine:
         elif not step.warned and now >= step.begun + LONG_STEP:
             step.warned = True
             logger.warning("step %d has been running for %.0f s", step.number, now - step.begun)
+
+    async def _wait_idle(self) -> None:
+        """Until work or media have come. Raises WorkerError when media that ranks do nothing but encode never do."""
+        if self._media_cache is None or not self._media_cache.num_encoding:
+            await self._wake.wait()
+            return
+        end = trio.current_time() + self._config.step_timeout
+        with trio.move_on_at(end):
+            await self._wake.wait()
+        if not self._wake.is_set() and trio.current_time() <= end + LATE:
+            raise WorkerError(f"the workers hang: no image or video encoded for {self._config.step_timeout:g} s")
 
     def _apply(self, scheduler: Scheduler, result: StepResult) -> None:
         for update in scheduler.apply(result):

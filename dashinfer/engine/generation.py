@@ -9,7 +9,7 @@ from types import TracebackType
 
 import trio
 
-from dashinfer.engine.api import TokenOutput
+from dashinfer.engine.api import PromptMedia, TokenOutput
 from dashinfer.engine.scheduler import Update
 from dashinfer.engine.sequence import Sequence
 from dashinfer.errors import RequestError
@@ -29,12 +29,13 @@ class SequenceGroup:
         self,
         prompt: list[int],
         params: list[SamplingParams],
+        media: PromptMedia | None = None,
         *,
         on_enter: Callable[["SequenceGroup"], None],
         on_exit: Callable[["SequenceGroup"], None],
         on_stop: Callable[[Sequence], None],
     ) -> None:
-        self.sequences = [Sequence(len(prompt), list(prompt), each) for each in params]
+        self.sequences = [Sequence(len(prompt), list(prompt), each, media) for each in params]
         self._index = {sequence: index for index, sequence in enumerate(self.sequences)}
         self._open = set(range(len(params)))  # choices that the reader still expects something of
         self._on_enter = on_enter

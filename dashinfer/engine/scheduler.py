@@ -8,6 +8,9 @@ Policy: running sequences are served first in, first out; a decode never waits f
 the step's token budget. Waiting sequences enter in order as soon as a slot and the blocks for all their known tokens are there.
 When blocks run out, the sequence that entered last gives up all of its own and goes back to the head of the queue, to be
 computed again from its tokens ("preemption by recompute"); what the prefix cache still has of it is not computed twice.
+
+A sequence with images or videos is computed up to the first that the ranks have not encoded yet. It does not enter before they
+have what it begins with, and those behind it in the queue do not wait for that.
 """
 
 import heapq
@@ -17,7 +20,9 @@ from itertools import islice
 
 from msgspec import Struct
 
+from dashinfer.engine.api import Medium
 from dashinfer.engine.blocks import BlockPool, extend_hashes
+from dashinfer.engine.media import MediaCache
 from dashinfer.engine.sequence import Sequence
 from dashinfer.types import Chunk, Enter, FinishReason, StepPlan, StepResult, TokenLogprobs
 
@@ -36,8 +41,16 @@ class Scheduler:
     """Schedules over `num_blocks` blocks of `block_size` tokens and `max_batch` slots, `max_step_tokens` tokens a step."""
 
     def __init__(
-        self, *, num_blocks: int, block_size: int, max_batch: int, max_step_tokens: int, prefix_cache: bool = True
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_batch: int,
+        max_step_tokens: int,
+        prefix_cache: bool = True,
+        media_cache: MediaCache | None = None,
     ) -> None:
+        """`media_cache` where sequences may have media."""
         assert max_step_tokens >= max_batch, "every running sequence must be able to decode in every step"
         self.pool = BlockPool(num_blocks, prefix_cache=prefix_cache)
         self.block_size = block_size
@@ -50,6 +63,8 @@ class Scheduler:
         self._free_slots = list(range(max_batch))  # a heap
         self._planned: deque[tuple[int, list[Sequence]]] = deque()  # step and who samples, of plans without a result
         self._step = 0
+        self._media_cache = media_cache
+        self._media_full = False  # a sequence has found no room in this plan, and those after it must not take it
 
     @property
     def num_planned(self) -> int:
@@ -85,6 +100,7 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """Plan the next step; None when there is nothing to compute."""
         chunks: dict[Sequence, Chunk] = {}
+        self._media_full = False
         preempted = self._plan_running(chunks)
         enter = [] if preempted else self._admit(chunks)
         if not chunks:
@@ -133,6 +149,8 @@ class Scheduler:
             if sequence.slot is None or remaining == 0:
                 continue
             length = 1 if remaining == 1 else min(remaining, budget)
+            if sequence.media is not None:
+                length = min(length, self._reach(sequence, sequence.computed) - sequence.computed)
             if length == 0:
                 continue
             needed = self._blocks_for(sequence.computed + length) - len(sequence.blocks)
@@ -150,11 +168,19 @@ class Scheduler:
         """Let waiting sequences in while there are slots, tokens and blocks."""
         entered = []
         budget = self.max_step_tokens - sum(chunk.length for chunk in chunks.values())
-        while self.waiting and self._free_slots and budget > 0:
-            sequence = self.waiting[0]
+        place = 0  # in the queue: those before it wait for their media
+        while place < len(self.waiting) and self._free_slots and budget > 0:
+            sequence = self.waiting[place]
             if sequence.in_flight:  # preempted, and some of its tokens are still to come
                 break
             cached = self._cached_prefix(sequence)
+            reach = len(sequence.tokens)
+            if sequence.media is not None:
+                computed = len(cached) * self.block_size
+                reach = self._reach(sequence, computed)
+                if reach == computed:
+                    place += 1
+                    continue
             self.pool.share(cached)
             missing = self._blocks_for(sequence.length) - len(cached)
             # One block in reserve for each running sequence, lest the newcomer's arrival preempt it right away.
@@ -162,7 +188,7 @@ class Scheduler:
             if missing + reserve > self.pool.num_available:
                 self.pool.release(cached)
                 break
-            self.waiting.popleft()
+            del self.waiting[place]
             sequence.blocks = list(cached)
             sequence.registered = len(cached)
             sequence.computed = len(cached) * self.block_size
@@ -171,12 +197,60 @@ class Scheduler:
                 sequence.admitted = True
             sequence.slot = heapq.heappop(self._free_slots)
             self.running.append(sequence)
-            entered.append(Enter(sequence.slot, array("i", sequence.tokens).tobytes(), sequence.prompt_length, sequence.params))
-            length = min(sequence.num_to_compute, budget)
+            if sequence.media is not None:
+                self._reach(sequence, sequence.computed)  # what was wanted is pinned
+            entered.append(self._enter(sequence))
+            length = min(sequence.num_to_compute, budget, reach - sequence.computed)
             budget -= length
             chunk = self._compute(sequence, length, self._blocks_for(sequence.computed + length) - len(cached))
             chunks[sequence] = Chunk(chunk.slot, chunk.start, chunk.length, chunk.sample, (*cached, *chunk.new_blocks))
         return entered
+
+    def _enter(self, sequence: Sequence) -> Enter:
+        assert sequence.slot is not None
+        tokens, media = array("i", sequence.tokens).tobytes(), sequence.media
+        if media is None:
+            return Enter(sequence.slot, tokens, sequence.prompt_length, sequence.params)
+        return Enter(sequence.slot, tokens, sequence.prompt_length, sequence.params, media.spans, media.positions, media.delta)
+
+    def _reach(self, sequence: Sequence, computed: int) -> int:
+        """The position up to which a sequence can be computed from `computed` on, as far as its media go: the first that shows
+        what is not encoded. Asks for what is needed from there on, in order, while there is room."""
+        cache, media = self._media_cache, sequence.media
+        assert cache is not None and media is not None
+        if computed >= media.spans[-1].end and not sequence.held:
+            return sequence.length
+        by_key = {medium.key: medium for medium in media.media}
+        order = dict.fromkeys(span.key for span in media.spans if span.end > computed)
+        self._release(sequence, sequence.held - order.keys())
+        kept: set[bytes] = set()
+        for key in order:
+            if key not in sequence.held and self._media_full:
+                break
+            if not self._hold(sequence, by_key[key]):
+                # what is needed only after this must not keep its room
+                self._release(sequence, sequence.held - kept)
+                if not self._hold(sequence, by_key[key]):
+                    self._media_full = True
+                    break
+            kept.add(key)
+        missing = (
+            span.start for span in media.spans if span.end > computed and not (span.key in kept and cache.ready(span.key))
+        )
+        return max(computed, next(missing, sequence.length))
+
+    def _hold(self, sequence: Sequence, medium: Medium) -> bool:
+        assert self._media_cache is not None
+        if not self._media_cache.hold(sequence, medium, pin=sequence.slot is not None):
+            return False
+        sequence.held.add(medium.key)
+        return True
+
+    def _release(self, sequence: Sequence, keys: set[bytes]) -> None:
+        assert self._media_cache is not None or not keys
+        for key in keys:
+            self._media_cache.release(sequence, key)
+        sequence.held = sequence.held - keys
 
     def _compute(self, sequence: Sequence, length: int, num_new_blocks: int) -> Chunk:
         """Advance a sequence by `length` positions."""
@@ -194,7 +268,7 @@ class Scheduler:
         """Blocks of the sequence's prefix that the pool knows. The last token is always computed: its logits are needed."""
         if not self.prefix_cache:
             return []
-        extend_hashes(sequence.hashes, sequence.tokens, self.block_size)
+        extend_hashes(sequence.hashes, sequence.tokens, self.block_size, sequence.media)
         return self.pool.match(sequence.hashes[: (len(sequence.tokens) - 1) // self.block_size])
 
     def _register(self, sequence: Sequence) -> None:
@@ -202,7 +276,7 @@ class Scheduler:
         full = min(sequence.computed, len(sequence.tokens)) // self.block_size
         if not self.prefix_cache or full <= sequence.registered or sequence.slot is None:
             return
-        extend_hashes(sequence.hashes, sequence.tokens, self.block_size)
+        extend_hashes(sequence.hashes, sequence.tokens, self.block_size, sequence.media)
         for index in range(sequence.registered, full):
             self.pool.register(sequence.blocks[index], sequence.hashes[index])
         sequence.registered = full
@@ -217,12 +291,14 @@ class Scheduler:
     def _end(self, sequence: Sequence) -> None:
         if sequence.slot is None:
             self.waiting.remove(sequence)
+            self._release(sequence, sequence.held)
         else:
             self._leave(sequence)
         sequence.ended = True
 
     def _leave(self, sequence: Sequence) -> None:
         assert sequence.slot is not None
+        self._release(sequence, sequence.held)
         self.running.remove(sequence)
         self.pool.release(sequence.blocks)
         heapq.heappush(self._free_slots, sequence.slot)

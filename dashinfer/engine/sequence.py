@@ -5,6 +5,7 @@ Plain state that the scheduler alone changes. All positions count from the first
 
 from dataclasses import dataclass, field
 
+from dashinfer.engine.api import PromptMedia
 from dashinfer.types import SamplingParams
 
 
@@ -15,6 +16,7 @@ class Sequence:
     prompt_length: int
     tokens: list[int]  # prompt, then output
     params: SamplingParams
+    media: PromptMedia | None = None
     blocks: list[int] = field(default_factory=list)  # the block table
     hashes: list[bytes] = field(default_factory=list)  # of the full blocks of `tokens`
     slot: int | None = None  # None: waiting or ended
@@ -23,6 +25,7 @@ class Sequence:
     in_flight: int = 0  # tokens that plans made so far will sample
     cached_tokens: int = 0  # of the prompt, taken from the prefix cache at the first admission
     admitted: bool = False  # ran at least once
+    held: set[bytes] = field(default_factory=set)  # keys of media that it pins, or wants while it waits
     ended: bool = False
 
     @property

@@ -20,8 +20,10 @@ from contextlib import ExitStack, contextmanager
 import trio
 
 from dashinfer import errors
-from dashinfer.types import Alive, Failed, FromParent, Progress, Ready, Start, StepPlan, StepResult, WorkerConfig
+from dashinfer.types import Alive, Encoded, Failed, FromParent, Progress, Ready, Start, StepResult, WorkerConfig
 from dashinfer.worker.frames import encode, parent_reader
+
+OnMessage = Callable[[Progress | StepResult | Encoded], None]
 
 logger = logging.getLogger("dashinfer.worker")
 
@@ -50,7 +52,7 @@ class Rank:
 
     async def run(
         self,
-        on_message: Callable[[Progress | StepResult], None],
+        on_message: OnMessage,
         *,
         task_status: trio.TaskStatus[Ready] = trio.TASK_STATUS_IGNORED,
     ) -> None:
@@ -107,7 +109,7 @@ class Rank:
             await trio.sleep(EXIT_TIMEOUT)  # what ended the rank is about to be raised by those who watch it
             raise errors.WorkerError(f"{self._name} closed its connection") from None
 
-    async def _read(self, on_message: Callable[[Progress | StepResult], None], task_status: trio.TaskStatus[Ready]) -> None:
+    async def _read(self, on_message: OnMessage, task_status: trio.TaskStatus[Ready]) -> None:
         assert self._stream is not None
         reader = parent_reader()
         while True:
@@ -128,7 +130,7 @@ class Rank:
                         task_status.started(message)
                     case Failed():
                         raise self._failure(message)
-                    case Progress() | StepResult():
+                    case Progress() | StepResult() | Encoded():
                         on_message(message)
 
     async def _receive(self, patience: float) -> bytes | None:
@@ -200,6 +202,7 @@ class WorkerGroup:
         *,
         on_progress: Callable[[Progress], None],
         on_result: Callable[[StepResult], None],
+        on_encoded: Callable[[Encoded], None] = lambda message: None,
         task_status: trio.TaskStatus[Ready] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Run all ranks; started, once every one is ready, with what the one with the fewest blocks found: no plan may name a
@@ -209,14 +212,17 @@ class WorkerGroup:
             StartupError, WorkerError: as `Rank.run`, of the first rank that failed.
         """
 
-        def from_leader(message: Progress | StepResult) -> None:
-            if isinstance(message, StepResult):
-                on_result(message)
-            else:
-                on_progress(message)
+        def from_leader(message: Progress | StepResult | Encoded) -> None:
+            match message:
+                case StepResult():
+                    on_result(message)
+                case Encoded():
+                    on_encoded(message)
+                case Progress():
+                    on_progress(message)
 
-        def from_follower(message: Progress | StepResult) -> None:
-            if isinstance(message, StepResult):
+        def from_follower(message: Progress | StepResult | Encoded) -> None:
+            if isinstance(message, StepResult | Encoded):
                 raise errors.WorkerError("a rank other than 0 sent a result")
 
         ready: list[Ready] = []
@@ -231,9 +237,9 @@ class WorkerGroup:
                         starting.start_soon(start, index, rank)
                 task_status.started(min(ready, key=lambda each: each.num_blocks))
 
-    async def send(self, plan: StepPlan) -> None:
-        """Send a plan, encoded once, to every rank."""
-        frame = encode(plan)
+    async def send(self, message: FromParent) -> None:
+        """Send a plan, or what goes with plans, encoded once, to every rank."""
+        frame = encode(message)
         for rank in self._ranks:
             await rank.send_frame(frame)
 

@@ -1,8 +1,11 @@
-"""What compiled loops are written with, see `loops`: pointers, bfloat16 and an exponential that LLVM turns into vector code.
+"""What compiled loops are written with, see `loops`: threads, pointers, bfloat16 and an exponential that becomes vector code.
 
 Numba looks at a loop's own file for changes, not at this one: after a change here, remove the `*.nb?` files.
 """
 
+import ctypes
+import struct
+from array import array as numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -11,21 +14,50 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
+from dashinfer_kernels import loops
+
+# elements that take as long as threads take to come and go
+_WORTH_THREADS = 1 << 16
 # sums in any order, fused products; not fastmath as a whole, which takes NaN for impossible
 _FLAGS = {"contract", "reassoc", "nsz", "arcp"}
 
 
-def compiled(signature: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Compile for one signature, at once, or take what an earlier process has compiled and kept."""
-    options = {"fastmath": _FLAGS, "error_model": "numpy", "nogil": True}
+class Loop:
+    """A compiled function that does tasks until none is left, on as many threads as torch has.
 
-    def compile_loop(function: Callable[..., Any]) -> Callable[..., Any]:
+    The function takes the address of its arguments, int64: the number of the next task (`take` counts it up), the number of
+    tasks, what is returned, and what the caller gives.
+    """
+
+    def __init__(self, function: Callable[[int], None]) -> None:
+        options = {"fastmath": _FLAGS, "error_model": "numpy"}
         try:
-            return numba.njit(signature, cache=True, **options)(function)
+            self._compiled = numba.cfunc("void(int64)", cache=True, **options)(function)
         except RuntimeError:  # there is no folder to keep it in
-            return numba.njit(signature, **options)(function)
+            self._compiled = numba.cfunc("void(int64)", **options)(function)
+        self._address = self._compiled.address
+        self._alone = ctypes.CFUNCTYPE(None, ctypes.c_int64)(self._address)
 
-    return compile_loop
+    def __call__(self, tasks: int, elements: int, *arguments: int) -> int:
+        """Do `tasks` tasks of `elements` elements together. Returns what the loop wrote to that place, 0 if nothing."""
+        work = numbers("q", (0, tasks, 0, *arguments))
+        address, _ = work.buffer_info()
+        if loops.parallel is None or elements < _WORTH_THREADS:
+            self._alone(address)
+        else:
+            loops.parallel(self._address, address, 0, 0)
+        return work[2]
+
+
+@intrinsic
+def take(context, address):
+    """The number of the next task, which no other thread gets."""
+
+    def generate(context, builder, signature, arguments):
+        integer = arguments[0].type
+        return builder.atomic_rmw("add", builder.inttoptr(arguments[0], integer.as_pointer()), integer(1), "monotonic")
+
+    return types.int64(types.int64), generate
 
 
 def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -46,6 +78,30 @@ def _pointer(context, address, element):
 def array(address, shape, element):
     """What lies at an address, contiguous."""
     return numba.carray(_pointer(address, element), shape)
+
+
+@intrinsic(prefer_literal=True)
+def given(context, address, count):
+    """The first `count` arguments from an address on; `count` is a literal."""
+    kind = types.UniTuple(types.int64, count.literal_value)
+
+    def generate(context, builder, signature, arguments):
+        integer = arguments[0].type
+        first = builder.inttoptr(arguments[0], integer.as_pointer())
+        places = (builder.gep(first, [integer(each)]) for each in range(kind.count))
+        return context.make_tuple(builder, kind, [builder.load(place) for place in places])
+
+    return kind(types.int64, count), generate
+
+
+def float_bits(value: float) -> int:
+    """A float32 among a loop's arguments; `as_float` there."""
+    return struct.unpack("<i", struct.pack("<f", value))[0]
+
+
+@inlined
+def as_float(bits):
+    return np.uint32(bits).view(np.float32)
 
 
 @inlined

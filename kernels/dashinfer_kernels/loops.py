@@ -1,11 +1,18 @@
-"""Compiled loops for few tokens on CPU, where a torch call costs more than its work: one loop takes the place of several calls.
+"""Compiled loops on CPU: one takes the place of several torch calls, each of which reads and writes everything, and costs more
+than its work where tokens are few.
 
 Numba compiles them when an op's `cpu_loop.py` is imported, with a compiler (LLVM) that comes with it, and keeps the code in
 files for the next process. Without a Numba that works, and in deterministic mode, ops take their torch paths. Loops take
-bfloat16 only, as addresses, and run on one thread; NaN goes in and comes out as in torch.
+bfloat16 only, as addresses; NaN goes in and comes out as in torch.
+
+They run on torch's own threads, which spin for a while after each of its operations and so are there at once: torch computes
+with OpenMP, and whoever calls `GOMP_parallel` from the same thread gets the same team. Where torch has another kind of threads
+a loop runs on one, and few rows take it.
 """
 
+import ctypes
 import warnings
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -15,17 +22,35 @@ from torch import Tensor
 
 from dashinfer_kernels import dispatch
 
-MAX_TOKENS = 32  # beyond, torch's vectors and threads are worth their calls
+MAX_ROWS_ALONE = 32  # beyond, where loops have one thread, torch's vectors and threads are worth their calls
 _OPS = ("activation", "attention", "norm", "rope")
 
+
+def _find_parallel() -> Callable[[int, int, int, int], None] | None:
+    """`GOMP_parallel` of the library that torch brought, which has loaded it for everybody."""
+    try:
+        function = ctypes.CDLL(None).GOMP_parallel
+    except (OSError, AttributeError, TypeError):
+        return None
+    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    function.restype = None
+    return function
+
+
+parallel = _find_parallel()  # calls a function, given by its address, with an argument on every thread; then 0, 0
 _spec = find_spec("numba")
 enabled = _spec is not None and _spec.origin is not None  # tests clear it to have the torch paths
 
 
 def fit(x: Tensor) -> bool:
-    """Whether loops take these rows: a few of them, contiguous."""
-    few = enabled and x.dtype == torch.bfloat16 and x.shape[0] <= MAX_TOKENS
-    return few and x.is_contiguous() and not dispatch.deterministic and compile_all()
+    """Whether loops take these rows, contiguous ones."""
+    return x.is_contiguous() and take(x.dtype, len(x))
+
+
+def take(dtype: torch.dtype, rows: int) -> bool:
+    """Whether loops take so many rows of a type."""
+    fits = enabled and dtype == torch.bfloat16 and (parallel is not None or rows <= MAX_ROWS_ALONE)
+    return fits and not dispatch.deterministic and compile_all()
 
 
 @cache

@@ -7,17 +7,49 @@ a later plan will write, shows at once.
 import zlib
 from array import array
 
-from dashinfer.types import SamplingParams, StepPlan, StepResult
+from dashinfer.engine.api import Medium, PromptMedia
+from dashinfer.types import Encode, Forget, MediaSpan, SamplingParams, StepPlan, StepResult
+
+PLACEHOLDER = 99
+Seen = int | tuple[bytes, int]  # a token, or an embedding: its medium and its number there
 
 
-def next_token(prefix: tuple[int, ...], vocab_size: int = 50) -> int:
+def medium(number: int) -> Medium:
+    """One of `number + 1` tokens."""
+    return Medium(bytes([number]) * 32, (1, 2, 2 * (number + 1)), b"", number + 1)
+
+
+def show(prompt: list[int], media: list[tuple[int, int]]) -> tuple[list[int], PromptMedia]:
+    """A prompt with media (where in the prompt, number) in it."""
+    tokens, spans, done = [], [], 0
+    for place, number in sorted(media):
+        tokens += prompt[done:place]
+        done = max(done, place)
+        shown = medium(number)
+        spans.append(MediaSpan(shown.key, len(tokens), 0, shown.tokens))
+        tokens += [PLACEHOLDER] * shown.tokens
+    tokens += prompt[done:]
+    distinct = {number: medium(number) for _, number in media}
+    positions = array("i", 3 * list(range(len(tokens)))).tobytes()
+    return tokens, PromptMedia(tuple(distinct.values()), tuple(spans), positions, 0)
+
+
+def seen(tokens: list[int], spans: tuple[MediaSpan, ...]) -> list[Seen]:
+    """What the model takes."""
+    result: list[Seen] = list(tokens)
+    for span in spans:
+        result[span.start : span.end] = [(span.key, span.offset + index) for index in range(span.length)]
+    return result
+
+
+def next_token(prefix: tuple[Seen, ...], vocab_size: int = 50) -> int:
     """The token that the fake model continues `prefix` with."""
     return zlib.crc32(repr(prefix).encode()) % vocab_size
 
 
-def continuation(prompt: list[int], params: SamplingParams) -> list[int]:
+def continuation(prompt: list[int], params: SamplingParams, media: PromptMedia | None = None) -> list[int]:
     """What an undisturbed run of one sequence gives."""
-    tokens = list(prompt)
+    tokens = seen(prompt, media.spans if media else ())
     while len(tokens) < len(prompt) + params.max_tokens:
         tokens.append(next_token(tuple(tokens)))
         if tokens[-1] in params.stop_token_ids:
@@ -30,22 +62,50 @@ class FakeRank:
 
     Args:
         poison: a token; after it the "model" gives no finite logits.
+        media_tokens: of which embeddings are held at most, but for a single medium.
     """
 
     def __init__(
-        self, *, num_blocks: int, block_size: int, max_batch: int, max_step_tokens: int, poison: int | None = None
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_batch: int,
+        max_step_tokens: int,
+        poison: int | None = None,
+        media_tokens: int = 0,
     ) -> None:
+        self.media_tokens = media_tokens
+        self.media: dict[bytes, int] = {}  # tokens of what is held or about to be
+        self.encoded: set[bytes] = set()
         self.poison = poison
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.max_step_tokens = max_step_tokens
-        self.cache: dict[tuple[int, int], tuple[int, ...]] = {}  # (block, offset) -> the prefix up to there
-        self.tokens: list[dict[int, int]] = [{} for _ in range(max_batch)]
+        self.cache: dict[tuple[int, int], tuple[Seen, ...]] = {}  # (block, offset) -> the prefix up to there
+        self.tokens: list[dict[int, Seen]] = [{} for _ in range(max_batch)]
         self.tables: list[list[int]] = [[] for _ in range(max_batch)]
+
+    def tell(self, message: Encode | Forget) -> None:
+        match message:
+            case Encode(key=key, grid=grid):
+                assert key not in self.media
+                self.media[key] = grid[0] * grid[1] * grid[2] // 4
+                assert sum(self.media.values()) <= self.media_tokens or len(self.media) == 1
+            case Forget(keys=keys):
+                for key in keys:
+                    del self.media[key]
+                    self.encoded.discard(key)
+
+    def encode(self, count: int) -> list[bytes]:
+        """Encode up to so many media, and say which."""
+        keys = [key for key in self.media if key not in self.encoded][:count]
+        self.encoded.update(keys)
+        return keys
 
     def execute(self, plan: StepPlan) -> StepResult:
         for enter in plan.enter:
-            self.tokens[enter.slot] = dict(enumerate(array("i", enter.tokens)))
+            self.tokens[enter.slot] = dict(enumerate(seen(list(array("i", enter.tokens)), enter.media)))
             self.tables[enter.slot] = []
         assert sum(chunk.length for chunk in plan.chunks) <= self.max_step_tokens
         assert len({chunk.slot for chunk in plan.chunks}) == len(plan.chunks)
@@ -62,6 +122,7 @@ class FakeRank:
                 assert place not in written, "two sequences write to one place in one step"
                 written.add(place)
                 self.cache[place] = prefix[: position + 1]
+                assert isinstance(prefix[position], int) or prefix[position][0] in self.encoded
         tokens: list[int] = []
         failed: list[int] = []
         for chunk in plan.chunks:

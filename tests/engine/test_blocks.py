@@ -1,9 +1,14 @@
+import dataclasses
+from array import array
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from dashinfer.engine.blocks import BlockPool, extend_hashes
+
+from .fake_rank import PLACEHOLDER, show
 
 
 def hashes_of(tokens: list[int], block_size: int = 2) -> list[bytes]:
@@ -139,3 +144,23 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPool = PoolMachine.TestCase
+
+
+def test_hashes_are_of_what_is_shown():
+    def hashes(media: list[tuple[int, int]], positions: bytes | None = None) -> list[bytes]:
+        tokens, shown = show(list(range(8)), media)
+        if positions is not None:
+            shown = dataclasses.replace(shown, positions=positions)
+        found: list[bytes] = []
+        extend_hashes(found, [*tokens, 1, 2, 3, 4], 4, shown)
+        return found
+
+    one, other = hashes([(4, 1), (6, 1)]), hashes([(4, 1), (6, 1)])
+    assert one == other
+    assert hashes([(4, 1), (4, 1)])[:1] == one[:1]  # the text before
+    assert hashes([(0, 1)])[0] != hashes([(0, 2)])[0]
+    text: list[bytes] = []
+    extend_hashes(text, [PLACEHOLDER, PLACEHOLDER, *range(8)], 4)
+    assert hashes([(0, 1)])[0] != text[0]
+    moved = array("i", [each + 1 for each in range(12)] * 3).tobytes()
+    assert hashes([(4, 1), (6, 1)], moved)[0] != one[0]

@@ -314,7 +314,7 @@ class TimedWorkers:
         self.sent: list = []
         self._send, self._receive = trio.open_memory_channel(10)
 
-    async def run(self, *, on_progress, on_result, task_status) -> None:
+    async def run(self, *, on_progress, on_result, on_encoded, task_status) -> None:
         ready = Ready("F", "llm", "cpu", "float32", 50, 64, 32, 4, 64, 0, 0)
         rank = FakeRank(num_blocks=64, block_size=4, max_batch=4, max_step_tokens=32)
         task_status.started(ready)

@@ -6,36 +6,57 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
+from dashinfer.engine.media import MediaCache
 from dashinfer.engine.scheduler import Scheduler
 from dashinfer.engine.sequence import Sequence
 from dashinfer.types import SamplingParams
 
-from .fake_rank import FakeRank, continuation
+from .fake_rank import FakeRank, continuation, show
 
 
 def params(max_tokens: int, stop: tuple[int, ...] = ()) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, seed=0, stop_token_ids=stop)
 
 
-def new_sequence(prompt: list[int], max_tokens: int, stop: tuple[int, ...] = ()) -> Sequence:
-    return Sequence(len(prompt), list(prompt), params(max_tokens, stop))
+def new_sequence(
+    prompt: list[int], max_tokens: int, stop: tuple[int, ...] = (), media: list[tuple[int, int]] | None = None
+) -> Sequence:
+    shown = None
+    if media:
+        prompt, shown = show(prompt, media)
+    return Sequence(len(prompt), list(prompt), params(max_tokens, stop), shown)
 
 
 class Harness:
     """A scheduler and a fake rank, with up to two plans in flight as the engine keeps them."""
 
     def __init__(
-        self, *, num_blocks=64, block_size=4, max_batch=4, max_step_tokens=16, prefix_cache=True, poison: int | None = None
+        self,
+        *,
+        num_blocks=64,
+        block_size=4,
+        max_batch=4,
+        max_step_tokens=16,
+        prefix_cache=True,
+        poison: int | None = None,
+        media_tokens=8,
     ) -> None:
+        self.media = MediaCache(capacity=3 * media_tokens, token_bytes=3)
         self.scheduler = Scheduler(
             num_blocks=num_blocks,
             block_size=block_size,
             max_batch=max_batch,
             max_step_tokens=max_step_tokens,
             prefix_cache=prefix_cache,
+            media_cache=self.media,
         )
         self.rank = FakeRank(
-            num_blocks=num_blocks, block_size=block_size, max_batch=max_batch, max_step_tokens=max_step_tokens, poison=poison
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_batch=max_batch,
+            max_step_tokens=max_step_tokens,
+            poison=poison,
+            media_tokens=media_tokens,
         )
         self.results: deque = deque()
         self.plans: list = []
@@ -43,15 +64,24 @@ class Harness:
 
     def plan(self) -> bool:
         plan = self.scheduler.schedule()
-        if plan is None:
+        result = None if plan is None else self.rank.execute(plan)
+        for message in self.media.take_messages():
+            self.rank.tell(message)
+        if plan is None or result is None:
             return False
         for enter in plan.enter:
             (sequence,) = (each for each in self.scheduler.running if each.slot == enter.slot)
             assert (enter.prompt_length, enter.sampling) == (sequence.prompt_length, sequence.params)
             assert list(array("i", enter.tokens)) == sequence.tokens
         self.plans.append(plan)
-        self.results.append(self.rank.execute(plan))
+        self.results.append(result)
         return True
+
+    def encode(self, count: int) -> bool:
+        """Whether the rank encoded something."""
+        keys = self.rank.encode(count)
+        self.media.encoded(keys)
+        return bool(keys)
 
     def apply(self) -> None:
         for update in self.scheduler.apply(self.results.popleft()):
@@ -64,9 +94,10 @@ class Harness:
         for _ in range(limit):
             while len(self.results) < ahead and self.plan():
                 pass
-            if not self.results:
+            if self.results:
+                self.apply()
+            elif not self.encode(1):
                 return
-            self.apply()
         raise AssertionError("the scheduler makes no progress")
 
     def assert_empty(self) -> None:
@@ -74,6 +105,7 @@ class Harness:
         assert not self.scheduler.waiting
         assert self.scheduler.pool.num_used == 0
         assert self.scheduler.num_free_slots == self.scheduler.max_batch
+        assert self.media.num_pinned == 0
 
 
 def test_one_sequence_gets_the_tokens_of_the_model():
@@ -272,12 +304,14 @@ requests = st.tuples(
     ),
     st.integers(1, 10),
     st.sets(st.integers(0, 49), max_size=8),
+    st.one_of(st.just([]), st.lists(st.tuples(st.integers(0, 8), st.integers(0, 4)), min_size=1, max_size=3)),
 )
 actions = st.lists(
     st.one_of(
         requests,
         st.just("plan"),
         st.just("apply"),
+        st.just("encode"),
         st.tuples(st.just("abort"), st.integers(0, 30)),
     ),
     min_size=10,
@@ -288,13 +322,14 @@ actions = st.lists(
 @settings(max_examples=400, deadline=None)
 @given(
     actions=actions,
-    num_blocks=st.integers(12, 20),
+    num_blocks=st.integers(20, 28),
     block_size=st.sampled_from([2, 4]),
+    media_tokens=st.integers(1, 9),
     max_batch=st.integers(1, 5),
     spare_tokens=st.integers(0, 20),
     prefix_cache=st.booleans(),
 )
-def test_any_course_of_events(actions, num_blocks, block_size, max_batch, spare_tokens, prefix_cache):
+def test_any_course_of_events(actions, num_blocks, block_size, media_tokens, max_batch, spare_tokens, prefix_cache):
     """Arrivals, aborts and preemptions in any order: every request ends once with the model's tokens, and nothing leaks."""
     harness = Harness(
         num_blocks=num_blocks,
@@ -302,10 +337,12 @@ def test_any_course_of_events(actions, num_blocks, block_size, max_batch, spare_
         max_batch=max_batch,
         max_step_tokens=max_batch + spare_tokens,
         prefix_cache=prefix_cache,
+        media_tokens=media_tokens,
     )
     preemptions, hits = play(harness, actions)
     event(f"preemptions: {preemptions > 0}")
     event(f"prefix hits: {hits > 0}")
+    event(f"media evicted: {harness.media.misses > 5}")
 
 
 def test_the_courses_of_events_include_preemptions_and_prefix_hits():
@@ -313,18 +350,24 @@ def test_the_courses_of_events_include_preemptions_and_prefix_hits():
     random = Random(0)
     seen = Counter()
     for _ in range(60):
-        harness = Harness(num_blocks=12, block_size=2, max_batch=5, max_step_tokens=16)
+        harness = Harness(num_blocks=14, block_size=2, max_batch=5, max_step_tokens=16, media_tokens=4)
         actions: list = []
         for _ in range(40):
             kind = random.random()
             if kind < 0.3:
-                actions.append(([random.randrange(2) for _ in range(random.randint(1, 12))], random.randint(1, 10), set()))
+                media = [(random.randrange(8), random.randrange(4))] if kind < 0.15 else []
+                prompt = [random.randrange(2) for _ in range(random.randint(1, 12))]
+                actions.append((prompt, random.randint(1, 10), set(), media))
+            elif kind < 0.9:
+                actions.append("plan" if kind < 0.55 else "apply" if kind < 0.85 else "encode")
             else:
-                actions.append("plan" if kind < 0.6 else "apply" if kind < 0.95 else ("abort", random.randrange(10)))
+                actions.append(("abort", random.randrange(10)))
         preemptions, hits = play(harness, actions)
         seen[preemptions > 0, hits > 0] += 1
+        seen["media"] += harness.media.misses > 3 and harness.media.hits > 0
 
     assert seen[True, True] > 5
+    assert seen["media"] > 5
 
 
 def play(harness: Harness, actions: list) -> tuple[int, int]:
@@ -343,12 +386,14 @@ def play(harness: Harness, actions: list) -> tuple[int, int]:
             case "apply":
                 if harness.results:
                     harness.apply()
+            case "encode":
+                harness.encode(1)
             case ("abort", number):
                 if number < len(sequences) and not sequences[number].ended:
                     aborted.add(sequences[number])
                     harness.scheduler.abort(sequences[number])
-            case (prompt, max_tokens, stop):
-                sequences.append(new_sequence(prompt, max_tokens, tuple(stop)))
+            case (prompt, max_tokens, stop, media):
+                sequences.append(new_sequence(prompt, max_tokens, tuple(stop), media))
                 harness.scheduler.add(sequences[-1])
         holders = [block for sequence in harness.scheduler.running for block in set(sequence.blocks)]
         assert harness.scheduler.pool.num_used == len(set(holders))
@@ -359,5 +404,5 @@ def play(harness: Harness, actions: list) -> tuple[int, int]:
     assert set(harness.endings) == set(sequences) - aborted
     for sequence in harness.endings:
         prompt = sequence.tokens[: sequence.prompt_length]
-        assert sequence.tokens[sequence.prompt_length :] == continuation(prompt, sequence.params)
+        assert sequence.tokens[sequence.prompt_length :] == continuation(prompt, sequence.params, sequence.media)
     return harness.scheduler.preemptions, sum(sequence.cached_tokens > 0 for sequence in sequences)

@@ -23,7 +23,7 @@ from dashinfer_kernels.activation import cpu
 
 pytestmark = pytest.mark.skipif(not loops.enabled, reason="needs Numba")
 
-ROWS = [1, 3, loops.MAX_TOKENS]
+ROWS = [1, 3, 300]
 TOLERANCE = {"rtol": 1e-2, "atol": 1e-2}  # of bfloat16 results that are rounded once or twice
 
 
@@ -85,11 +85,11 @@ def test_activation_of_extreme_gates(both: Callable[..., tuple[Any, Any]]) -> No
 def test_rope_kv_write(rows: int, head_dim: int, rotary_dim: int, both: Callable[..., tuple[Any, Any]]) -> None:
     heads, kv_heads, block_size = 6, 2, 4
     start, cos_sin = bf16(rows, (heads + 2 * kv_heads) * head_dim), torch.randn(50, rotary_dim)
-    positions, slots = torch.randint(0, 50, (rows,)), torch.randperm(64)[:rows]
+    positions, slots = torch.randint(0, 50, (rows,)), torch.randperm(4 * 80)[:rows]
     slots[rows // 2] = -1
 
     def run() -> tuple[Tensor, Tensor]:
-        cache = torch.full((16, 2, kv_heads, block_size, head_dim), torch.nan, dtype=torch.bfloat16)
+        cache = torch.full((80, 2, kv_heads, block_size, head_dim), torch.nan, dtype=torch.bfloat16)
         sizes = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
         return rope_kv_write(start.clone(), positions, cos_sin, cache, slots, **sizes), cache
 
@@ -109,12 +109,21 @@ def test_rope_kv_write_stays_in_its_tables(position: int, slot: int) -> None:
 
 
 @pytest.mark.parametrize("contexts", [[1], [150], [17, 1, 40, 16], [5] * 32])
+@pytest.mark.parametrize("prefills", [[], [3, 20]])
 @pytest.mark.parametrize("window", [None, 9])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (4, 4, 20), (7, 1, 16)])
 def test_decode_attention(
-    contexts: list[int], window: int | None, heads: int, kv_heads: int, head_dim: int, both: Callable[..., tuple[Any, Any]]
+    contexts: list[int],
+    prefills: list[int],
+    window: int | None,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    both: Callable[..., tuple[Any, Any]],
 ) -> None:
     block_size = 16
+    lengths = [1] * len(contexts) + prefills
+    contexts = contexts + [length + 30 for length in prefills]
     counts = [-(-context // block_size) for context in contexts]
     blocks = iter(torch.randperm(sum(counts)).tolist())
     tables = [[next(blocks) for _ in range(count)] for count in counts]
@@ -122,11 +131,11 @@ def test_decode_attention(
     for table, context in zip(tables, contexts, strict=True):
         for place in range(context):
             cache[table[place // block_size], :, :, place % block_size] = bf16(2, kv_heads, head_dim)
-    q = bf16(len(contexts), heads + 2, head_dim)[:, :heads]  # as a part of the projection
+    q = bf16(sum(lengths), heads + 2, head_dim)[:, :heads]  # as a part of the projection
 
     def run() -> Tensor:
-        starts = [context - 1 for context in contexts]
-        batch = PagedBatch.build(starts, [1] * len(starts), tables, block_size=block_size, device="cpu")
+        starts = [context - length for context, length in zip(contexts, lengths, strict=True)]
+        batch = PagedBatch.build(starts, lengths, tables, block_size=block_size, device="cpu")
         return paged_attention(q, cache, batch, scale=head_dim**-0.5, window=window)
 
     actual, expected = both(run)
@@ -152,10 +161,11 @@ def test_what_is_not_finite_stays_so() -> None:
     assert paged_attention(x[None], cache, batch, scale=1.0).isnan().all()
 
 
-def test_deterministic_mode_and_many_rows_take_the_torch_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deterministic_mode_and_many_rows_for_one_thread_take_the_torch_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "_loop", lambda: pytest.fail("the loop was taken"))
-    silu_mul(bf16(loops.MAX_TOKENS + 1, 8))
     silu_mul(torch.randn(1, 8))
+    monkeypatch.setattr(loops, "parallel", None)
+    silu_mul(bf16(loops.MAX_ROWS_ALONE + 1, 8))
     monkeypatch.setattr(dispatch, "deterministic", True)
     silu_mul(bf16(1, 8))
 

@@ -147,12 +147,13 @@ def make_plan(
     score_dtype: torch.dtype,
     prefill_dtype: torch.dtype,
     softcap: bool,
+    decodes: bool = True,
 ) -> Plan:
-    """Plan one step for layers of one window size. The types are those of the groups' masks and of long prefills' masks."""
+    """Plan one step for layers of one window size, with or without decoding sequences. The types are those of the groups' masks
+    and of long prefills' masks."""
     layout = _Layout(batch, num_kv_heads, window)
-    groups = [
-        layout.group(chosen, score_dtype) for chosen in _group_decodes(layout.num_blocks[: batch.num_decodes], batch.block_size)
-    ]
+    decoding = layout.num_blocks[: batch.num_decodes if decodes else 0]
+    groups = [layout.group(chosen, score_dtype) for chosen in _group_decodes(decoding, batch.block_size)]
     prefilling = np.arange(batch.num_decodes, batch.num_sequences)
     keys = layout.num_blocks[prefilling] * batch.block_size
     short = (layout.lengths[prefilling] * keys <= SCORES_IN_MEMORY) & (keys <= KEYS_IN_MEMORY)

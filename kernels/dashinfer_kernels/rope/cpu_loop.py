@@ -3,35 +3,26 @@
 from numba import float32, int64, uint16
 from torch import Tensor
 
-from dashinfer_kernels.compiled import array, compiled, narrow, widen
+from dashinfer_kernels.compiled import Loop, array, given, narrow, take, widen
 
 
-@compiled("int64(" + 12 * "int64, " + "int64)")
-def _rope_kv_write(
-    qkv_ptr,
-    positions_ptr,
-    cos_sin_ptr,
-    cache_ptr,
-    slots_ptr,
-    tokens,
-    num_heads,
-    num_kv_heads,
-    head_dim,
-    max_positions,
-    rotary_dim,
-    num_blocks,
-    block_size,
-):
-    """Returns how many tokens are done: all, or those before a position or a slot that its table does not have."""
+@Loop
+def _rope_kv_write(work):
+    """Returns a token, and one more, with a position or a slot that its table does not have."""
+    _, tokens, _, qkv_ptr, positions_ptr, cos_sin_ptr, cache_ptr, slots_ptr = given(work, 8)
+    num_heads, num_kv_heads, head_dim, max_positions, rotary_dim, num_blocks, block_size = given(work + 64, 7)
     num_rotated, half = num_heads + num_kv_heads, rotary_dim // 2
     qkv = array(qkv_ptr, (tokens, num_rotated + num_kv_heads, head_dim), uint16)
     positions, slots = array(positions_ptr, (tokens,), int64), array(slots_ptr, (tokens,), int64)
     cos_sins = array(cos_sin_ptr, (max_positions, 2, half), float32)
     cache = array(cache_ptr, (num_blocks, 2, num_kv_heads, block_size, head_dim), uint16)
-    for token in range(tokens):
+    token = take(work)
+    while token < tokens:
         position, slot = positions[token], slots[token]
         if not (0 <= position < max_positions and slot < num_blocks * block_size):
-            return token
+            array(work, (3,), int64)[2] = token + 1
+            token = take(work)
+            continue
         cos_sin = cos_sins[position]
         for head in range(num_rotated):
             for i in range(half):
@@ -45,7 +36,7 @@ def _rope_kv_write(
                 for i in range(head_dim):
                     cache[block, 0, head, offset, i] = qkv[token, num_heads + head, i]
                     cache[block, 1, head, offset, i] = qkv[token, num_rotated + head, i]
-    return tokens
+        token = take(work)
 
 
 def rope_kv_write(
@@ -54,13 +45,14 @@ def rope_kv_write(
     """As the public function, without norms. Tensors are contiguous."""
     tokens = qkv.shape[0]
     num_blocks, _, num_kv_heads, block_size, head_dim = kv_cache.shape
-    done = _rope_kv_write(
+    failed = _rope_kv_write(
+        tokens,
+        qkv.numel(),
         qkv.data_ptr(),
         positions.data_ptr(),
         cos_sin.data_ptr(),
         kv_cache.data_ptr(),
         slot_mapping.data_ptr(),
-        tokens,
         num_heads,
         num_kv_heads,
         head_dim,
@@ -68,6 +60,6 @@ def rope_kv_write(
         num_blocks,
         block_size,
     )
-    if done < tokens:
-        raise IndexError(f"token {done} has a position or a slot outside of its table")
+    if failed:
+        raise IndexError(f"token {failed - 1} has a position or a slot outside of its table")
     return qkv.view(tokens, -1, head_dim)[:, :num_heads]
