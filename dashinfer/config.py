@@ -134,7 +134,7 @@ class ServerConfig:
     model: str = _setting(
         dataclasses.MISSING, "Hugging Face model ID, local directory, .gguf file, or `demo` for a small model to try", parse=str
     )
-    mode: Mode = _setting("auto", "what to serve the model as; auto detects it")
+    mode: Mode = _setting("auto", "what to serve the model as; auto detects it, llm serves a vision-language model's text side")
     host: str = _setting("0.0.0.0", "address to bind", parse=str)
     port: int = _setting(8000, "port to bind; 0 picks a free one", parse=_port)
     tensor_parallel: int = _setting(1, "number of GPUs to split the model over", parse=_positive, metavar="N")
@@ -154,8 +154,20 @@ class ServerConfig:
     vision_engine: VisionEngine | None = _setting(
         None, "what runs the vision tower (default: tensorrt; native where TensorRT or a GPU is missing)", group=_VLM
     )
-    min_pixels: int = _setting(3136, "least image size in pixels", group=_VLM, parse=_positive, metavar="N")
-    max_pixels: int = _setting(12845056, "greatest image size in pixels", group=_VLM, parse=_positive, metavar="N")
+    min_pixels: int = _setting(
+        3136,
+        "least image size in pixels; unless it is set, the model's own where that is more",
+        group=_VLM,
+        parse=_positive,
+        metavar="N",
+    )
+    max_pixels: int = _setting(
+        12845056,
+        "greatest image size in pixels; unless it is set, the model's own where that is less",
+        group=_VLM,
+        parse=_positive,
+        metavar="N",
+    )
     allowed_media_path: Path | None = _setting(
         None, "directory whose files requests may name by file: URLs", group=_VLM, parse=_directory, metavar="DIRECTORY"
     )
@@ -248,10 +260,6 @@ class ServerConfig:
     deterministic: bool = _setting(False, "give a request the same tokens whatever else runs, at a lower speed", group=_ENGINE)
 
     def __post_init__(self) -> None:
-        if self.mode == "vlm":
-            raise ConfigurationError(
-                "--mode vlm is not supported yet: this version serves language models (--mode llm or auto)"
-            )
         if self.tensor_parallel > 1:
             raise ConfigurationError(
                 f"--tensor-parallel {self.tensor_parallel} is not supported yet: this version serves --tensor-parallel 1"

@@ -56,13 +56,18 @@ class Engine:
         *,
         on_progress: Callable[[Progress], None] = lambda progress: None,
         worker_command: Many[str] = COMMAND,
+        pixel_values: bytes = b"",
     ) -> None:
+        """`pixel_values`: see `dashinfer.types.WorkerConfig`; without them the model is served without its vision tower."""
         self.state: EngineState = "loading"
         self.info: Ready | None = None
         self._config = config
         self._on_progress = on_progress
         self._workers = WorkerGroup(
-            [worker_config(config, files, rank, config.tensor_parallel) for rank in range(config.tensor_parallel)],
+            [
+                worker_config(config, files, rank, config.tensor_parallel, pixel_values)
+                for rank in range(config.tensor_parallel)
+            ],
             command=worker_command,
         )
         self._scheduler: Scheduler | None = None
@@ -300,7 +305,9 @@ class _RunningStep:
     warned: bool = False
 
 
-def worker_config(config: ServerConfig, files: ModelFiles, rank: int, world_size: int) -> WorkerConfig:
+def worker_config(
+    config: ServerConfig, files: ModelFiles, rank: int, world_size: int, pixel_values: bytes = b""
+) -> WorkerConfig:
     """What rank `rank` is told."""
     return WorkerConfig(
         rank=rank,
@@ -322,4 +329,7 @@ def worker_config(config: ServerConfig, files: ModelFiles, rank: int, world_size
         quant_group_size=config.quant_group_size,
         quantize_head=config.quantize_head,
         kv_cache_dtype=config.kv_cache_dtype,
+        vision=bool(pixel_values),
+        vision_engine=config.vision_engine,
+        pixel_values=pixel_values,
     )

@@ -10,8 +10,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from dashinfer.protocol.messages import Message, RequestModel, template_message
+from dashinfer.protocol.base import RequestModel
+from dashinfer.protocol.messages import Message, forget_media, has_media, message_media, template_message
 from dashinfer.types import FinishReason
+from dashinfer.vision.request import MediumRequest
 
 MAX_MESSAGES = 4096
 MAX_STOP_STRINGS = 16
@@ -152,6 +154,21 @@ class ChatCompletionRequest(RequestModel):
         """Plain dictionaries for `ChatTemplate.render`."""
         return [template_message(message) for message in self.messages]
 
+    @property
+    def has_media(self) -> bool:
+        return any(has_media(message) for message in self.messages)
+
+    def media(self) -> list[MediumRequest]:
+        """Its images and videos, in the order in which a template shows them."""
+        return [
+            medium for number, message in enumerate(self.messages) for medium in message_media(message, f"messages.{number}")
+        ]
+
+    def drop_media(self) -> None:
+        """Forget where they are, which may be megabytes: the media themselves. They stay in `template_messages`."""
+        for message in self.messages:
+            forget_media(message)
+
 
 class TopLogprob(BaseModel):
     token: str
@@ -170,6 +187,12 @@ class ChoiceLogprobs(BaseModel):
 
 class PromptTokensDetails(BaseModel):
     cached_tokens: int = Field(description="tokens of the prompt that were found in the prefix cache")
+    image_tokens: int | None = Field(
+        default=None, description="tokens of the prompt that stand for images; with a vision model"
+    )
+    video_tokens: int | None = Field(
+        default=None, description="tokens of the prompt that stand for videos; with a vision model"
+    )
 
 
 class Usage(BaseModel):

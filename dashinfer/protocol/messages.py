@@ -6,44 +6,47 @@ Knows nothing of sampling or of HTTP.
 from typing import Annotated, Any, Literal
 
 import msgspec
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
+
+from dashinfer.protocol.base import RequestModel
+from dashinfer.protocol.media import ImagePart, ImageUrlPart, VideoPart, VideoUrlPart
+from dashinfer.vision.request import MediumRequest
 
 MAX_PARTS = 1024  # of one content
 MAX_TOOL_CALLS = 128  # of one message
 
 
-class RequestModel(BaseModel):
-    """Base of what clients send: JSON types exactly, and no field we don't know."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_fields_only(cls, value: Any) -> Any:
-        """One error for the first unknown field: pydantic would make one for each of a million."""
-        if isinstance(value, dict):
-            for name in value:
-                if name not in cls.model_fields:
-                    raise PydanticCustomError("unknown_field", "is not a field this server knows", {"field": name})
-        return value
-
-
-def _supported_part(value: Any) -> Any:
-    """Refuse what is no text before pydantic looks for the fields of a text part."""
-    if not isinstance(value, dict):
-        raise PydanticCustomError("part_type", 'must be an object such as {"type": "text", "text": "..."}')
-    kind = value.get("type")
-    if kind != "text":
-        if not isinstance(kind, str):
-            raise PydanticCustomError("part_kind", "needs a `type`; this model takes parts of type `text`")
-        raise PydanticCustomError("unsupported", "content parts of type `{kind}` are not supported", {"kind": kind[:40]})
-    return value
-
-
 class TextPart(RequestModel):
     type: Literal["text"]
     text: str
+
+
+PART_KINDS = ("text", "image_url", "image", "video_url", "video")
+
+
+def _part_kind(value: Any) -> str:
+    """The tag of a part; what is none of ours is refused before pydantic looks for a part's fields."""
+    if not isinstance(value, dict):
+        raise PydanticCustomError("part_type", 'must be an object such as {"type": "text", "text": "..."}')
+    kind = value.get("type")
+    if kind not in PART_KINDS:
+        if not isinstance(kind, str):
+            raise PydanticCustomError("part_kind", "needs a `type`, which is one of {kinds}", {"kinds": ", ".join(PART_KINDS)})
+        raise PydanticCustomError("unsupported", "content parts of type `{kind}` are not supported", {"kind": kind[:40]})
+    return kind
+
+
+def _supported_part(value: Any) -> Any:
+    _part_kind(value)
+    return value
+
+
+Part = Annotated[
+    TextPart | ImageUrlPart | ImagePart | VideoUrlPart | VideoPart,
+    Field(discriminator="type"),
+    BeforeValidator(_supported_part),
+]
 
 
 def _content_kind(value: Any) -> str:
@@ -56,7 +59,7 @@ CONTENT_TAGS = frozenset({"text", "parts"})
 Content = Annotated[
     Annotated[str, Tag("text")]
     | Annotated[
-        list[Annotated[TextPart, BeforeValidator(_supported_part)]],
+        list[Part],
         Field(min_length=1, max_length=MAX_PARTS),
         Field(fail_fast=True),
         Tag("parts"),
@@ -133,12 +136,17 @@ _HIDDEN = ("refusal", "annotations", "audio", "function_call")
 
 
 def template_message(message: Message) -> dict[str, Any]:
-    """A plain dictionary for a chat template: the fields that were given, and `content` always.
+    """A plain dictionary for a chat template: the fields that were given, and `content` always. Of an image or a video, a
+    template sees that it is there.
 
     Arguments of tool calls are JSON text in the API and objects in templates, so text that is an object is parsed.
     """
     plain = message.model_dump(exclude_none=True, exclude=set(_HIDDEN))
     plain.setdefault("content", None)
+    if isinstance(plain["content"], list):
+        plain["content"] = [
+            part if part["type"] == "text" else {"type": part["type"].removesuffix("_url")} for part in plain["content"]
+        ]
     for call in plain.get("tool_calls", ()):
         call["function"]["arguments"] = _arguments(call["function"]["arguments"])
     return plain
@@ -152,3 +160,26 @@ def _arguments(text: str) -> Any:
     except (msgspec.DecodeError, RecursionError):
         return text
     return parsed if isinstance(parsed, dict) else text
+
+
+def has_media(message: Message) -> bool:
+    return isinstance(message.content, list) and not all(isinstance(part, TextPart) for part in message.content)
+
+
+def message_media(message: Message, place: str) -> list[MediumRequest]:
+    """The images and videos of a message in their order. `place` is the message's own, for errors: `messages.0`."""
+    if not isinstance(message.content, list):
+        return []
+    return [
+        part.medium(f"{place}.content.{number}")
+        for number, part in enumerate(message.content)
+        if not isinstance(part, TextPart)
+    ]
+
+
+def forget_media(message: Message) -> None:
+    """Empties the URLs of a message's images and videos."""
+    if isinstance(message.content, list):
+        for part in message.content:
+            if not isinstance(part, TextPart):
+                part.forget()

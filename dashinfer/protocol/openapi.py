@@ -26,7 +26,7 @@ _EXAMPLE = {
 }
 
 _ERRORS = {
-    400: "A field is malformed, out of range or not supported, or the prompt leaves no room.",
+    400: "A field is malformed, out of range or not supported, an image cannot be had, or the prompt leaves no room.",
     401: "The API key is missing or wrong.",
     404: "No such model.",
     413: "The body is too large.",

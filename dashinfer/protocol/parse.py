@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from dashinfer.errors import InvalidRequest
 from dashinfer.protocol.chat import ChatCompletionRequest
-from dashinfer.protocol.messages import CONTENT_TAGS, ROLES
+from dashinfer.protocol.media import URL_TAGS
+from dashinfer.protocol.messages import CONTENT_TAGS, PART_KINDS, ROLES
 
 # Fields of OpenAI's API that change an answer and that this server does not know: never ignored.
 UNSUPPORTED = frozenset(
@@ -34,12 +35,18 @@ _WANTED = {
     "finite_number": "a finite number",
 }
 # Fields that take more than one type, by the last step of their path.
-_WANTED_BY = {"stop": "a string or an array of strings", "content": "a string or an array of parts"}
+_WANTED_BY = {
+    "stop": "a string or an array of strings",
+    "content": "a string or an array of parts",
+    "image_url": "a string or an object",
+    "video_url": "a string or an object",
+    "video": "a string or an array of strings",
+}
 _LONGEST_PARAM = 100  # characters; names of unknown fields come from the client
 _decoder = msgspec.json.Decoder()
 
 
-def parse_chat_request(body: bytes) -> ChatCompletionRequest:
+def parse_chat_request(body: bytes | bytearray) -> ChatCompletionRequest:
     """The request in a body.
 
     Raises:
@@ -55,7 +62,7 @@ def parse_chat_request(body: bytes) -> ChatCompletionRequest:
         raise _invalid(error) from None
 
 
-def _object(body: bytes) -> dict[str, Any]:
+def _object(body: bytes | bytearray) -> dict[str, Any]:
     try:
         value = _decoder.decode(body)
     except UnicodeDecodeError as error:
@@ -121,7 +128,9 @@ def _param(location: tuple[str | int, ...]) -> str:
         before = location[i - 1] if i else None
         is_role = step in ROLES and isinstance(before, int) and i == 2
         is_content_kind = step in CONTENT_TAGS and before == "content"
-        if not (is_role or is_content_kind or step == "[key]"):
+        is_part_kind = step in PART_KINDS and isinstance(before, int) and i > 3
+        is_url_kind = step in URL_TAGS and before in ("image_url", "video_url", "video")
+        if not (is_role or is_content_kind or is_part_kind or is_url_kind or step == "[key]"):
             shown.append(str(step))
     param = ".".join(shown)
     param = param if len(param) <= _LONGEST_PARAM else param[:_LONGEST_PARAM] + "..."

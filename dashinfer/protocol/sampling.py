@@ -55,7 +55,8 @@ def sampling_params(
     Args:
         eos_token_ids: as the model's files name them; what is no id of the vocabulary is left out.
         vocab_size: number of logits; ids must be below.
-        prompt_tokens, max_length: in tokens; their difference is the room for the answer.
+        prompt_tokens, max_length: in tokens; their difference is the room for the answer. Of a prompt with more positions than
+            tokens, `prompt_tokens` is the number of those.
         new_seed: draws a seed for a request that has none.
 
     Raises:

@@ -4,7 +4,7 @@ A stream sends one small chunk a token, so a chunk is a prepared text around the
 to the models in `chat` and to the OpenAI client's types. Knows nothing of HTTP or of when to send what.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -47,13 +47,16 @@ def logprob_entry(token: int, logprobs: TokenLogprobs, token_text: Callable[[int
     return entry
 
 
-def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
-    """The `usage` object. `completion_tokens` counts all choices, `prompt_tokens` the prompt once."""
+def usage(
+    prompt_tokens: int, completion_tokens: int, cached_tokens: int, media_tokens: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """The `usage` object. `completion_tokens` counts all choices, `prompt_tokens` the prompt once, with what stands for images
+    and videos in it; `media_tokens` is how many those are, `image_tokens` and `video_tokens`, for a model that sees."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+        "prompt_tokens_details": {"cached_tokens": cached_tokens, **(media_tokens or {})},
     }
 
 

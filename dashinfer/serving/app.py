@@ -5,6 +5,8 @@ from `Service`; identity, keys and logging are the edge's (`edge.py`).
 """
 
 import logging
+from collections.abc import Generator
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -12,6 +14,7 @@ import trio
 from quart import Response, request
 from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioRequest
+from werkzeug.datastructures import Headers
 from werkzeug.exceptions import HTTPException
 
 from dashinfer.errors import InvalidRequest, MethodNotAllowed, NotFound, PayloadTooLarge, RequestError
@@ -19,14 +22,17 @@ from dashinfer.protocol.openapi import openapi_document
 from dashinfer.protocol.stream import KEEP_ALIVE, error_body, health_body, model_list_body
 from dashinfer.serving import chat, docs
 from dashinfer.serving.auth import KeyRing
-from dashinfer.serving.edge import SCOPE_KEY, Edge, RequestRecord, error_headers, internal_error
+from dashinfer.serving.edge import SCOPE_KEY, Edge, RequestRecord, Scope, error_headers, internal_error
 from dashinfer.serving.service import Service
 
 logger = logging.getLogger(__name__)
 
-# Bytes. Decoding JSON holds the interpreter's lock, which stops every stream: for this much under a second at the worst. Text
-# that fills a long context takes a tenth of it; images, which come as base64 inside the JSON, will need more.
+# Bytes. Decoding JSON holds the interpreter's lock, which stops every stream: for this much a few milliseconds where it is one
+# long string, and under a second at the worst. Text that fills a long context takes a tenth of it.
 MAX_BODY = 8 * 1024 * 1024
+INLINE_MEDIA = 2  # of the largest size, in base64, that a body may have room for besides, where the model sees
+BODY_STEP = 4 * 1024 * 1024  # bytes of that memory that are taken at a time
+PAID_BODY = 1024 * 1024  # bytes from which on a body needs memory from the budget for media, where there is one
 MAX_OTHER_BODY = 16 * 1024  # bytes that are kept of a body nobody reads
 BODY_TIMEOUT = 120  # seconds a client may take to send its body
 
@@ -37,13 +43,37 @@ _JSON = {"content-type": "application/json"}
 _EVENTS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
+class _Body(TrioRequest.body_class):
+    """Hands out its buffer, which may be large, instead of a copy."""
+
+    def __await__(self) -> Generator[Any, None, bytearray]:
+        if self._must_raise is None:
+            yield from self._complete.wait().__await__()
+        if self._must_raise is not None:
+            raise self._must_raise
+        data, self._data = self._data, bytearray()
+        return data
+
+
+def max_body(service: Service, *, declared: bool) -> int:
+    """Most bytes of a chat's body. `declared`: it says its length at once, so that memory can be had before it is read."""
+    if service.intake is None or not declared:
+        return MAX_BODY
+    return MAX_BODY + INLINE_MEDIA * (service.config.max_media_bytes * 4 // 3)
+
+
 class _Request(TrioRequest):
     """Keeps a large body only where somebody reads one: the framework collects it before the route is known."""
 
-    def __init__(self, method: str, scheme: str, path: str, *rest: Any, max_content_length: int, **named: Any) -> None:
-        if (method, path) != ("POST", CHAT_PATH):
-            max_content_length = min(max_content_length, MAX_OTHER_BODY)
-        super().__init__(method, scheme, path, *rest, max_content_length=max_content_length, **named)
+    body_class = _Body
+    service: Service
+
+    def __init__(self, method: str, scheme: str, path: str, query: bytes, headers: Headers, *rest: Any, **named: Any) -> None:
+        if (method, path) == ("POST", CHAT_PATH):
+            named["max_content_length"] = max_body(self.service, declared="content-length" in headers)
+        else:
+            named["max_content_length"] = MAX_OTHER_BODY
+        super().__init__(method, scheme, path, query, headers, *rest, **named)
 
 
 def _record() -> RequestRecord:
@@ -55,7 +85,7 @@ def error_response(error: RequestError, *, status: int | None = None) -> Respons
     return Response(error_body(error), status or error.status, headers=error_headers(error))
 
 
-def _http_error(error: HTTPException) -> Response:
+def _http_error(service: Service, error: HTTPException) -> Response:
     """What the framework refuses by itself: unknown routes, wrong methods, bodies too large or too slow."""
     match error.code:
         case 404:
@@ -66,7 +96,8 @@ def _http_error(error: HTTPException) -> Response:
             response.headers["allow"] = allowed
             return response
         case 413:
-            return error_response(PayloadTooLarge(f"the body is larger than {MAX_BODY // 2**20} MiB"))
+            most = max_body(service, declared="content-length" in request.headers) // 2**20
+            return error_response(PayloadTooLarge(f"the body is larger than {most} MiB"))
     return error_response(InvalidRequest(error.description or error.name), status=error.code)
 
 
@@ -76,11 +107,32 @@ def _unexpected(error: Exception) -> Response:
     return error_response(internal_error(record))
 
 
+async def _admit(service: Service, scope: Scope, record: RequestRecord) -> None:
+    """Lets a large body wait until there is memory for it, if the model sees: it then brings images. More is taken as it comes.
+
+    Raises QueueFull.
+    """
+    if service.intake is None or scope["method"] != "POST" or not scope["path"].endswith(CHAT_PATH):
+        return
+    declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
+    length = int(declared) if declared.isdigit() else 0
+    if not PAID_BODY <= length <= max_body(service, declared=True):
+        return
+    account = record.account = record.stack.enter_context(service.intake.budget.open())
+
+    async def make_room(received: int) -> None:
+        if received >= account.held and account.held < length:
+            await account.take(min(BODY_STEP, length - account.held))
+
+    await make_room(0)
+    record.make_room = make_room
+
+
 def create_app(service: Service) -> QuartTrio:
     """The ASGI application. It serves from the first moment: `/health` tells whether there is a model yet."""
     app = QuartTrio(__name__, static_folder=None)
-    app.request_class = _Request
-    app.config.update(MAX_CONTENT_LENGTH=MAX_BODY, BODY_TIMEOUT=BODY_TIMEOUT, RESPONSE_TIMEOUT=None)
+    app.request_class = type("_Request", (_Request,), {"service": service})
+    app.config.update(BODY_TIMEOUT=BODY_TIMEOUT, RESPONSE_TIMEOUT=None)
     app.url_map.merge_slashes = False
     document = msgspec.json.encode(
         openapi_document(
@@ -112,7 +164,7 @@ def create_app(service: Service) -> QuartTrio:
     async def chat_completions() -> Response:
         service.require()  # before the body is read: it may be large
         record = _record()
-        completion = await chat.start(service, await request.get_data(cache=False), record.stack)
+        completion = await chat.start(service, await request.get_data(), record.stack, record.account)
         record.describe = lambda: completion.summary
         if completion.request.stream:
             response = Response(completion.events(), headers=_EVENTS)
@@ -137,7 +189,8 @@ def create_app(service: Service) -> QuartTrio:
         return Response(content, headers={"content-type": file.content_type, **docs.FILE_HEADERS})
 
     app.register_error_handler(RequestError, error_response)
-    app.register_error_handler(HTTPException, _http_error)
+    app.register_error_handler(HTTPException, partial(_http_error, service))
     app.register_error_handler(Exception, _unexpected)
-    app.asgi_app = Edge(app.asgi_app, service, KeyRing(service.config.api_keys, open_paths=OPEN_PATHS))
+    keys = KeyRing(service.config.api_keys, open_paths=OPEN_PATHS)
+    app.asgi_app = Edge(app.asgi_app, service, keys, partial(_admit, service))
     return app

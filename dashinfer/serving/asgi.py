@@ -75,10 +75,10 @@ class Application:
     async def _run_engine(self, service: Service) -> None:
         display = LogDisplay()
         source = await trio.to_thread.run_sync(self._backend.resolve, service.config, display.report, abandon_on_cancel=True)
-        engine: RunnableEngine = self._backend.engine(service.config, source.files, partial(report_progress, display))
+        engine: RunnableEngine = self._backend.engine(service.config, source, partial(report_progress, display))
 
         async def serve_when_ready() -> None:
-            text: TextModel = await trio.to_thread.run_sync(self._backend.text, source, abandon_on_cancel=True)
+            text: TextModel = await trio.to_thread.run_sync(self._backend.text, service.config, source, abandon_on_cancel=True)
             await loaded.wait()
             service.ready(engine, text)
             log.notices.info("ready: %s", service.config.model_name)

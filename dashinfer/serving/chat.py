@@ -1,4 +1,4 @@
-"""One chat completion, from the body's bytes to the answer's: validate, render, tokenise, submit, detokenise, encode.
+"""One chat completion, from the body's bytes to the answer's: validate, see, render, tokenise, submit, detokenise, encode.
 
 Knows nothing of routes, headers and connections. A request's life in the engine is the `with` block it was entered into: the
 caller's exit stack, which is closed when the HTTP request ends for any reason.
@@ -10,15 +10,16 @@ token and not for the token that completed a stop string.
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
-from dashinfer.engine.api import EngineAPI, Generation, TokenOutput
-from dashinfer.errors import ModelNotServed, QueueFull, RequestError
+from dashinfer.engine.api import EngineAPI, Generation, PromptMedia, TokenOutput
+from dashinfer.errors import InvalidRequest, ModelNotServed, QueueFull, RequestError
 from dashinfer.protocol import stream
 from dashinfer.protocol.chat import ChatCompletionRequest
 from dashinfer.protocol.parse import parse_chat_request
@@ -27,6 +28,13 @@ from dashinfer.serving.service import Service, TextModel
 from dashinfer.text.detokenizer import IncrementalDetokenizer, StopString
 from dashinfer.types import FinishReason, SamplingParams
 
+if TYPE_CHECKING:
+    from dashinfer.vision.budget import MediaAccount
+    from dashinfer.vision.intake import Seen
+    from dashinfer.vision.request import MediumRequest
+
+T = TypeVar("T")
+Buffer = bytes | bytearray
 INLINE_BYTES = 4096  # a body up to this size is prepared on the event loop, in about a millisecond
 # No vocabulary averages more characters a token than this: a longer prompt need not be tokenised to know that it does not fit.
 _MAX_CHARACTERS_PER_TOKEN = 256
@@ -34,23 +42,30 @@ _MAX_CHARACTERS_PER_TOKEN = 256
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request that is ready for the engine."""
+    """A request that is ready for the engine.
+
+    Attributes:
+        media_tokens: how many of the prompt's tokens stand for images and videos, as `usage` has them; None where the model
+            sees nothing.
+    """
 
     request: ChatCompletionRequest
     prompt: list[int]
     params: list[SamplingParams]
     stop: list[StopString]
+    media: PromptMedia | None = None
+    media_tokens: dict[str, int] | None = None
 
 
 def _new_seed() -> int:
     return secrets.randbits(63)
 
 
-def prepare(service: Service, engine: EngineAPI, text: TextModel, body: bytes) -> Prepared:
-    """Everything that needs no waiting; safe to run in a thread.
+def parse(service: Service, body: Buffer) -> ChatCompletionRequest:
+    """The request in a body.
 
     Raises:
-        InvalidRequest, ContextLengthExceeded: the request is at fault.
+        InvalidRequest: the request is at fault.
         ModelNotServed: another model is asked for.
     """
     request = parse_chat_request(body)
@@ -59,26 +74,48 @@ def prepare(service: Service, engine: EngineAPI, text: TextModel, body: bytes) -
             f"the model {request.model[:200]!r} is not served here; this server has {service.config.model_name!r}",
             param="model",
         )
+    return request
+
+
+def prepare(engine: EngineAPI, text: TextModel, request: ChatCompletionRequest, seen: "Sequence[Seen]" = ()) -> Prepared:
+    """Everything between the messages and the engine; needs no waiting, and is safe to run in a thread.
+
+    Args:
+        seen: the request's images and videos.
+
+    Raises:
+        InvalidRequest, ContextLengthExceeded: the request is at fault.
+    """
     assert engine.info is not None, "an engine that is ready knows its model"
+    max_length = engine.info.max_length
     rendered = text.template.render(
         request.template_messages(),
         add_generation_prompt=request.add_generation_prompt,
         continue_final_message=request.continue_final_message,
         kwargs=request.chat_template_kwargs,
     )
-    if len(rendered) > engine.info.max_length * _MAX_CHARACTERS_PER_TOKEN:
-        raise no_room(engine.info.max_length, f"{len(rendered)} characters")
-    prompt = text.tokenizer.encode(rendered, add_special_tokens=False)
+    if len(rendered) > max_length * _MAX_CHARACTERS_PER_TOKEN:
+        raise no_room(max_length, f"{len(rendered)} characters")
+    media = media_tokens = None
+    if text.vision is None:
+        prompt = text.tokenizer.encode(rendered, add_special_tokens=False)
+        end = len(prompt)
+    else:
+        from dashinfer.vision.prompt import lay_out
+
+        laid_out = lay_out(rendered, seen, text.vision, text.tokenizer)
+        prompt, media, end = laid_out.tokens, laid_out.media, laid_out.end
+        media_tokens = {"image_tokens": laid_out.image_tokens, "video_tokens": laid_out.video_tokens}
     params = sampling_params(
         request,
         generation_config=text.generation_config,
         eos_token_ids=text.tokenizer.eos_token_ids,
         vocab_size=engine.info.vocab_size,
-        prompt_tokens=len(prompt),
-        max_length=engine.info.max_length,
+        prompt_tokens=end,
+        max_length=max_length,
         new_seed=_new_seed,
     )
-    return Prepared(request, prompt, params, [StopString(text) for text in request.stop])
+    return Prepared(request, prompt, params, [StopString(text) for text in request.stop], media, media_tokens)
 
 
 class _Choice:
@@ -164,6 +201,7 @@ class ChatCompletion:
     def __init__(self, service: Service, text: TextModel, prepared: Prepared, generation: Generation) -> None:
         self.request = prepared.request
         self._prompt_tokens = len(prepared.prompt)
+        self._media_tokens = prepared.media_tokens
         self._generation = generation
         self._choices = [_Choice(index, prepared, text) for index in range(len(prepared.params))]
         self._identity: dict[str, Any] = {
@@ -179,7 +217,7 @@ class ChatCompletion:
 
     def _usage(self) -> dict[str, Any]:
         produced = sum(choice.tokens for choice in self._choices)
-        return stream.usage(self._prompt_tokens, produced, self._generation.cached_tokens)
+        return stream.usage(self._prompt_tokens, produced, self._generation.cached_tokens, self._media_tokens)
 
     async def body(self) -> bytes:
         """The whole answer as JSON.
@@ -233,24 +271,61 @@ class ChatCompletion:
         return b"".join(events)
 
 
-async def start(service: Service, body: bytes, stack: ExitStack) -> ChatCompletion:
+async def start(service: Service, body: Buffer, stack: ExitStack, account: "MediaAccount | None" = None) -> ChatCompletion:
     """Hand a request to the engine. Returns once it is accepted, so that whatever refuses it still has a status to refuse with.
 
     Args:
         body: the HTTP request's body.
         stack: the request's life; its closing drops the request from the engine.
+        account: pays for the body's bytes, if anything does.
 
     Raises:
         RequestError: any of the 400s, 404, 429, 503.
     """
     engine, text = service.require()
-    if len(body) <= INLINE_BYTES:
-        prepared = prepare(service, engine, text, body)
+    size = len(body)
+
+    begun = await _off_the_loop(service, size, partial(_begin, service, engine, text, body))
+    del body  # the request has its own copy of what it needs
+    if isinstance(begun, Prepared):
+        prepared = begun
+        if account is not None:
+            account.settle(0)
     else:
-        if (waiting := service.thread_limiter.statistics().tasks_waiting) >= service.config.max_queue:
-            raise QueueFull(f"{waiting} long requests are waiting already; try again later")
-        prepared = await trio.to_thread.run_sync(
-            prepare, service, engine, text, body, abandon_on_cancel=True, limiter=service.thread_limiter
-        )
-    generation = stack.enter_context(engine.submit(prepared.prompt, prepared.params))
+        request = begun
+        seen = await _see(service, engine, request.media(), stack, account)
+        request.drop_media()
+        prepared = await _off_the_loop(service, size, partial(prepare, engine, text, request, seen))
+    generation = stack.enter_context(engine.submit(prepared.prompt, prepared.params, prepared.media))
     return ChatCompletion(service, text, prepared, generation)
+
+
+def _begin(service: Service, engine: EngineAPI, text: TextModel, body: Buffer) -> ChatCompletionRequest | Prepared:
+    """A request that is ready, or one whose media are still to be seen."""
+    request = parse(service, body)
+    return request if request.has_media else prepare(engine, text, request)
+
+
+async def _off_the_loop(service: Service, size: int, work: Callable[[], T]) -> T:
+    """Runs what takes long in a thread. `size` is of the request's body, in bytes."""
+    if size <= INLINE_BYTES:
+        return work()
+    if (waiting := service.thread_limiter.statistics().tasks_waiting) >= service.config.max_queue:
+        raise QueueFull(f"{waiting} long requests are waiting already; try again later")
+    return await trio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=service.thread_limiter)
+
+
+async def _see(
+    service: Service, engine: EngineAPI, media: "Sequence[MediumRequest]", stack: ExitStack, account: "MediaAccount | None"
+) -> "list[Seen]":
+    """Fetches and prepares a request's images and videos; the end of the request frees them."""
+    if service.intake is None:
+        raise InvalidRequest(
+            f"this server's model sees no {media[0].kind}s; it takes text only",
+            param=media[0].param,
+            code="unsupported_parameter",
+        )
+    assert engine.info is not None, "an engine that is ready knows its model"
+    if account is None:
+        account = stack.enter_context(service.intake.budget.open())
+    return await service.intake.take(media, account, max_tokens=engine.info.max_length)

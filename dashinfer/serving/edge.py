@@ -12,15 +12,18 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
-from dashinfer.errors import AuthenticationFailed, InternalError, RequestError
+from dashinfer.errors import InternalError, RequestError
 from dashinfer.protocol.stream import error_body
 from dashinfer.serving.auth import KeyRing
 from dashinfer.serving.log import log_access
 from dashinfer.serving.service import Service
+
+if TYPE_CHECKING:
+    from dashinfer.vision.budget import MediaAccount
 
 logger = logging.getLogger(__name__)
 
@@ -47,12 +50,16 @@ class RequestRecord:
         stack: closed when the request ends, for whatever reason: a generation is entered here.
         keep_alive: sent in long silences of an answer that has begun; empty where its format has nothing to say.
         describe: what the access log's line says besides, asked for when the request has ended.
+        account: pays for a large body, where images are taken.
+        make_room: awaited with the bytes of the body so far, before more are read.
     """
 
     id: str
     stack: ExitStack = field(default_factory=ExitStack)
     keep_alive: bytes = b""
     describe: Callable[[], str] | None = None
+    account: "MediaAccount | None" = None
+    make_room: Callable[[int], Awaitable[None]] | None = None
 
 
 def error_headers(error: RequestError) -> dict[str, str]:
@@ -72,6 +79,7 @@ class _Exchange:
         self._receive, self._send = receive, send
         self._record = record
         self._uploaded = trio.Event()  # or the client is gone
+        self._received = 0  # bytes of the body
         self._writing = False
         self._since = 0.0  # trio's time at which the current write began, or the last one ended
         self._keep_alive_sent: trio.Event | None = None  # while one is being sent
@@ -80,6 +88,9 @@ class _Exchange:
 
     async def receive(self) -> MutableMapping[str, Any]:
         message = await self._receive()
+        self._received += len(message.get("body", b""))
+        if self._record.make_room is not None and message.get("more_body", False):
+            await self._record.make_room(self._received)
         if message["type"] == "http.disconnect" or not message.get("more_body", False):
             self._uploaded.set()
         return message
@@ -143,15 +154,23 @@ class _Exchange:
         await self.send({"type": "http.response.body", "body": body, "more_body": False})
 
 
+Admit = Callable[[Scope, RequestRecord], Awaitable[None]]
+
+
+async def _admit_all(scope: Scope, record: RequestRecord) -> None:
+    """Nobody waits."""
+
+
 class Edge:
     """Wraps an ASGI application.
 
     Args:
         keys: who may pass.
+        admit: awaited before a request's body is read; may raise RequestError.
     """
 
-    def __init__(self, app: ASGIApp, service: Service, keys: KeyRing) -> None:
-        self._app, self._service, self._keys = app, service, keys
+    def __init__(self, app: ASGIApp, service: Service, keys: KeyRing, admit: Admit = _admit_all) -> None:
+        self._app, self._service, self._keys, self._admit = app, service, keys, admit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -183,7 +202,8 @@ class Edge:
                 nursery.start_soon(exchange.watch)
                 try:
                     self._keys.check(_mounted_path(scope), scope["headers"])
-                except AuthenticationFailed as error:
+                    await self._admit(scope, scope[SCOPE_KEY])
+                except RequestError as error:
                     await exchange.refuse(error)
                 else:
                     await self._app(scope, exchange.receive, exchange.send)

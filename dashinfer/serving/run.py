@@ -110,13 +110,13 @@ class Server:
     async def _load(self, display: Display, url: str) -> None:
         logger.info("taking %s; loading %s", url, self._config.model)
         source = await trio.to_thread.run_sync(self._backend.resolve, self._config, display.report, abandon_on_cancel=True)
-        self._engine = engine = self._backend.engine(self._config, source.files, partial(report_progress, display))
+        self._engine = engine = self._backend.engine(self._config, source, partial(report_progress, display))
         self._resolved.set()
         text: TextModel | None = None
 
         async def load_text() -> None:
             nonlocal text
-            text = await trio.to_thread.run_sync(self._backend.text, source, abandon_on_cancel=True)
+            text = await trio.to_thread.run_sync(self._backend.text, self._config, source, abandon_on_cancel=True)
 
         async with trio.open_nursery() as loading:
             loading.start_soon(load_text)
@@ -225,6 +225,11 @@ def _announce(config: ServerConfig, url: str, info: Ready) -> None:
         + ("" if info.kv_cache_dtype == "auto" else f" in {info.kv_cache_dtype}")
         + f", {info.kv_cache_bytes / 2**20:,.0f} MiB; "
         f"a sequence up to {info.max_length:,} tokens",
+        **(
+            {"vision": f"{info.vision_engine}, {info.media_cache_bytes / 2**20:,.0f} MiB for embeddings of images"}
+            if info.mode == "vlm"
+            else {}
+        ),
         "API": f"{url}/v1{', with a key' if config.api_keys else ''}",
         "docs": f"{url}/docs",
     }

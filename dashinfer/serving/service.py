@@ -19,6 +19,8 @@ from dashinfer.errors import EngineUnavailable
 if TYPE_CHECKING:
     from dashinfer.text.chat_template import ChatTemplate
     from dashinfer.text.tokenizer import Tokenizer
+    from dashinfer.vision.intake import Intake
+    from dashinfer.vision.model import VisionModel
 
 _WHY_NOT = {
     "loading": "the model is still loading",
@@ -29,11 +31,16 @@ _WHY_NOT = {
 
 @dataclass(frozen=True)
 class TextModel:
-    """The text side of a model: everything between messages and token ids. Safe to share between threads."""
+    """The parent's side of a model: everything between messages and what the engine takes. Safe to share between threads.
+
+    Attributes:
+        vision: how it sees; None where it is served without that.
+    """
 
     tokenizer: "Tokenizer"
     template: "ChatTemplate"
     generation_config: Mapping[str, Any]
+    vision: "VisionModel | None" = None
 
 
 class Service:
@@ -44,6 +51,7 @@ class Service:
         created: when the server started, in seconds since 1970.
         in_flight: requests that are being answered.
         failure: what ended the engine, as one line, or None.
+        intake: takes images and videos; None before the model is loaded, and for one that sees none.
     """
 
     def __init__(self, config: ServerConfig, *, version: str) -> None:
@@ -54,6 +62,7 @@ class Service:
         self.failure: str | None = None
         # A few at a time: long prompts must not take every core from the model.
         self.thread_limiter = trio.CapacityLimiter(2)
+        self.intake: Intake | None = None
         self._engine: EngineAPI | None = None
         self._text: TextModel | None = None
         self._draining = False
@@ -65,10 +74,14 @@ class Service:
         """From now on requests are served."""
         assert engine.info is not None, "an engine that is ready knows its model"
         self._engine, self._text = engine, text
+        if text.vision is not None:
+            self.intake = _make_intake(self.config, text.vision)
         info = engine.info
         built_from = [self.version, self.config.model_name, info.architecture, info.data_type, info.device]
         if info.kv_cache_dtype != "auto":
             built_from.append(info.kv_cache_dtype)
+        if info.mode == "vlm":
+            built_from.append(f"vlm, {info.vision_engine}")
         config = self.config
         if config.quant_type is not None:
             built_from.append(f"{config.quant_type}, {config.quant_group_size}, {config.quantize_head}")
@@ -124,3 +137,10 @@ class Service:
         """Returns once no request is being answered."""
         while self.in_flight:
             await self._idle.wait()
+
+
+def _make_intake(config: ServerConfig, vision: "VisionModel") -> "Intake":
+    from dashinfer.vision.intake import Intake
+    from dashinfer.vision.model import media_policy
+
+    return Intake(vision, media_policy(config), max_waiting=config.max_queue)

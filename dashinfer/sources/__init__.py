@@ -11,9 +11,6 @@ from typing import Any
 
 from dashinfer.types import ModelFiles
 
-# Raises where a config.json is of a model that cannot be served; called before weights are fetched.
-CheckConfig = Callable[[dict[str, Any]], None]
-
 # (stage, done, total, unit): total is 0 while it is unknown, unit "B" for bytes
 ReportProgress = Callable[[str, int, int, str], None]
 
@@ -34,3 +31,8 @@ class ModelSource:
     files: ModelFiles
     tokenizer: TokenizerFiles
     generation_config: dict[str, Any] = field(default_factory=dict)  # generation_config.json, empty where there is none
+    directory: Path | None = None  # where config.json and its like lie; None for a .gguf file
+
+
+# Raises where a model cannot be served. It sees the source without weights, before they are fetched.
+CheckSource = Callable[[ModelSource], None]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dashinfer.errors import ModelNotFound, UnsupportedModel
-from dashinfer.sources import CheckConfig, ModelSource, ReportProgress
+from dashinfer.sources import CheckSource, ModelSource, ReportProgress
 from dashinfer.sources.local import INDEX, QUANTIZATION, SINGLE, indexed_weights, resolve_directory
 
 _SMALL_FILES = [
@@ -20,13 +20,16 @@ _SMALL_FILES = [
     "special_tokens_map.json",
     "chat_template.jinja",
     "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
     INDEX,
     *QUANTIZATION,
 ]
 _OLD_GPTQ = "gptq_model-*.safetensors"  # what AutoGPTQ called the weights
 
 
-def resolve_hub(model: str, *, load_format: str = "auto", report: ReportProgress, check: CheckConfig) -> ModelSource:
+def resolve_hub(model: str, *, load_format: str = "auto", report: ReportProgress, check: CheckSource) -> ModelSource:
     """The model `org/name`, fetched where it is not cached. Its configuration and tokeniser come first and are looked at:
     nobody waits for gigabytes to learn that they cannot be served.
 
@@ -38,7 +41,7 @@ def resolve_hub(model: str, *, load_format: str = "auto", report: ReportProgress
     if not (directory / "config.json").is_file():
         raise _lacking(model, "config.json")
     source = resolve_directory(directory, load_format="dummy", report=report, name=model)
-    check(source.files.config)
+    check(source)
     if load_format == "dummy":
         return source
     names = indexed_weights(directory / INDEX) if (directory / INDEX).is_file() else [SINGLE]

@@ -36,8 +36,9 @@ def resolve_directory(
     weights = () if load_format == "dummy" else find_weights(directory)
     return ModelSource(
         files=ModelFiles(name=name or directory.name, format="safetensors", weights=weights, config=config),
-        tokenizer=_tokenizer_files(directory),
+        tokenizer=_tokenizer_files(directory, sees="vision_config" in config),
         generation_config=read_json(directory / "generation_config.json", optional=True),
+        directory=directory,
     )
 
 
@@ -124,7 +125,7 @@ def _only_gguf(directory: Path) -> Path | None:
     return firsts[0] if firsts else None
 
 
-def _tokenizer_files(directory: Path) -> TokenizerFiles:
+def _tokenizer_files(directory: Path, *, sees: bool) -> TokenizerFiles:
     if not (directory / "tokenizer.json").is_file():
         if any((directory / name).is_file() for name in ("tokenizer.model", "vocab.json", "vocab.txt")):
             raise UnsupportedModel(
@@ -134,21 +135,26 @@ def _tokenizer_files(directory: Path) -> TokenizerFiles:
         raise ModelNotFound(f"{directory} has no tokenizer.json")
     config = read_json(directory / "tokenizer_config.json", optional=True)
     names = read_json(directory / "special_tokens_map.json", optional=True)
-    return TokenizerFiles(directory / "tokenizer.json", {**names, **config}, _chat_template(directory, config))
+    return TokenizerFiles(directory / "tokenizer.json", {**names, **config}, _chat_template(directory, config, sees=sees))
 
 
-def _chat_template(directory: Path, tokenizer_config: dict[str, Any]) -> str | None:
-    """From the first place of those that transformers has used over the years."""
+def _chat_template(directory: Path, tokenizer_config: dict[str, Any], *, sees: bool) -> str | None:
+    """From the first place of those that transformers has used over the years.
+
+    chat_template.json is of a processor: where the model sees, it goes before the tokeniser's own template, which may know
+    text alone.
+    """
     own = directory / "chat_template.jinja"
     if own.is_file():
         try:
             return own.read_text("utf-8")
         except (OSError, ValueError) as error:
             raise UnsupportedModel(f"cannot read {own}: {error}") from error
-    for templates in (
+    places = [
         tokenizer_config.get("chat_template"),
         read_json(directory / "chat_template.json", optional=True).get("chat_template"),
-    ):
+    ]
+    for templates in reversed(places) if sees else places:
         if (chosen := select_template(templates)) is not None:
             return chosen
     return None

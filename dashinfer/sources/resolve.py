@@ -6,10 +6,9 @@ Owns the choice between the kinds of sources; each kind has a file of its own. K
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 from dashinfer.errors import ModelNotFound, UnsupportedModel
-from dashinfer.sources import CheckConfig, ModelSource, ReportProgress
+from dashinfer.sources import CheckSource, ModelSource, ReportProgress
 from dashinfer.sources.demo import resolve_demo
 from dashinfer.sources.gguf import resolve_gguf
 from dashinfer.sources.hub import resolve_hub
@@ -22,18 +21,18 @@ def _silent(stage: str, done: int, total: int, unit: str) -> None:
     """Progress that nobody wants to see."""
 
 
-def _any(config: dict[str, Any]) -> None:
+def _any(source: ModelSource) -> None:
     """Whatever the model is."""
 
 
 def resolve(
-    model: str, *, load_format: str = "auto", report: ReportProgress = _silent, check: CheckConfig = _any
+    model: str, *, load_format: str = "auto", report: ReportProgress = _silent, check: CheckSource = _any
 ) -> ModelSource:
     """Find, and where needed fetch, the model's files. Synchronous and blocking; KeyboardInterrupt goes through.
 
     A file or directory goes before a Hugging Face ID of the same name. `load_format="dummy"` needs no safetensors weights and
     fetches none. `report(stage, done, total, unit)` gets the stages "download" and "verify", in bytes, and "tokenizer".
-    `check(config)` sees the configuration before weights are fetched from the Hub, and may raise.
+    `check(source)` sees the configuration before weights are fetched from the Hub, and may raise.
 
     Raises:
         ModelNotFound: no such file, directory or repository, no access to it, or no network.
@@ -44,7 +43,7 @@ def resolve(
     if model != "demo" and not path.exists() and _HUB_ID.fullmatch(model) and path.suffix != ".gguf":
         return resolve_hub(model, load_format=load_format, report=report, check=check)
     source = _resolve_local(model, path, load_format=load_format, report=report)
-    check(source.files.config)
+    check(source)
     return source
 
 

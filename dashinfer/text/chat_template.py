@@ -188,6 +188,8 @@ class ChatTemplate:
         if content is None and not self._knows_null:
             content = ""
         if isinstance(content, list) and self.content_format == "string":
+            if any(part["type"] != "text" for part in content):
+                raise InvalidRequest("the model's chat template takes text only, no images and videos", param="messages")
             content = "\n".join(part["text"] for part in content)
         elif isinstance(content, str) and self._wraps_strings:
             content = [{"type": "text", "text": content}]
@@ -203,6 +205,8 @@ def _opened(message: dict[str, Any]) -> dict[str, Any]:
         return {**message, "content": content + _OPEN_END}
     if isinstance(content, list) and content:
         last = content[-1]
+        if last["type"] != "text":
+            raise InvalidRequest("continue_final_message is set, but the final message ends with no text", param="messages")
         return {**message, "content": [*content[:-1], {**last, "text": last["text"] + _OPEN_END}]}
     raise InvalidRequest("continue_final_message is set, but the final message has no text to continue", param="messages")
 

@@ -5,6 +5,7 @@ Formats: ISO/IEC 14496-12, 4.2; RFC 8794, sections 4 to 6.
 
 import struct
 
+_MAX_BOXES = 100_000  # outermost ones of an MP4; a fragmented one has two for each second or so
 _SEGMENT = b"\x18\x53\x80\x67"
 
 
@@ -17,8 +18,11 @@ def is_complete(data: bytes) -> bool:
 
 
 def _mp4_end(data: bytes) -> int:
-    position = 0
+    position = boxes = 0
     while position < len(data):
+        boxes += 1
+        if boxes > _MAX_BOXES:
+            raise IndexError
         size, _ = struct.unpack_from(">I4s", data, position)
         if size == 1:
             (size,) = struct.unpack_from(">Q", data, position + 8)

@@ -7,6 +7,7 @@ from urllib.parse import unquote_to_bytes
 from dashinfer.errors import MediaError
 
 _MAX_HEAD = 1024  # characters before the comma
+_MAX_ESCAPED = 2**20  # characters of a percent-encoded URI
 _PIECE = 256 * 1024  # characters decoded at a time: other threads run between two pieces
 _BASE64 = re.compile(r".*;\s*base64\s*", re.IGNORECASE | re.DOTALL)
 _SPACE = " \t\n\f\r"
@@ -26,6 +27,8 @@ def decode_data_uri(uri: str, max_bytes: int) -> bytes:
     in_base64 = _BASE64.fullmatch(uri, 0, comma) is not None
     if in_base64 and uri.find("%", comma) < 0:
         return _decode_base64(uri, comma + 1, max_bytes)
+    if len(uri) > _MAX_ESCAPED:  # un-escaping is slow, and takes many times its length in memory
+        raise MediaError(f"its data: URI is percent-encoded and longer than {_MAX_ESCAPED} characters; use base64")
     content = unquote_to_bytes(uri[comma + 1 :])
     if in_base64:
         return _decode_base64(content.decode("latin-1"), 0, max_bytes)

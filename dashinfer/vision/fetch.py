@@ -4,7 +4,8 @@ Whoever sends a request chooses the source, so every source is hostile: `MediaPo
 cost. Knows nothing of what the bytes mean. Runs on trio, in the parent.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Awaitable, Callable
 
 import trio
 
@@ -19,14 +20,31 @@ from dashinfer.vision.url import parse_url, resolve_location
 MAX_REDIRECTS = 3
 _INTERNET = Internet()
 
+# Called with the bytes that a medium is about to have; returns once there is room for them.
+MakeRoom = Callable[[int], Awaitable[None]]
 
-async def fetch(source: str, policy: MediaPolicy, *, index: int = 0, network: Network = _INTERNET) -> bytes:
+
+async def _unlimited(size: int) -> None:
+    """There is always room."""
+
+
+async def fetch(
+    source: str,
+    policy: MediaPolicy,
+    *,
+    index: int = 0,
+    network: Network = _INTERNET,
+    make_room: MakeRoom = _unlimited,
+    threads: trio.CapacityLimiter | None = None,
+) -> bytes:
     """The bytes of one medium, at least one.
 
     Args:
         source: an http:, https: or data: URL, or a file: URL or absolute path under `policy.allowed_path`.
         index: the medium's place among the request's, for the error.
         network: what to resolve and connect with.
+        make_room: awaited before memory is taken; the time it takes does not count.
+        threads: limits those that decode data: URLs.
 
     Raises:
         MediaError: refused by the policy, not had, empty, larger than `policy.max_bytes`, or not there in `policy.timeout`
@@ -34,7 +52,14 @@ async def fetch(source: str, policy: MediaPolicy, *, index: int = 0, network: Ne
     """
     try:
         with trio.move_on_after(policy.timeout) as scope:
-            content = await _fetch(source.strip(), policy, network)
+
+            async def wait_for_room(size: int) -> None:
+                left = scope.deadline - trio.current_time()
+                scope.deadline = math.inf
+                await make_room(size)
+                scope.deadline = trio.current_time() + left
+
+            content = await _fetch(source.strip(), policy, network, wait_for_room, threads)
         if scope.cancelled_caught:
             raise MediaError(f"fetching it took longer than {policy.timeout:g} seconds")
         if not content:
@@ -44,49 +69,26 @@ async def fetch(source: str, policy: MediaPolicy, *, index: int = 0, network: Ne
     return content
 
 
-async def fetch_all(sources: Sequence[str], policy: MediaPolicy, *, network: Network = _INTERNET) -> list[bytes]:
-    """The bytes of a request's media in order, up to `policy.concurrency` fetched at the same time.
-
-    Raises:
-        MediaError: of the first that fails; the others are cancelled.
-    """
-    contents = [b""] * len(sources)
-    failure: MediaError | None = None
-    places = trio.CapacityLimiter(policy.concurrency)
-
-    async def fetch_one(index: int) -> None:
-        nonlocal failure
-        try:
-            async with places:
-                contents[index] = await fetch(sources[index], policy, index=index, network=network)
-        except MediaError as error:
-            failure = failure or error
-            nursery.cancel_scope.cancel()
-
-    async with trio.open_nursery() as nursery:
-        for index in range(len(sources)):
-            nursery.start_soon(fetch_one, index)
-    if failure is not None:
-        raise failure
-    return contents
-
-
-async def _fetch(source: str, policy: MediaPolicy, network: Network) -> bytes:
+async def _fetch(
+    source: str, policy: MediaPolicy, network: Network, make_room: MakeRoom, threads: trio.CapacityLimiter | None
+) -> bytes:
     scheme = source[:8].partition(":")[0].lower()
     if scheme in ("http", "https"):
-        return await _fetch_http(source, policy, network)
+        return await _fetch_http(source, policy, network, make_room)
     # In a thread, which a deadline leaves behind: large texts take long, and a file may lie on a disk that does not answer.
     if scheme == "data":
-        return await trio.to_thread.run_sync(decode_data_uri, source, policy.max_bytes, abandon_on_cancel=True)
+        await make_room(min(len(source), policy.max_bytes))
+        return await trio.to_thread.run_sync(decode_data_uri, source, policy.max_bytes, abandon_on_cancel=True, limiter=threads)
     if scheme == "file" or source.startswith("/"):
+        await make_room(policy.max_bytes)
         return await trio.to_thread.run_sync(read_file, source, policy.allowed_path, policy.max_bytes, abandon_on_cancel=True)
     raise MediaError("it is none of an http:, https:, data: and file: URL")
 
 
-async def _fetch_http(source: str, policy: MediaPolicy, network: Network) -> bytes:
+async def _fetch_http(source: str, policy: MediaPolicy, network: Network, make_room: MakeRoom) -> bytes:
     url = parse_url(source)
     for _ in range(MAX_REDIRECTS + 1):
-        answer = await get(url, policy, network)
+        answer = await get(url, policy, network, make_room)
         if isinstance(answer, bytes):
             return answer
         target = resolve_location(url, answer.location)

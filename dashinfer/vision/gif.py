@@ -29,6 +29,7 @@ def scan_gif(data: bytes, *, max_frames: int) -> GifInfo:
     damaged = MediaError("it is damaged or incomplete and cannot be decoded")
     delays: list[float] = []
     delay = 0
+    blocks, most_blocks = 0, len(data) // 64 + 8 * max_frames
     try:
         width, height, flags = struct.unpack_from("<HHB", data, 6)
         position = 13 + _table_bytes(flags)
@@ -50,6 +51,9 @@ def scan_gif(data: bytes, *, max_frames: int) -> GifInfo:
                 raise damaged
             while size := data[position]:
                 position += size + 1
+                blocks += 1
+                if blocks > most_blocks:  # what writes a GIF fills them, to 255 bytes
+                    raise damaged
             position += 1
     except (struct.error, IndexError):
         raise damaged from None

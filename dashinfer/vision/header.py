@@ -13,6 +13,7 @@ Format = Literal["PNG", "JPEG", "WEBP", "GIF", "BMP"]
 
 # TIFF is left out: browsers do not show it, and a decoder for it is one for a dozen codecs.
 SUPPORTED = "PNG, JPEG, WebP, GIF and BMP"
+_MAX_SEGMENTS = 10_000  # of a JPEG before its frame header, and fill bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ def _read(data: bytes) -> ImageHeader | None:
 def _jpeg_size(data: bytes) -> tuple[int, int]:
     """Of the first frame header (ITU-T T.81, B.2.2), found by stepping over the segments before it."""
     position = 2
-    while True:
+    for _ in range(_MAX_SEGMENTS):
         prefix, marker = struct.unpack_from(">BB", data, position)
         if prefix != 0xFF:
             return 0, 0
@@ -75,6 +76,7 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
         if length < 2 or marker in (0xD9, 0xDA):  # the image ends, or its data begin, without a frame header
             return 0, 0
         position += length
+    return 0, 0
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:

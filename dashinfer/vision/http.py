@@ -3,6 +3,7 @@
 Asks for no compression and takes none, keeps no cookies, and reads no body but the wanted one. Redirects are for the caller.
 """
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import h11
@@ -16,6 +17,7 @@ from dashinfer.vision.url import HttpUrl
 MAX_HEAD = 32 * 1024  # bytes of a status line with headers, of a chunk's head, and of trailers
 MAX_INTERIM = 8  # answers 1xx before the final one
 _RECEIVE = 64 * 1024
+_ROOM = 4 * 2**20  # bytes by which a body's room grows: a host that sends slowly takes little of it
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 
@@ -26,22 +28,27 @@ class Redirect:
     location: str
 
 
-async def get(url: HttpUrl, policy: MediaPolicy, network: Network) -> bytes | Redirect:
-    """The body at the URL, or where to look for it.
+async def get(
+    url: HttpUrl, policy: MediaPolicy, network: Network, make_room: Callable[[int], Awaitable[None]]
+) -> bytes | Redirect:
+    """The body at the URL, or where to look for it. `make_room` is awaited whenever the body is about to be larger, with the
+    bytes that it will be.
 
     Raises:
         MediaError: the host is refused or not reached, or its answer is not an unencoded body within `policy.max_bytes`.
     """
     async with await open_connection(url, policy, network) as stream:
         try:
-            return await _exchange(stream, url, policy.max_bytes)
+            return await _exchange(stream, url, policy.max_bytes, make_room)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise MediaError("the connection to its host broke") from error
         except h11.RemoteProtocolError as error:
             raise MediaError("its host's answer is malformed or ended early") from error
 
 
-async def _exchange(stream: trio.abc.Stream, url: HttpUrl, max_bytes: int) -> bytes | Redirect:
+async def _exchange(
+    stream: trio.abc.Stream, url: HttpUrl, max_bytes: int, make_room: Callable[[int], Awaitable[None]]
+) -> bytes | Redirect:
     connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD)
     received = 0
 
@@ -77,7 +84,12 @@ async def _exchange(stream: trio.abc.Stream, url: HttpUrl, max_bytes: int) -> by
         return Redirect(location)
 
     body = bytearray()
+    room = min(_ROOM, max_bytes)
+    await make_room(room)
     while isinstance(event := await next_event(), h11.Data):
+        if len(body) + len(event.data) > room:
+            room = min(len(body) + _ROOM, max_bytes)
+            await make_room(room)
         body += event.data
         if len(body) > max_bytes:
             raise _too_large(max_bytes)

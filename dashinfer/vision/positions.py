@@ -100,7 +100,7 @@ def place_media(tokens: Sequence[int] | np.ndarray, media: Sequence[Medium], con
     holders = np.flatnonzero(np.isin(prompt, list(kinds)))
     found = [kinds[int(token)] for token in prompt[holders]]
     if found != [media[part.medium].kind for part in parts]:
-        raise InvalidRequest(_mismatch(found, media), param="messages")
+        raise InvalidRequest(_mismatch(found, [media[part.medium].kind for part in parts], media), param="messages")
 
     counts = np.ones(len(prompt), dtype=np.int64)
     counts[holders] = [config.num_tokens(part.grid) for part in parts]
@@ -162,8 +162,13 @@ def _grid_positions(part: _Part, config: VisionConfig) -> np.ndarray:
     return places
 
 
-def _mismatch(found: list[str], media: Sequence[Medium]) -> str:
+def _mismatch(found: list[str], wanted: list[str], media: Sequence[Medium]) -> str:
     given = [medium.kind for medium in media]
+    if all(found.count(kind) <= wanted.count(kind) for kind in given) and len(found) < len(wanted):
+        return (
+            "the model's chat template does not show every image and video of these messages; it may show those of some roles "
+            "only, such as `user`"
+        )
     for kind in ("image", "video"):
         if given.count(kind) == 0 and kind in found:
             return f"the prompt has a placeholder for {kind}s, but no {kind} was given; placeholders cannot be written as text"

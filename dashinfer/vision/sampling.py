@@ -7,7 +7,7 @@ temporal patch is refused there; here its last frame is repeated.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 from dashinfer.errors import UnsupportedModel
@@ -63,6 +63,13 @@ class VideoProcessor(Processor):
             fields["max_frames"] = min(max_frames, fields.get("max_frames", base.max_frames))
         fields["min_frames"] = min(fields.get("min_frames", base.min_frames), fields.get("max_frames", base.max_frames))
         return base(**fields)
+
+    def limited(self, max_frames: int | None) -> Self:
+        """The same processor with a request's bound on frames, where that is less; a temporal patch is the least."""
+        if max_frames is None or max_frames >= self.max_frames:
+            return self
+        most = max(max_frames, min(self.temporal_patch_size, self.max_frames))
+        return replace(self, max_frames=most, min_frames=min(self.min_frames, most))
 
     def sample(self, total: int, source_fps: float, fps: float | None = None) -> list[int]:
         """Ascending indexes of the frames taken from `total` frames shown at `source_fps` a second; at least one.

@@ -9,14 +9,14 @@ Where a container says that its pictures are to be shown turned, they are turned
 """
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 from dashinfer.errors import MediaError
 
 from .container import is_complete
-from .decode import check_pixels, refusing_damage, to_rgb
+from .decode import check_pixels, decode_image, refusing_damage, to_rgb
 from .gif import scan_gif
 from .preprocess import Patches
 from .sampling import VideoProcessor
@@ -30,6 +30,7 @@ _DEMUXERS = {"mp4": "mov", "webm": "matroska"}
 _CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4")
 _DECODERS = (*_CODECS, "libvpx", "libvpx-vp9", "libdav1d", "libaom-av1")
 _THREADS = 4
+FRAME_RATE = 24.0  # frames a second that transformers takes a list of frames for
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,10 @@ class VideoLimits:
 
 
 _LIMITS = VideoLimits()
+
+
+def _go_on() -> None:
+    """Nobody asks to stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +74,10 @@ class VideoPatches(Patches):
     seconds_per_step: float
 
 
-def probe_video(data: bytes, limits: VideoLimits = _LIMITS) -> VideoInfo:
+def probe_video(data: bytes, limits: VideoLimits = _LIMITS, *, check: Callable[[], None] = _go_on) -> VideoInfo:
     """Reads the container `data` without decoding: with `VideoProcessor.sample` and `grid` it gives the number of tokens.
+
+    `check` is called now and then, and may raise to end it.
 
     Raises:
         MediaError: a container or codec that is not supported, more or larger frames than allowed, or a damaged file.
@@ -83,7 +90,7 @@ def probe_video(data: bytes, limits: VideoLimits = _LIMITS) -> VideoInfo:
         if not is_complete(data):
             raise MediaError("it is incomplete")
         with _open(data, limits) as container, refusing_damage():
-            info = _probe(container, kind, limits)
+            info = _probe(container, kind, limits, check)
     check_pixels(info.width, info.height, max_pixels=limits.frame_pixels)
     if info.frames * info.width * info.height > limits.pixels:
         raise MediaError(
@@ -93,23 +100,29 @@ def probe_video(data: bytes, limits: VideoLimits = _LIMITS) -> VideoInfo:
 
 
 def decode_video(
-    data: bytes, processor: VideoProcessor, limits: VideoLimits = _LIMITS, *, fps: float | None = None
+    data: bytes,
+    processor: VideoProcessor,
+    limits: VideoLimits = _LIMITS,
+    *,
+    fps: float | None = None,
+    check: Callable[[], None] = _go_on,
 ) -> VideoPatches:
-    """Samples, decodes and cuts a video file. `fps` is how many frames a request wants of a second.
+    """Samples, decodes and cuts a video file. `fps` is how many frames a request wants of a second; `check` is called for each
+    frame, and may raise to end it.
 
     Raises MediaError as `probe_video` does, and for an aspect ratio that the model refuses.
     """
-    info = probe_video(data, limits)
+    info = probe_video(data, limits, check=check)
     indexes = processor.sample(info.frames, info.fps, fps)
     processor.grid(len(indexes), info.height, info.width)
     read = _gif_frames if info.format == "gif" else _av_frames
-    values, grid = _cut(read(data, indexes, limits), len(indexes), processor)
+    values, grid = _cut(read(data, indexes, limits, check), len(indexes), processor)
     step = processor.temporal_patch_size
     seconds = step * info.frames / (len(indexes) * info.fps)
     return VideoPatches(values, grid, processor.timestamps(indexes, info.fps), seconds)
 
 
-def cut_frames(frames: Sequence["np.ndarray"], processor: VideoProcessor, *, fps: float = 24.0) -> VideoPatches:
+def cut_frames(frames: Sequence["np.ndarray"], processor: VideoProcessor, *, fps: float = FRAME_RATE) -> VideoPatches:
     """Cuts a list of pictures, uint8 [height, width, 3] each and all of one size, as a video of which no frame is left out.
 
     `fps` is how many of them a second has; 24 is what transformers assumes.
@@ -118,8 +131,33 @@ def cut_frames(frames: Sequence["np.ndarray"], processor: VideoProcessor, *, fps
     """
     if not frames:
         raise MediaError("it has no frames")
-    values, grid = _cut(iter(frames), len(frames), processor)
-    return VideoPatches(values, grid, processor.timestamps(range(len(frames)), fps), processor.temporal_patch_size / fps)
+    return _cut_all(iter(frames), len(frames), processor, fps)
+
+
+def decode_frames(
+    files: Sequence[bytes], processor: VideoProcessor, *, fps: float = FRAME_RATE, check: Callable[[], None] = _go_on
+) -> VideoPatches:
+    """The same of image files, decoded one at a time. `check` is called for each, and may raise to end it.
+
+    Raises MediaError as `cut_frames` does, and for a file that cannot be decoded.
+    """
+    if not files:
+        raise MediaError("it has no frames")
+
+    def decoded() -> Iterator["np.ndarray"]:
+        for number, data in enumerate(files):
+            check()
+            try:
+                yield decode_image(data, max_pixels=_LIMITS.frame_pixels)
+            except MediaError as error:
+                raise MediaError(f"frame {number}: {error.reason}") from error
+
+    return _cut_all(decoded(), len(files), processor, fps)
+
+
+def _cut_all(frames: Iterator["np.ndarray"], count: int, processor: VideoProcessor, fps: float) -> VideoPatches:
+    values, grid = _cut(frames, count, processor)
+    return VideoPatches(values, grid, processor.timestamps(range(count), fps), processor.temporal_patch_size / fps)
 
 
 def _cut(frames: Iterator["np.ndarray"], count: int, processor: VideoProcessor) -> tuple["np.ndarray", tuple[int, int, int]]:
@@ -155,11 +193,12 @@ def _format(data: bytes) -> Literal["gif", "mp4", "webm"]:
     raise MediaError(f"it is in no supported format; supported are {SUPPORTED}")
 
 
-def _gif_frames(data: bytes, indexes: Sequence[int], limits: VideoLimits) -> Iterator["np.ndarray"]:
+def _gif_frames(data: bytes, indexes: Sequence[int], limits: VideoLimits, check: Callable[[], None]) -> Iterator["np.ndarray"]:
     from PIL import Image
 
     with refusing_damage(), Image.open(io.BytesIO(data), formats=["GIF"]) as image:
         for at in indexes:
+            check()
             image.seek(at)
             check_pixels(*image.size, max_pixels=limits.frame_pixels)
             image.load()
@@ -194,7 +233,9 @@ def _open_nothing(url: str, flags: int, options: dict[str, str]) -> NoReturn:
     raise PermissionError("a container names another file")
 
 
-def _probe(container: "InputContainer", kind: Literal["mp4", "webm"], limits: VideoLimits) -> VideoInfo:
+def _probe(
+    container: "InputContainer", kind: Literal["mp4", "webm"], limits: VideoLimits, check: Callable[[], None]
+) -> VideoInfo:
     """Counts packets: what a header says of the number of frames may be missing, or a lie."""
     if not container.streams.video:
         raise MediaError("it has no video in it")
@@ -204,6 +245,7 @@ def _probe(container: "InputContainer", kind: Literal["mp4", "webm"], limits: Vi
         raise MediaError(f"it is of a codec that is not supported; supported are {', '.join(_CODECS)}")
     frames = 0
     for packet in container.demux(stream):
+        check()
         frames += packet.size > 0
         if frames > limits.frames:
             raise MediaError(f"it has more than {limits.frames} frames")
@@ -213,7 +255,7 @@ def _probe(container: "InputContainer", kind: Literal["mp4", "webm"], limits: Vi
     return VideoInfo(kind, codec.width, codec.height, frames, float(rate))
 
 
-def _av_frames(data: bytes, indexes: Sequence[int], limits: VideoLimits) -> Iterator["np.ndarray"]:
+def _av_frames(data: bytes, indexes: Sequence[int], limits: VideoLimits, check: Callable[[], None]) -> Iterator["np.ndarray"]:
     import numpy as np
 
     wanted = set(indexes)
@@ -222,6 +264,7 @@ def _av_frames(data: bytes, indexes: Sequence[int], limits: VideoLimits) -> Iter
         codec.options = {"max_pixels": str(limits.frame_pixels)}
         codec.thread_count, codec.thread_type = _THREADS, "AUTO"
         for at, frame in enumerate(container.decode(video=0)):
+            check()
             if at in wanted:
                 check_pixels(frame.width, frame.height, max_pixels=limits.frame_pixels)
                 rgb = frame.to_ndarray(format="rgb24")

@@ -6,11 +6,12 @@ import pytest
 from dashinfer.errors import InvalidRequest
 from dashinfer.protocol.chat import MAX_BIASES, MAX_MESSAGES, ChatCompletionRequest
 from dashinfer.protocol.parse import parse_chat_request
+from dashinfer.vision.request import MediumRequest
 
 TEXT = {"type": "text", "text": "x"}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
 USER = {"role": "user", "content": "hi"}
-IMAGE = {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}
+URL = "http://example.com/a"
 
 
 def parse(**fields: Any) -> ChatCompletionRequest:
@@ -134,6 +135,83 @@ def test_bad_fields_are_named(fields: dict[str, Any], param: str, words: str) ->
     assert words in error.message
 
 
+def media(*parts: Any) -> dict[str, Any]:
+    return {"messages": [USER, {"role": "user", "content": [TEXT, *parts]}]}
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        ({"type": "image_url", "image_url": URL}, {}),
+        ({"type": "image_url", "image_url": {"url": URL}}, {}),
+        ({"type": "image", "image": URL, "max_pixels": 9}, {"max_pixels": 9}),
+        ({"type": "image_url", "image_url": {"url": URL, "detail": "auto"}}, {}),
+        (
+            {
+                "type": "image_url",
+                "image_url": {"url": URL, "detail": "low", "min_pixels": 5},
+                "min_pixels": 6,
+                "max_pixels": 9,
+            },
+            {"low_detail": True, "min_pixels": 5, "max_pixels": 9},
+        ),
+        ({"type": "video_url", "video_url": URL}, {"kind": "video"}),
+        (
+            {"type": "video_url", "video_url": {"url": URL, "fps": 2}, "max_frames": 7},
+            {"kind": "video", "fps": 2, "max_frames": 7},
+        ),
+        ({"type": "video", "video": URL}, {"kind": "video"}),
+        (
+            {"type": "video", "video": [URL, "b"], "fps": 1.5},
+            {"kind": "video", "sources": (URL, "b"), "frames": True, "fps": 1.5},
+        ),
+    ],
+)
+def test_images_and_videos(part: dict[str, Any], expected: dict[str, Any]) -> None:
+    request = parse(**media(part))
+
+    fields = {"kind": "image", "sources": (URL,), "param": "messages.1.content.1", **expected}
+    assert request.media() == [MediumRequest(**fields)]
+    assert request.template_messages()[1]["content"] == [TEXT, {"type": fields["kind"]}]
+
+
+def test_media_have_the_order_of_the_messages() -> None:
+    image, video = {"type": "image", "image": "a"}, {"type": "video", "video": "b"}
+    messages = [{"role": role, "content": [image, TEXT, video]} for role in ("system", "user", "assistant", "tool")]
+
+    found = parse(messages=messages).media()
+
+    assert [medium.sources[0] for medium in found] == ["a", "b"] * 4
+    assert found[-1].param == "messages.3.content.2"
+
+
+@pytest.mark.parametrize(
+    ("part", "param", "words"),
+    [
+        ({"type": "image_url"}, ".image_url", "is required"),
+        ({"type": "image_url", "image_url": 3}, ".image_url", "a string or an object, not 3"),
+        ({"type": "image_url", "image_url": ""}, ".image_url", "must not be empty"),
+        ({"type": "image_url", "image_url": {"url": 3}}, ".image_url.url", "a string, not 3"),
+        ({"type": "image_url", "image_url": {"url": URL, "x": 3}}, ".image_url.x", "not a field"),
+        ({"type": "image_url", "image_url": {"url": URL, "detail": "tiny"}}, ".image_url.detail", "'low', 'high' or 'auto'"),
+        ({"type": "image", "image": URL, "min_pixels": 0}, ".min_pixels", "at least 1"),
+        ({"type": "image", "image": URL, "fps": 1}, ".fps", "not a field"),
+        ({"type": "image", "image": [URL]}, ".image", "a string, not an array"),
+        ({"type": "video", "video": 3}, ".video", "a string or an array of strings, not 3"),
+        ({"type": "video", "video": []}, ".video", "must not be empty"),
+        ({"type": "video", "video": [URL, 3]}, ".video.1", "a string, not 3"),
+        ({"type": "video", "video": [URL] * 1025}, ".video", "more than 1024 items"),
+        ({"type": "video_url", "video_url": {"url": URL, "fps": 0}}, ".video_url.fps", "more than 0"),
+        ({"type": 3}, "", "needs a `type`, which is one of text, image_url, image, video_url, video"),
+    ],
+)
+def test_bad_parts_are_named(part: dict[str, Any], param: str, words: str) -> None:
+    error = refusal(**media(part))
+
+    assert error.param == "messages.1.content.1" + param
+    assert words in error.message
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -146,7 +224,6 @@ def test_bad_fields_are_named(fields: dict[str, Any], param: str, words: str) ->
         ({"prediction": {"type": "content"}}, "prediction"),
         ({"web_search_options": {}}, "web_search_options"),
         ({"reasoning_effort": "low"}, "reasoning_effort"),
-        ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages.0.content.0"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages.0.content.0"),
         ({"messages": [{"role": "assistant", "content": "", "function_call": {"name": "f"}}]}, "messages.0.function_call"),
     ],

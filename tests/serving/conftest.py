@@ -51,7 +51,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> TextModel:
 @pytest.fixture
 def run_server(text: TextModel) -> RunServer:
     @asynccontextmanager
-    async def run(*, ready: bool = True, engine_type: type[FakeEngine] = FakeEngine, **settings: Any) -> AsyncIterator[Running]:
+    async def run(
+        *, ready: bool = True, engine_type: type[FakeEngine] = FakeEngine, model: TextModel = text, **settings: Any
+    ) -> AsyncIterator[Running]:
         engine = engine_type()
         service = Service(ServerConfig(model="demo", host="127.0.0.1", port=0, **settings), version="0")
         with listen.bind("127.0.0.1", 0) as sockets:
@@ -60,9 +62,9 @@ def run_server(text: TextModel) -> RunServer:
             async with trio.open_nursery() as nursery:
                 await nursery.start(engine.run)
                 if ready:
-                    service.ready(engine, text)
+                    service.ready(engine, model)
                 await nursery.start(partial(serve, create_app(service), config, mode="asgi"))
-                async with httpx.AsyncClient(base_url=url) as client:
+                async with httpx.AsyncClient(base_url=url, timeout=30) as client:
                     yield Running(url, engine, service, client)
                 nursery.cancel_scope.cancel()
 

@@ -14,12 +14,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import tokenizers
 import trio
 from tokenizers import decoders, models, pre_tokenizers
 
 from dashinfer.config import ServerConfig
-from dashinfer.engine.api import EngineState, EngineStats, TokenOutput
+from dashinfer.engine.api import EngineState, EngineStats, PromptMedia, TokenOutput
 from dashinfer.errors import (
     ContextLengthExceeded,
     EngineUnavailable,
@@ -127,7 +128,9 @@ class FakeGeneration:
 
 class FakeEngine:
     """Attributes:
+    model: what it says that it serves.
     record: what happened, in order.
+    submitted: what `submit` was given, in order.
     running: generations whose block has not been left.
     at_once: tokens a choice gets with each receive.
     refusal: raised by submit, if set.
@@ -136,7 +139,9 @@ class FakeEngine:
     def __init__(self, *, load: bool = True) -> None:
         self.state: EngineState = "loading"
         self.info: Ready | None = None
+        self.model = INFO
         self.record: list[str] = []
+        self.submitted: list[tuple[list[int], list[SamplingParams], PromptMedia | None]] = []
         self.running = 0
         self.at_once = 1
         self.refusal: Exception | None = None
@@ -150,8 +155,8 @@ class FakeEngine:
     async def run(self, *, task_status: trio.TaskStatus[Ready] = trio.TASK_STATUS_IGNORED) -> None:
         try:
             await self.loaded.wait()
-            self.state, self.info = "ready", INFO
-            task_status.started(INFO)
+            self.state, self.info = "ready", self.model
+            task_status.started(self.model)
             await self.crash.wait()
             self.lost = InternalError("the engine lost this request")
             self.state = "failed"
@@ -196,13 +201,14 @@ class FakeEngine:
         self._changed.set()
         self._changed = trio.Event()
 
-    def submit(self, prompt: list[int], params: list[SamplingParams]) -> Any:
+    def submit(self, prompt: list[int], params: list[SamplingParams], media: PromptMedia | None = None) -> Any:
         if self.refusal is not None:
             raise self.refusal
         if self.state != "ready":
             raise EngineUnavailable(f"the engine is {self.state}")
-        if len(prompt) >= INFO.max_length:
+        if len(prompt) >= self.model.max_length:
             raise ContextLengthExceeded("the prompt leaves no room")
+        self.submitted.append((prompt, params, media))
         return self._life(FakeGeneration(self, prompt, params))
 
     @contextmanager
@@ -219,6 +225,18 @@ class FakeEngine:
 
     def stats(self) -> EngineStats:
         return EngineStats(self.running, 0, INFO.num_blocks, 0, 0, 0, 0, 0)
+
+
+class SeeingEngine(FakeEngine):
+    """Serves a model that sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = msgspec.structs.replace(INFO, mode="vlm", vocab_size=261, max_length=8192, vision_engine="native")
+
+    def resize(self, max_length: int) -> None:
+        """Another length of context, once it is loaded."""
+        self.info = self.model = msgspec.structs.replace(self.model, max_length=max_length)
 
 
 class FullEngine(FakeEngine):
@@ -240,16 +258,17 @@ class FakeBackend:
         report("download", 1000, 1000, "B")
         return ModelSource(ModelFiles(config.model, "safetensors", (), {}), write_tokenizer(self._folder))
 
-    def engine(self, config: ServerConfig, files: ModelFiles, on_progress: Callable[[Progress], None]) -> FakeEngine:
+    def engine(self, config: ServerConfig, source: ModelSource, on_progress: Callable[[Progress], None]) -> FakeEngine:
         on_progress(Progress("weights", 10, 100, "B"))
         on_progress(Progress("weights", 100, 100, "B"))
-        if files.name == "no-memory":
+        name = source.files.name
+        if name == "no-memory":
             return _NoMemory()
-        if files.name == "never-ends":
+        if name == "never-ends":
             return _NeverEnds()
-        return FakeEngine(load=files.name != "never-loads")
+        return FakeEngine(load=name != "never-loads")
 
-    def text(self, source: ModelSource) -> TextModel:
+    def text(self, config: ServerConfig, source: ModelSource) -> TextModel:
         return make_text(self._folder)
 
 

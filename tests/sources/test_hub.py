@@ -14,6 +14,9 @@ import pytest
 SHA = "0123456789abcdef0123456789abcdef01234567"
 SMALL = {"config.json": b'{"model_type": "llama"}', "tokenizer.json": b"{}", "onnx/config.json": b"{}"}
 QUANTISED = {"quantize_config.json": b'{"bits": 4}'}
+SEES = {
+    f"{name}.json": b"{}" for name in ("preprocessor_config", "video_preprocessor_config", "processor_config", "chat_template")
+}
 SHARDS = {"m-1.safetensors": b"1" * 3000, "m-2.safetensors": b"2" * 3000}
 INDEX = json.dumps({"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}}).encode()
 REPOSITORIES = {
@@ -22,6 +25,7 @@ REPOSITORIES = {
     "org/unknown": {**SMALL, "config.json": b'{"model_type": "mamba"}', "model.safetensors": b"w" * 5000},
     "org/tokenless": {"config.json": SMALL["config.json"], "vocab.json": b"{}", "model.safetensors": b"w" * 5000},
     "org/gptq": {**SMALL, **QUANTISED, "gptq_model-4bit-128g.safetensors": b"w" * 5000, "other.safetensors": b"x"},
+    "org/sees": {**SMALL, **SEES, "model.safetensors": b"w" * 5000},
     "org/pickle": {**SMALL, "pytorch_model.bin": b"pickle"},
     "org/quants-GGUF": {"m.Q4_0.gguf": b"GGUF"},
     "org/dataset": {"README.md": b"x"},
@@ -30,8 +34,8 @@ SCRIPT = """
 import json, sys
 from dashinfer.errors import StartupError, UnsupportedModel
 from dashinfer.sources.resolve import resolve
-def check(config):
-    if config["model_type"] == "mamba":
+def check(source):
+    if source.files.config["model_type"] == "mamba":
         raise UnsupportedModel("the architecture mamba is not supported")
 for model in sys.argv[2:]:
     reports = []
@@ -126,6 +130,13 @@ def test_the_files_of_an_older_quantised_model(hub: str, tmp_path: Path) -> None
 
     assert found["config"]["quantization_config"] == {"quant_method": "gptq", "bits": 4}
     assert [Path(path).name for path in found["weights"]] == ["gptq_model-4bit-128g.safetensors"]
+
+
+def test_the_files_of_a_model_that_sees(hub: str, tmp_path: Path) -> None:
+    (found,) = resolved(tmp_path, hub, "org/sees")
+    beside = {path.name for path in Path(found["weights"][0]).parent.iterdir()}
+
+    assert beside >= SEES.keys()
 
 
 def test_dummy_weights_are_not_fetched(hub: str, tmp_path: Path) -> None:

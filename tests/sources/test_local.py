@@ -156,6 +156,9 @@ def test_places_of_templates(directory: Path) -> None:
     put(directory, **{"tokenizer_config.json": {"chat_template": "config"}})
 
     assert found(directory).tokenizer.chat_template == "config"
+    put(directory, **{"config.json": {"model_type": "qwen2_5_vl", "vision_config": {}}})
+
+    assert found(directory).tokenizer.chat_template == "json"
     put(directory, **{"chat_template.jinja": "own file"})
 
     assert found(directory).tokenizer.chat_template == "own file"

@@ -118,6 +118,21 @@ def test_same_open_parts_as_transformers() -> None:
     assert ChatTemplate(PARTS, SPECIAL).render(messages, add_generation_prompt=False, continue_final_message=True) == expected
 
 
+def test_images_need_a_template_that_goes_through_parts() -> None:
+    image, words = {"type": "image"}, {"type": "text", "text": "a"}
+    messages = [{"role": "user", "content": [image, words]}]
+
+    assert ChatTemplate(PARTS, {}).render(messages).startswith("<user>[][a]</user>")
+    with pytest.raises(InvalidRequest, match="takes text only"):
+        ChatTemplate(CHATML, {}).render(messages)
+
+
+def test_an_image_is_no_text_to_continue() -> None:
+    messages = [{"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}]
+    with pytest.raises(InvalidRequest, match="ends with no text"):
+        ChatTemplate(PARTS, {}).render(messages, add_generation_prompt=False, continue_final_message=True)
+
+
 def test_kwargs_reach_the_template() -> None:
     source = "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
 

@@ -17,7 +17,7 @@ from trio.testing import MockClock
 from dashinfer.errors import InvalidRequest, MediaError
 from dashinfer.vision import fetch as fetching
 from dashinfer.vision.addresses import is_public
-from dashinfer.vision.fetch import fetch, fetch_all
+from dashinfer.vision.fetch import fetch
 from dashinfer.vision.network import ATTEMPT_DELAY, Internet
 from dashinfer.vision.policy import MediaPolicy
 from dashinfer.vision.url import HttpUrl, parse_url, resolve_location
@@ -122,28 +122,6 @@ async def test_redirects_are_followed(internet: FakeInternet) -> None:
     assert await fetch("http://example.com/a/b", POLICY, network=internet) == PICTURE
     names = [line for line in internet.record if ":" not in line]
     assert names == ["example.com", "example.com", "cdn.example.com", "example.com"]  # each hop is resolved and checked anew
-
-
-async def test_all_in_order_and_so_many_at_once(internet: FakeInternet, autojump_clock: MockClock) -> None:
-    running, most = 0, 0
-
-    async def serve(stream: trio.abc.Stream) -> None:
-        nonlocal running, most
-        number = int((await read_head(stream)).split()[1][1:])
-        running += 1
-        most = max(most, running)
-        await trio.sleep(1 / (number + 1))
-        running -= 1
-        await stream.send_all(b"HTTP/1.0 200 OK\r\n\r\npicture %d" % number)
-
-    internet.add("example.com", serve)
-    policy = MediaPolicy(concurrency=3)
-
-    contents = await fetch_all([f"http://example.com/{number}" for number in range(8)], policy, network=internet)
-
-    assert contents == [b"picture %d" % number for number in range(8)]
-    assert most == 3
-    assert await fetch_all([], policy, network=internet) == []
 
 
 # --- servers that do not give what was asked
@@ -633,31 +611,7 @@ async def test_no_redirect_from_https_to_http(internet: FakeInternet, authority:
     assert "plain.example" not in internet.record
 
 
-# --- several at once, and cancellation
-
-
-async def test_the_first_failure_cancels_the_rest(internet: FakeInternet, autojump_clock: MockClock) -> None:
-    internet.add("slow.example", says_forever(OK, b"x", pause=1))
-    internet.add("broken.example", says(b"HTTP/1.0 500 x\r\n\r\n"), address="8.8.8.8")
-    start = trio.current_time()
-
-    with pytest.raises(MediaError, match=re.escape("media[1]: its host answered with status 500")) as caught:
-        await fetch_all(["http://slow.example/", "http://broken.example/", "http://slow.example/2"], POLICY, network=internet)
-
-    assert caught.value.index == 1
-    assert trio.current_time() == start
-    assert internet.open_lines == set()
-
-
-async def test_cancellation_closes_connections(internet: FakeInternet, autojump_clock: MockClock) -> None:
-    internet.add("example.com", says_forever(OK, b"x", pause=1))
-
-    with trio.move_on_after(3) as scope:
-        await fetch_all([f"http://example.com/{number}" for number in range(3)], POLICY, network=internet)
-
-    assert scope.cancelled_caught
-    assert len(internet.record) == 6
-    assert internet.open_lines == set()
+# --- turns and room
 
 
 async def test_a_tiny_chunk_at_a_time_leaves_others_their_turn(internet: FakeInternet) -> None:
@@ -677,6 +631,35 @@ async def test_a_tiny_chunk_at_a_time_leaves_others_their_turn(internet: FakeInt
         assert await fetch("http://example.com/", MediaPolicy(max_bytes=size * 3), network=internet) == b"x" * size
         nursery.cancel_scope.cancel()
     assert turns >= size
+
+
+async def test_room_is_made_before_memory_is_taken(internet: FakeInternet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dashinfer.vision.http._ROOM", 100)
+    internet.add("example.com", says(b"HTTP/1.1 200 OK\r\n\r\n", b"x" * 90, b"x" * 90, b"x" * 90))
+    asked = []
+
+    async def make_room(size: int) -> None:
+        asked.append(size)
+
+    for source in ("http://example.com/", "data:,xxx"):
+        await fetch(source, MediaPolicy(max_bytes=300), network=internet, make_room=make_room)
+    assert (asked[0], asked[-1]) == (100, len("data:,xxx"))
+    assert 270 <= asked[-2] <= 300
+    assert asked[:-1] == sorted(asked[:-1])
+
+
+async def test_waiting_for_room_does_not_count(internet: FakeInternet, autojump_clock: MockClock) -> None:
+    internet.add("example.com", says(OK, PICTURE))
+
+    async def make_room(size: int) -> None:
+        await trio.sleep(100)
+
+    assert await fetch("http://example.com/", POLICY, network=internet, make_room=make_room) == PICTURE
+    internet.add("slow.example", says_forever(OK, b"x", pause=1))
+    start = trio.current_time()
+    with pytest.raises(MediaError, match="longer than 5 seconds"):
+        await fetch("http://slow.example/", POLICY, network=internet, make_room=make_room)
+    assert trio.current_time() - start == 105
 
 
 # --- the true network
