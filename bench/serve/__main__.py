@@ -1,4 +1,4 @@
-"""`python -m bench.serve`: the command. README.md beside this file has examples."""
+"""`python -m bench.serve`: the command, and with pictures `python -m bench.vlm`. README.md beside this file has examples."""
 
 import argparse
 import json
@@ -39,9 +39,17 @@ def levels(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 1,4,16") from None
 
 
-def make_parser() -> argparse.ArgumentParser:
+def sizes(text: str) -> tuple[tuple[int, int], ...]:
+    try:
+        pairs = [part.split("x") for part in text.split(",")]
+        return tuple((at_least_one(width), at_least_one(height)) for width, height in pairs)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes such as 224x224,640x480") from None
+
+
+def make_parser(program: str = "bench.serve") -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.serve", description="Measures servers that speak OpenAI's chat API, taking turns in one run."
+        prog=f"python -m {program}", description="Measures servers that speak OpenAI's chat API, taking turns in one run."
     )
     add = parser.add_argument
     add("--target", action="append", default=[], metavar="LABEL=URL[=MODEL]", help="a server; repeatable, measured in turns")
@@ -57,6 +65,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--rounds", type=at_least_one, default=3, metavar="N", help="rounds at each concurrency; figures are their medians (3)")
     add("--prompt-tokens", type=at_least_one, default=105, metavar="N", help="length of the prompts, template included (105)")
     add("--output-tokens", type=at_least_one, default=64, metavar="N", help="length of the answers (64)")
+    add("--images", type=sizes, default=(), metavar="WxH,...", help="ask about a picture, of these sizes in turn, instead")
+    add("--image-format", choices=("png", "jpeg"), default="jpeg", help="of the pictures' files (jpeg)")
     add("--seed", type=int, default=0, help="draws the prompts; take another for a server that has seen them (0)")
     add("--timeout", type=float, default=600.0, metavar="SECONDS", help="for an answer, and for a spawned server's start (600)")
     add("--api-key-from", metavar="VARIABLE", help="environment variable that holds the API key for every target")
@@ -125,7 +135,7 @@ async def measure(
         for run in runs:
             tell(console, f"warming up {run.target.label}")
             await prepare(run, settings)
-            known = f"{run.target.model}, {run.dialect}, {run.words} words a prompt"
+            known = f"{run.target.model}, {run.dialect}" + ("" if settings.images else f", {run.words} words a prompt")
             tell(console, f"{run.target.label}: {known}; says {run.answer!r}")
         for label, pid in pids.items():
             extra[label]["memory_start"] = read_memory(pid)
@@ -148,15 +158,22 @@ async def measure_all(runs: list[Run], settings: Settings, console: Console) -> 
         for concurrency, number, run in schedule(runs, settings):
             progress.update(task, description=f"{run.target.label} at {concurrency}, round {number + 1} of {settings.rounds}")
             figures = await measure_round(run, concurrency, number, settings, on_answer)
-            speed = f"{figures.tokens_per_second:.1f} tokens/s, {figures.errors} errors"
+            images = f"{figures.requests_per_second:.1f} images/s, " if settings.images else ""
+            speed = f"{images}{figures.tokens_per_second:.1f} tokens/s, {figures.errors} errors"
             tell(console, f"{run.target.label} at {concurrency}, round {number + 1}: {speed}")
 
 
 def write(
-    path: Path, runs: list[Run], settings: Settings, baseline: str | None, machine: dict[str, Any], extra: Extra
+    path: Path,
+    runs: list[Run],
+    settings: Settings,
+    baseline: str | None,
+    machine: dict[str, Any],
+    extra: Extra,
+    program: str,
 ) -> list[Path]:
     """Writes JSON, Markdown and, where there is matplotlib, a plot. Returns what was written."""
-    command = shlex.join(["python", "-m", "bench.serve", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", program, *sys.argv[1:]])
     path.write_text(json.dumps(report.as_json(runs, settings, baseline, machine, extra), indent=1) + "\n")
     markdown = path.with_suffix(".md")
     markdown.write_text(report.as_markdown(runs, settings, baseline, machine, extra, command))
@@ -166,12 +183,12 @@ def write(
     except ImportError:
         print('no plot: matplotlib is missing; pip install -e ".[bench]"', file=sys.stderr)
     else:
-        draw(runs, path.with_suffix(".svg"))
+        draw(runs, path.with_suffix(".svg"), settings.rate)
         written.append(path.with_suffix(".svg"))
     return written
 
 
-def run(arguments: argparse.Namespace, console: Console) -> int:
+def run(arguments: argparse.Namespace, console: Console, program: str) -> int:
     """The whole command. Returns the exit status: 1 if any request failed. Raises BenchError."""
     targets = read_targets(arguments)
     default = targets[-1].label if len(targets) > 1 else None
@@ -183,19 +200,20 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     settings = Settings(**{field.name: getattr(arguments, field.name) for field in fields(Settings)})
     machine = describe_machine()
     runs, extra = trio.run(measure, arguments, targets, settings, console)
-    console.print(report.as_table(runs, baseline))
+    console.print(report.as_table(runs, baseline, settings.rate))
     for item in runs:
         for line in report.memory_lines(extra[item.target.label]):
             tell(console, f"{item.target.label}: {line}")
     for caveat in report.caveats(runs, settings):
         tell(console, f"note: {caveat}", style="yellow")
     if arguments.out is not None:
-        written = write(arguments.out, runs, settings, baseline, machine, extra)
+        written = write(arguments.out, runs, settings, baseline, machine, extra, program)
         tell(console, f"wrote {', '.join(map(str, written))}")
     return 1 if any(item.errors for item in runs) else 0
 
 
-def main() -> None:
+def main(program: str = "bench.serve", **defaults: Any) -> None:
+    """The command under a name of its own, with other defaults of its options."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=128)  # a log has no width to fit
@@ -203,9 +221,11 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
     status = 0
     try:
-        status = run(make_parser().parse_args(), console)
+        parser = make_parser(program)
+        parser.set_defaults(**defaults)
+        status = run(parser.parse_args(), console, program)
     except* BenchError as group:
-        print(f"bench.serve: {group.exceptions[0]}", file=sys.stderr)
+        print(f"{program}: {group.exceptions[0]}", file=sys.stderr)
         status = 2
     except* KeyboardInterrupt:
         status = 130

@@ -12,6 +12,8 @@ from bench.serve.exchange import Connect, Recording, exchange, open_stream
 from bench.serve.stats import Sample
 from bench.serve.target import BenchError, Target
 
+Content = str | list[dict[str, Any]]  # of a message: text, or parts as OpenAI's API has them
+
 QUESTION = "What is the capital of France?"
 
 _USAGE = {"stream_options": {"include_usage": True}}
@@ -101,7 +103,7 @@ def _headers(target: Target) -> dict[str, str]:
 
 
 async def record(
-    target: Target, prompt: str, max_tokens: int, extra: dict[str, Any], limit: float, connect: Connect = open_stream
+    target: Target, prompt: Content, max_tokens: int, extra: dict[str, Any], limit: float, connect: Connect = open_stream
 ) -> Recording:
     """Sends one greedy streaming request and notes the whole answer, for `read_answer` to parse.
 
@@ -139,7 +141,7 @@ def read_answer(recording: Recording) -> Sample:
 
 
 async def ask(
-    target: Target, prompt: str, max_tokens: int, extra: dict[str, Any], limit: float, connect: Connect = open_stream
+    target: Target, prompt: Content, max_tokens: int, extra: dict[str, Any], limit: float, connect: Connect = open_stream
 ) -> Sample:
     """`record`, then `read_answer` at once."""
     return read_answer(await record(target, prompt, max_tokens, extra, limit, connect))
@@ -158,11 +160,11 @@ async def find_model(target: Target, limit: float, connect: Connect = open_strea
         raise BenchError(f"{target.label} lists no model; {advice}") from None
 
 
-async def probe(target: Target, limit: float, connect: Connect = open_stream) -> tuple[str, str]:
+async def probe(target: Target, limit: float, connect: Connect = open_stream, question: Content = QUESTION) -> tuple[str, str]:
     """Finds out what the server understands.
 
     Returns:
-        The dialect's name, and the server's greedy answer to `QUESTION`, for people to look at: a fast server that talks
+        The dialect's name, and the server's greedy answer to the question, for people to look at: a fast server that talks
         nonsense has no figures worth reading.
 
     Raises:
@@ -170,10 +172,10 @@ async def probe(target: Target, limit: float, connect: Connect = open_stream) ->
     """
     refusal = ""
     for name, extra in DIALECTS.items():
-        sample = await ask(target, QUESTION, 2, extra, limit, connect)
+        sample = await ask(target, question, 2, extra, limit, connect)
         if sample.error is None:
             usage = {key: value for key, value in extra.items() if key != "ignore_eos"}
-            answer = await ask(replace(target, body={}), QUESTION, 32, usage, limit, connect)  # as anyone would ask
+            answer = await ask(replace(target, body={}), question, 32, usage, limit, connect)  # as anyone would ask
             if answer.error is not None:
                 raise BenchError(f"{target.label} does not answer: {answer.error}")
             return name, answer.text

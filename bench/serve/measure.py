@@ -4,12 +4,14 @@ A closed loop: N workers, each sending its next request as soon as its last one 
 goes first, so that whatever else the machine does hits all of them alike.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import trio
 
-from bench.serve.client import DIALECTS, ask, find_model, probe, read_answer, record
+from bench.serve.client import DIALECTS, QUESTION, Content, ask, find_model, probe, read_answer, record
 from bench.serve.exchange import Connect, Recording, open_stream
 from bench.serve.prompts import calibrate, make_prompt
 from bench.serve.stats import Figures, Sample, summarise
@@ -20,7 +22,10 @@ OnAnswer = Callable[[], None]  # called as each answer ends
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is asked of every target. Lengths in tokens, times in seconds."""
+    """What is asked of every target. Lengths in tokens, times in seconds.
+
+    With `images`, each prompt is a picture, of these sizes in turn, and a short question; `prompt_tokens` then says nothing.
+    """
 
     concurrency: tuple[int, ...] = (1, 4, 16, 32)
     rounds: int = 3
@@ -29,11 +34,18 @@ class Settings:
     output_tokens: int = 64
     seed: int = 0
     timeout: float = 600.0  # for one answer
+    images: tuple[tuple[int, int], ...] = ()  # width and height in pixels
+    image_format: Literal["png", "jpeg"] = "jpeg"
 
     def requests_at(self, concurrency: int) -> int:
         """Requests in a round: a multiple of the concurrency, so that the workers end close to each other."""
         wanted = self.requests if self.requests is not None else max(2 * concurrency, 4)
         return -(-wanted // concurrency) * concurrency
+
+    @property
+    def rate(self) -> str:
+        """The figure that servers are compared by."""
+        return "requests_per_second" if self.images else "tokens_per_second"
 
 
 @dataclass
@@ -53,20 +65,40 @@ async def prepare(run: Run, settings: Settings) -> None:
     """Finds the model, the dialect and the prompts' number of words, and warms the server up. Raises BenchError."""
     if run.target.model is None:
         run.target = replace(run.target, model=await find_model(run.target, settings.timeout, run.connect))
-    run.dialect, run.answer = await probe(run.target, settings.timeout, run.connect)
+    run.dialect, run.answer = await probe(run.target, settings.timeout, run.connect, _first_question(settings))
     extra = DIALECTS[run.dialect]
 
     async def count_tokens(prompt: str) -> int | None:
         return (await ask(run.target, prompt, 1, extra, settings.timeout, run.connect)).prompt_tokens
 
-    run.words = await calibrate(count_tokens, settings.prompt_tokens)
+    if not settings.images:
+        run.words = await calibrate(count_tokens, settings.prompt_tokens)
     most = max(settings.concurrency)
-    prompts = [make_prompt(f"{settings.seed} warm-up {index}", run.words) for index in range(most)]
+    prompts = make_prompts(run, settings, "warm-up", most)
     await closed_loop(run, prompts, most, settings)
 
 
+def make_prompts(run: Run, settings: Settings, name: str, count: int) -> list[Content]:
+    """Prompts that no other `name` has."""
+    seeds = [f"{settings.seed} {name} {index}" for index in range(count)]
+    if not settings.images:
+        return [make_prompt(seed, run.words) for seed in seeds]
+    from bench.serve.pictures import draw, make_question
+
+    sizes = itertools.cycle(settings.images)
+    return [make_question(draw(seed, next(sizes)), settings.image_format) for seed in seeds]
+
+
+def _first_question(settings: Settings) -> Content:
+    if not settings.images:
+        return QUESTION
+    from bench.serve.pictures import make_question, red_circle
+
+    return make_question(red_circle(), settings.image_format)
+
+
 async def closed_loop(
-    run: Run, prompts: Sequence[str], concurrency: int, settings: Settings, on_answer: OnAnswer = lambda: None
+    run: Run, prompts: Sequence[Content], concurrency: int, settings: Settings, on_answer: OnAnswer = lambda: None
 ) -> list[Sample]:
     """Sends all prompts, `concurrency` at a time; samples in the order in which they ended.
 
@@ -104,7 +136,7 @@ async def measure_round(
     Targets of one vocabulary get the same prompts in a round; no prompt comes up in two rounds.
     """
     requests = settings.requests_at(concurrency)
-    prompts = [make_prompt(f"{settings.seed} {concurrency} {number} {index}", run.words) for index in range(requests)]
+    prompts = make_prompts(run, settings, f"{concurrency} {number}", requests)
     samples = await closed_loop(run, prompts, concurrency, settings, on_answer)
     figures = summarise(samples)
     run.levels.setdefault(concurrency, []).append(figures)

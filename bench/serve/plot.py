@@ -1,4 +1,4 @@
-"""Draws results: output tokens/s, time to first token and time per output token over concurrency. Needs matplotlib."""
+"""Draws results over concurrency: output tokens/s or images/s, time to first token, time per output token. Needs matplotlib."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,18 +8,19 @@ from matplotlib.figure import Figure  # not pyplot: no window, no state, no disp
 from bench.serve.measure import Run
 from bench.serve.stats import median_figures
 
+RATES = {"tokens_per_second": "output tokens/s", "requests_per_second": "images/s"}
 PANELS = (
-    ("output tokens/s", "tokens_per_second", None, 1),
     ("time to first token, ms", "ttft_p50", "ttft_p99", 1000),
     ("time per output token, ms", "tpot_p50", "tpot_p99", 1000),
 )
 
 
-def draw(runs: Sequence[Run], path: Path) -> None:
+def draw(runs: Sequence[Run], path: Path, rate: str = "tokens_per_second") -> None:
     """Writes an image of the kind that `path`'s suffix names. Lines are medians; a band reaches up to the 99th percentile."""
     figure = Figure(figsize=(13, 4), layout="constrained")
-    axes = figure.subplots(1, len(PANELS))
-    for axis, (title, name, upper, scale) in zip(axes, PANELS, strict=True):
+    panels = ((RATES[rate], rate, None, 1), *PANELS)
+    axes = figure.subplots(1, len(panels))
+    for axis, (title, name, upper, scale) in zip(axes, panels, strict=True):
         for run in runs:
             medians = {concurrency: median_figures(rounds) for concurrency, rounds in run.levels.items()}
             known = [(at, figures) for at, figures in medians.items() if getattr(figures, name) is not None]

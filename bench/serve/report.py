@@ -10,6 +10,7 @@ from rich.table import Table
 from bench.serve.measure import Run, Settings
 from bench.serve.stats import Figures, median_figures, median_ratio
 
+RATES = {"tokens_per_second": "tok/s", "requests_per_second": "images/s"}
 COLUMNS = (
     "server",
     "conc.",
@@ -45,7 +46,7 @@ def as_json(
                 "levels": [
                     {
                         "concurrency": concurrency,
-                        "ratio": ratio_at(run, runs, baseline, concurrency),
+                        "ratio": ratio_at(run, runs, baseline, concurrency, settings.rate),
                         "median": asdict(median_figures(rounds)),
                         "rounds": [asdict(figures) for figures in rounds],
                     }
@@ -57,12 +58,14 @@ def as_json(
     }
 
 
-def ratio_at(run: Run, runs: Sequence[Run], baseline: str | None, concurrency: int) -> float | None:
-    """Output tokens/s over the baseline's; None for the baseline itself and where there is none."""
+def ratio_at(
+    run: Run, runs: Sequence[Run], baseline: str | None, concurrency: int, rate: str = "tokens_per_second"
+) -> float | None:
+    """A rate over the baseline's; None for the baseline itself and where there is none."""
     other = next((candidate for candidate in runs if candidate.target.label == baseline), None)
     if other is None or other is run:
         return None
-    return median_ratio(run.levels[concurrency], other.levels[concurrency])
+    return median_ratio(run.levels[concurrency], other.levels[concurrency], rate)
 
 
 def _milliseconds(*seconds: float | None) -> str:
@@ -75,18 +78,23 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.0f}"
 
 
-def rows(runs: Sequence[Run], baseline: str | None) -> list[tuple[str, ...]]:
+def columns(rate: str) -> tuple[str, ...]:
+    """`COLUMNS` with the rate that servers are compared by."""
+    return tuple(RATES[rate] if name == "tok/s" else name for name in COLUMNS)
+
+
+def rows(runs: Sequence[Run], baseline: str | None, rate: str = "tokens_per_second") -> list[tuple[str, ...]]:
     """The table's rows, `COLUMNS` wide, by concurrency and then by target."""
     result = []
     for concurrency in runs[0].levels:
         for run in runs:
             figures = median_figures(run.levels[concurrency])
-            ratio = ratio_at(run, runs, baseline, concurrency)
+            ratio = ratio_at(run, runs, baseline, concurrency, rate)
             result.append(
                 (
                     run.target.label,
                     str(concurrency),
-                    f"{figures.tokens_per_second:.1f}",
+                    f"{getattr(figures, rate):.1f}",
                     "" if ratio is None else f"{ratio:.2f}x",
                     _milliseconds(figures.ttft_p50, figures.ttft_p90, figures.ttft_p99),
                     _milliseconds(figures.tpot_p50, figures.tpot_p90, figures.tpot_p99),
@@ -97,10 +105,10 @@ def rows(runs: Sequence[Run], baseline: str | None) -> list[tuple[str, ...]]:
     return result
 
 
-def as_table(runs: Sequence[Run], baseline: str | None) -> Table:
-    table = Table(*COLUMNS)
+def as_table(runs: Sequence[Run], baseline: str | None, rate: str = "tokens_per_second") -> Table:
+    table = Table(*columns(rate))
     labels = len(runs)
-    for number, row in enumerate(rows(runs, baseline), start=1):
+    for number, row in enumerate(rows(runs, baseline, rate), start=1):
         table.add_row(*row, end_section=number % labels == 0)
     return table
 
@@ -118,23 +126,32 @@ def as_markdown(
     where = machine["gpus"][0] if machine["gpus"] else f"{machine['cpu']}, {machine['cores']} cores"
     changed = " with uncommitted changes" if machine["uncommitted_changes"] else ""
     lines = [
-        f"Prompts of {settings.prompt_tokens} tokens, {settings.output_tokens} tokens out, greedy, streamed; medians of "
+        f"{_prompts(settings)}, {settings.output_tokens} tokens out, greedy, streamed; medians of "
         f"{settings.rounds} rounds, servers taking turns in each.",
         "",
         f"{where}; Python {machine['python']}; {versions}; commit {machine['commit']}{changed}.",
         "",
-        "| " + " | ".join(COLUMNS) + " |",
+        "| " + " | ".join(columns(settings.rate)) + " |",
         "|" + "---|" * len(COLUMNS),
-        *("| " + " | ".join(row) + " |" for row in rows(runs, baseline)),
+        *("| " + " | ".join(row) + " |" for row in rows(runs, baseline, settings.rate)),
         "",
     ]
     if baseline is not None:
-        lines += [f"`ratio` is output tokens/s over {baseline}'s in the same round.", ""]
+        what = "images/s" if settings.images else "output tokens/s"
+        lines += [f"`ratio` is {what} over {baseline}'s in the same round.", ""]
+    asked = "what a picture of a red circle shows" if settings.images else "the capital of France"
     for run in runs:
-        lines.append(f"- {run.target.label} ({run.dialect}): {' '.join(run.answer.split())!r} to the capital of France.")
+        lines.append(f"- {run.target.label} ({run.dialect}): {' '.join(run.answer.split())!r} to {asked}.")
         lines += [f"  {line}" for line in memory_lines(extra.get(run.target.label, {}))]
     lines += ["", "Made with:", "", "```bash", command, "```", ""]
     return "\n".join(lines)
+
+
+def _prompts(settings: Settings) -> str:
+    if not settings.images:
+        return f"Prompts of {settings.prompt_tokens} tokens"
+    sizes = ", ".join(f"{width}x{height}" for width, height in settings.images)
+    return f"A picture ({settings.image_format.upper()}; {sizes} pixels in turn) and a short question a request"
 
 
 def memory_lines(extra: dict[str, Any]) -> list[str]:

@@ -51,6 +51,7 @@ class Figures:
 
     requests: int
     errors: int
+    requests_per_second: float
     tokens_per_second: float
     output_tokens: float | None  # mean an answer
     prompt_tokens: float | None  # mean
@@ -95,7 +96,8 @@ def _or_none(reduce: Callable[[Sequence[float]], float], values: Iterable[float 
 def summarise(samples: Sequence[Sample]) -> Figures:
     """The figures of one round.
 
-    Output tokens per second count complete answers alone, over the time from the first request sent to the last answer's end.
+    Requests and output tokens per second count complete answers alone, over the time from the first request sent to the last
+    answer's end.
     """
     assert samples, "a round has requests"
     good = [sample for sample in samples if sample.error is None]
@@ -106,6 +108,7 @@ def summarise(samples: Sequence[Sample]) -> Figures:
     return Figures(
         requests=len(samples),
         errors=len(samples) - len(good),
+        requests_per_second=len(good) / wall if wall > 0 else 0.0,
         tokens_per_second=tokens / wall if wall > 0 else 0.0,
         output_tokens=_or_none(statistics.fmean, [sample.output_tokens for sample in good]),
         prompt_tokens=_or_none(statistics.fmean, [sample.prompt_tokens for sample in good]),
@@ -128,13 +131,11 @@ def median_figures(rounds: Sequence[Figures]) -> Figures:
     return Figures(**merged)
 
 
-def median_ratio(rounds: Sequence[Figures], baseline: Sequence[Figures]) -> float | None:
-    """Median over rounds of the ratio of output tokens per second, each round against the baseline's in the same round.
+def median_ratio(rounds: Sequence[Figures], baseline: Sequence[Figures], rate: str = "tokens_per_second") -> float | None:
+    """Median over rounds of the ratio of a rate, each round against the baseline's in the same round.
 
     Rounds of two servers lie next to each other in time, so a ratio within a round sees the same noise on both sides. None
     where the baseline got nothing done.
     """
-    pairs = zip(rounds, baseline, strict=True)
-    return _or_none(
-        statistics.median, [a.tokens_per_second / b.tokens_per_second if b.tokens_per_second else None for a, b in pairs]
-    )
+    pairs = [(getattr(a, rate), getattr(b, rate)) for a, b in zip(rounds, baseline, strict=True)]
+    return _or_none(statistics.median, [ours / theirs if theirs else None for ours, theirs in pairs])
