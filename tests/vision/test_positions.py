@@ -124,7 +124,8 @@ IMAGE_GIVEN = Medium("image", (1, 2, 2))
         ([IMAGE], [], "a placeholder for images, but no image was given"),
         ([VIDEO], [IMAGE_GIVEN], "a placeholder for videos, but no video was given"),
         ([IMAGE, IMAGE], [IMAGE_GIVEN], "do not go with the 1 images and 0 videos given"),
-        ([1], [IMAGE_GIVEN], "do not go with the 1 images and 0 videos given"),
+        ([1], [IMAGE_GIVEN], "chat template does not show every image and video"),
+        ([IMAGE], [IMAGE_GIVEN, Medium("video", (1, 2, 2))], "chat template does not show every image and video"),
         ([VIDEO, IMAGE], [IMAGE_GIVEN, Medium("video", (1, 2, 2))], "do not go with the 1 images and 1 videos"),
     ],
 )
