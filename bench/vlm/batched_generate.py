@@ -3,9 +3,8 @@
     python bench/vlm/batched_generate.py DIRECTORY --port 8102 [--batch 8] [--data-type bfloat16]
 
 The least that batches: requests that arrive while a batch is under way wait for its end, and a batch waits for requests that
-are on their way. Each answer is sent in two pieces, the
-first token and the rest, and has all the tokens that were asked for. Needs transformers, torchvision and Pillow; nothing else of
-this project.
+are on their way. Each answer is sent in two pieces, the first token and the rest, and has all the tokens that were asked for.
+Needs transformers, torchvision and Pillow; nothing else of this project.
 """
 
 import argparse
@@ -22,7 +21,6 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.generation.streamers import BaseStreamer
-
 
 GATHER_SECONDS = 0.005  # that a batch waits for the next request, and as long as any is being read
 

@@ -1,4 +1,4 @@
-"""Image files to RGB arrays, by Pillow.
+"""Image files to RGB pictures, by Pillow.
 
 The number of pixels is checked before a decoder runs. The result is what transformers' image processors make of the opened
 file once its EXIF orientation is applied: transparency is laid on white, 16-bit greyscale is cut off at 255, of an animation
@@ -24,7 +24,14 @@ _STRIP_PIXELS = 1 << 20
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> "np.ndarray":
-    """Decodes the image file `data` to uint8 [height, width, 3], upright.
+    """Decodes the image file `data` to uint8 [height, width, 3], upright. Raises as `decode_picture` does."""
+    picture = decode_picture(data, max_pixels=max_pixels)
+    with refusing_damage():
+        return to_rgb(picture)
+
+
+def decode_picture(data: bytes, *, max_pixels: int = MAX_PIXELS) -> "Image.Image":
+    """Decodes the image file `data` to an upright picture of mode RGB.
 
     Raises:
         MediaError: a format that is not supported, more than `max_pixels` pixels, or a damaged or incomplete file.
@@ -39,7 +46,9 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> "np.ndarray":
         check_pixels(*image.size, max_pixels=max_pixels)
         image.load()
         _turn_upright(image)
-        return to_rgb(image)
+        if image.mode == "RGB" and not _is_transparent(image):
+            return image
+        return Image.fromarray(to_rgb(image))
 
 
 def _turn_upright(image: "Image.Image") -> None:
@@ -76,7 +85,7 @@ def to_rgb(image: "Image.Image") -> "np.ndarray":
     from PIL import Image
 
     width, height = image.size
-    transparent = "A" in image.getbands() or image.info.get("transparency") is not None
+    transparent = _is_transparent(image)
     rgb = np.empty((height, width, 3), np.uint8)
     rows = max(1, _STRIP_PIXELS // width)
     for top in range(0, height, rows):
@@ -84,5 +93,9 @@ def to_rgb(image: "Image.Image") -> "np.ndarray":
         if transparent:
             strip = strip.convert("RGBA")
             strip = Image.alpha_composite(Image.new("RGBA", strip.size, (255, 255, 255, 255)), strip)
-        rgb[top : top + rows] = np.asarray(strip.convert("RGB"))
+        rgb[top : top + rows] = np.asarray(strip if strip.mode == "RGB" else strip.convert("RGB"))
     return rgb
+
+
+def _is_transparent(image: "Image.Image") -> bool:
+    return "A" in image.getbands() or image.info.get("transparency") is not None

@@ -21,7 +21,7 @@ from dashinfer.engine.api import Medium
 from dashinfer.errors import ContextLengthExceeded, InvalidRequest, MediaError, RequestError
 from dashinfer.types import Grid
 from dashinfer.vision.budget import MediaAccount, MediaBudget
-from dashinfer.vision.decode import MAX_PIXELS, check_pixels, decode_image
+from dashinfer.vision.decode import MAX_PIXELS, check_pixels, decode_picture
 from dashinfer.vision.fetch import fetch
 from dashinfer.vision.header import read_header
 from dashinfer.vision.model import VisionModel
@@ -157,9 +157,9 @@ class _Passage:
         await self._make_room(processor.grid(height, width), processor)
 
         def cut() -> Seen:
-            rgb = decode_image(content)
+            picture = decode_picture(content)
             trio.from_thread.check_cancelled()
-            patches = processor.patches(rgb)
+            patches = processor.patches(picture)
             return self._seen("image", patches, processor)
 
         seen = await self._cut("image", cut)

@@ -19,6 +19,7 @@ from dashinfer.types import Grid
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL import Image
 
 
 MAX_ASPECT_RATIO = 200  # the model's rule
@@ -100,8 +101,8 @@ class Processor:
 
         return np.empty((grid[0], grid[1] * grid[2], self.patch_dim), np.uint8)
 
-    def cut(self, rgb: "np.ndarray", height: int, width: int, out: "np.ndarray", frame: int) -> None:
-        """Resizes a picture, uint8 [height, width, 3], and writes it as the `frame`th of a temporal patch.
+    def cut(self, rgb: "np.ndarray | Image.Image", height: int, width: int, out: "np.ndarray", frame: int) -> None:
+        """Resizes a picture, of mode RGB or uint8 [height, width, 3], and writes it as the `frame`th of a temporal patch.
 
         `height` and `width` are the new ones in pixels, multiples of `factor`; `out` is one temporal step of `empty`'s room,
         [h * w, patch_dim].
@@ -109,7 +110,7 @@ class Processor:
         import numpy as np
         from PIL import Image
 
-        picture = Image.fromarray(rgb)
+        picture = rgb if isinstance(rgb, Image.Image) else Image.fromarray(rgb)
         if picture.size != (width, height):
             picture = picture.resize((width, height), resample=self.resample)
         merge, patch, channels = self.merge_size, self.patch_size, len(self.mean)
@@ -174,9 +175,9 @@ class ImageProcessor(Processor):
         """
         return self.tokens_of(self.grid(height, width))
 
-    def patches(self, rgb: "np.ndarray") -> Patches:
-        """Resizes and cuts an image, uint8 [height, width, 3]. Raises MediaError as `grid` does."""
-        grid = self.grid(*rgb.shape[:2])
+    def patches(self, rgb: "np.ndarray | Image.Image") -> Patches:
+        """Resizes and cuts an image, of mode RGB or uint8 [height, width, 3]. Raises MediaError as `grid` does."""
+        grid = self.grid(*(rgb.shape[:2] if hasattr(rgb, "shape") else (rgb.height, rgb.width)))
         room = self.empty(grid)
         self.cut(rgb, grid[1] * self.patch_size, grid[2] * self.patch_size, room[0], 0)
         self.repeat(room[0], 0, 1)

@@ -338,7 +338,7 @@ async def test_what_does_not_fit_is_not_decoded(
     run_server: RunServer, seeing: TextModel, web: MediaServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded = []
-    monkeypatch.setattr(intakes, "decode_image", lambda content: decoded.append(content))
+    monkeypatch.setattr(intakes, "decode_picture", lambda content: decoded.append(content))
     huge = data_uri(encode(picture(200, 200)))
     async with run_server(engine_type=SeeingEngine, model=seeing) as server:
         server.engine.resize(40)

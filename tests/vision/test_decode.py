@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dashinfer.errors import MediaError
-from dashinfer.vision.decode import decode_image
+from dashinfer.vision.decode import decode_image, decode_picture
 from dashinfer.vision.header import read_header
 from dashinfer.vision.preprocess import ImageProcessor
 
@@ -30,10 +30,11 @@ def test_pixels_are_those_of_the_image_processor(name: str) -> None:
     expected, grid = oracle({}, [upright(FILES[name])])
 
     processor = ImageProcessor()
-    patches = processor.patches(decode_image(FILES[name]))
+    for decoded in (decode_image(FILES[name]), decode_picture(FILES[name])):
+        patches = processor.patches(decoded)
 
-    assert patches.grid == tuple(grid[0])
-    assert np.array_equal(expected, processor.pixel_values(patches.values))
+        assert patches.grid == tuple(grid[0])
+        assert np.array_equal(expected, processor.pixel_values(patches.values))
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name not in TRANSPARENT])

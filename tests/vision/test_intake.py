@@ -139,7 +139,7 @@ async def test_so_many_are_fetched_at_the_same_time(internet: FakeInternet) -> N
 
 
 async def test_tokens_are_counted_before_anything_is_decoded(internet: FakeInternet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(intakes, "decode_image", None)
+    monkeypatch.setattr(intakes, "decode_picture", None)
     requests = images("http://2.example/")
 
     with pytest.raises(ContextLengthExceeded, match="the context holds 18 tokens, and the images and videos become 18 or more"):
@@ -187,7 +187,7 @@ async def test_a_cancelled_request_ends_its_decoding(internet: FakeInternet, mon
         trio.from_thread.run(go.wait)
         ended.append(True)
 
-    monkeypatch.setattr(intakes, "decode_image", decode)
+    monkeypatch.setattr(intakes, "decode_picture", decode)
     taking = intake(internet)
     async with trio.open_nursery() as nursery:
 
