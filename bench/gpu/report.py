@@ -72,6 +72,7 @@ def as_markdown(result: Row) -> str:
         lines.append("")
     lines += _kernels(of(rows, "kernels"))
     lines += _engine(rows)
+    lines += _vlm([row for row in of(rows, "vlm") if "batch" in row])
     lines += _demo(of(rows, "demo"))
     lines += ["Made with:", "", "```bash", result["command"], "```", ""]
     return "\n".join(lines)
@@ -140,6 +141,28 @@ def _engine(rows: Sequence[Row]) -> list[str]:
         lines.append(
             f"{head} {row['tokens_per_second']:.0f} | {ratio} | {row['ttft_p50_ms']:.1f}, {row['ttft_max_ms']:.1f} | "
             f"{row['tpot_p50_ms']:.2f}, {row['tpot_max_ms']:.2f} | {own} | {idle} |"
+        )
+    return [*lines, ""]
+
+
+def _vlm(rows: list[Row]) -> list[str]:
+    if not rows:
+        return []
+    lines = [
+        "## Vision-language model",
+        "",
+        "One picture a request, prepared before. `prepare`: from a JPEG file to patches, on one core of the host.",
+        "",
+        "| conc. | requests | image tokens | requests/s | TTFT p50, max, ms | TPOT p50, ms | prepare p50, ms |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["status"] != "ok":
+            lines.append(f"| {row['batch']} | {row['status']} | | | | | |")
+            continue
+        lines.append(
+            f"| {row['batch']} | {row['requests']} | {row['image_tokens']} | {row['requests_per_second']:.1f} | "
+            f"{row['ttft_p50_ms']:.1f}, {row['ttft_max_ms']:.1f} | {row['tpot_p50_ms']:.2f} | {row['prepare_p50_ms']:.1f} |"
         )
     return [*lines, ""]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.section", description="Measures one section; see bench.gpu.")
-    parser.add_argument("name", choices=("kernels", "engine", "peer", "demo"))
+    parser.add_argument("name", choices=("kernels", "engine", "peer", "vlm", "demo"))
     parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--toy", action="store_true")
@@ -49,6 +49,8 @@ def find_section(arguments: argparse.Namespace) -> Callable[..., None]:
         from bench.gpu.engine import run
     elif arguments.name == "peer":
         from bench.gpu.peer import run
+    elif arguments.name == "vlm":
+        from bench.gpu.vlm import run
     else:
         from bench.gpu import demo
 

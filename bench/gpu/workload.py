@@ -31,6 +31,40 @@ TOY = QWEN_7B | {
     "max_position_embeddings": 512,
 }
 
+QWEN_2_VL_7B = QWEN_7B | {
+    "architectures": ["Qwen2VLForConditionalGeneration"],
+    "model_type": "qwen2_vl",
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "vision_config": {
+        "model_type": "qwen2_vl",
+        "depth": 32,
+        "embed_dim": 1280,
+        "hidden_size": 3584,
+        "num_heads": 16,
+        "mlp_ratio": 4,
+        "in_channels": 3,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    },
+}
+TOY_VL = (
+    QWEN_2_VL_7B
+    | {key: TOY[key] for key in TOY if key not in ("architectures", "model_type")}
+    | {
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+        "vision_start_token_id": 296,
+        "vision_end_token_id": 297,
+        "image_token_id": 298,
+        "video_token_id": 299,
+        "vision_config": QWEN_2_VL_7B["vision_config"] | {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2},
+    }
+)
+
 
 @dataclass(frozen=True)
 class Workload:

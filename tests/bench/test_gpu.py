@@ -70,11 +70,11 @@ def test_a_dry_run_goes_through_everything(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     found = json.loads((tmp_path / "run.json").read_text())
     outcomes = {name: each["outcome"] for name, each in found["sections"].items()}
-    assert outcomes == {"tests": "passed", "kernels": "done", "engine": "done", "peer": "done", "demo": "done"}
+    assert outcomes == {"tests": "passed", "kernels": "done", "engine": "done", "peer": "done", "vlm": "done", "demo": "done"}
     kernels = report.of(found["rows"], "kernels")
     assert {row["op"] for row in kernels} == OPS
     assert {row["status"] for row in kernels} == {"ok"}
-    for section in ("engine", "peer"):
+    for section in ("engine", "peer", "vlm"):
         assert [row["status"] for row in report.of(found["rows"], section) if "batch" in row] == ["ok", "ok"]
     assert "the figures mean nothing" in (tmp_path / "run.md").read_text()
     assert not (tmp_path / "run.rows.jsonl").exists()
