@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 HEARTBEAT_INTERVAL = 1.0  # seconds
 # Seconds of encoding images after each step: on CPU as long as the step took, up to so many; on a GPU always so many.
 ENCODE_TIME = {"cpu": 0.1, "cuda": 0.01}
+SMALL_MODEL = 16 << 20  # bytes of weights; a layer's product takes less time than threads take to meet when others run
 POLL_INTERVAL = 5e-4  # seconds, while a GPU encodes and there is nothing else to do
 
 
@@ -110,7 +111,6 @@ def serve(connection: Connection) -> None:
     model_config = ModelConfig.from_hf(start.config.files.config, vision=True)
 
     from dashinfer.worker.runner import Runner
-    from dashinfer_kernels import pin_threads
 
     def report(stage: str, done: int, total: int, unit: str) -> None:
         connection.send(Progress(stage, done, total, unit))
@@ -120,9 +120,21 @@ def serve(connection: Connection) -> None:
     gc.collect()
     gc.freeze()
     if not runner.on_gpu:
-        pin_threads()
+        arrange_threads(runner.ready.weight_bytes)
     connection.send(runner.ready)
     Loop(connection, runner, start.config.rank).run()
+
+
+def arrange_threads(weight_bytes: int) -> None:
+    """On CPU, a core for each of torch's threads, or one thread for a small model."""
+    import torch
+
+    from dashinfer_kernels import pin_threads
+
+    if weight_bytes < SMALL_MODEL:
+        torch.set_num_threads(1)
+    else:
+        pin_threads()
 
 
 class Loop:

@@ -61,6 +61,22 @@ def test_what_a_server_does_not_say_is_a_dash() -> None:
     assert row[6] == "- (-) / 64"
 
 
+def test_servers_that_see_are_compared_by_images(runs: list[Run]) -> None:
+    settings = Settings(images=((224, 224), (640, 480)))
+    for number, run in enumerate(runs):
+        run.levels = {4: [figures(99.0, requests_per_second=speed / (1 + number)) for speed in (30.0, 20.0, 10.0)]}
+
+    text = report.as_markdown(runs, settings, "peer", MACHINE, {}, "python -m bench.vlm --url u")
+    level = report.as_json(runs, settings, "peer", MACHINE, {})["targets"][0]["levels"][0]
+
+    assert level["ratio"] == 2
+    assert "A picture (JPEG; 224x224, 640x480 pixels in turn) and a short question a request, 64 tokens out" in text
+    assert "| server | conc. | images/s | ratio |" in text
+    assert "| ours | 4 | 20.0 | 2.00x |" in text
+    assert "`ratio` is images/s over peer's" in text
+    assert "'It is Paris.' to what a picture of a red circle shows" in text
+
+
 def test_json_holds_every_round_and_round_trips(runs: list[Run]) -> None:
     result = report.as_json(runs, Settings(), "peer", MACHINE, {"ours": MEMORY})
 
@@ -109,6 +125,7 @@ def test_the_plot_is_an_image(runs: list[Run], tmp_path: Path) -> None:
     from bench.serve.plot import draw
 
     runs[1].levels[4] = [figures(1, ttft_p50=None, ttft_p99=None)]
-    draw(runs, tmp_path / "plot.svg")
+    for rate in ("tokens_per_second", "requests_per_second"):
+        draw(runs, tmp_path / f"{rate}.svg", rate)
 
-    assert "<svg" in (tmp_path / "plot.svg").read_text()
+        assert "<svg" in (tmp_path / f"{rate}.svg").read_text()

@@ -4,9 +4,11 @@ import queue
 import time
 
 import pytest
+import torch
 
+import dashinfer_kernels
 from dashinfer.types import Encode, Encoded, Forget, StepPlan, StepResult
-from dashinfer.worker.__main__ import Loop
+from dashinfer.worker.__main__ import SMALL_MODEL, Loop, arrange_threads
 
 
 class End(Exception):
@@ -169,3 +171,14 @@ def test_a_model_that_does_not_see_waits_for_plans():
     rank.inbox.put(StepPlan(0, [], []))
 
     assert rank.run() == ["result 0", "result 1"]
+
+
+@pytest.mark.parametrize(("weight_bytes", "expected"), [(SMALL_MODEL - 1, [1]), (SMALL_MODEL, ["a core each"])])
+def test_a_small_model_computes_on_one_thread(weight_bytes: int, expected: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    record: list = []
+    monkeypatch.setattr(torch, "set_num_threads", record.append)
+    monkeypatch.setattr(dashinfer_kernels, "pin_threads", lambda: record.append("a core each"))
+
+    arrange_threads(weight_bytes)
+
+    assert expected == record
