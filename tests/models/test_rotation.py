@@ -8,7 +8,7 @@ from dashinfer.models import linears
 from dashinfer.models.decoder import InputEmbeddings
 from dashinfer.models.linears import RoundedOnLoad
 from dashinfer.models.rotation import MAX_BLOCK, Rotation
-from dashinfer_kernels import PagedBatch, pack_linear
+from dashinfer_kernels import PagedBatch, dispatch, pack_linear
 
 from . import toy
 
@@ -56,6 +56,16 @@ def test_it_undoes_itself_and_keeps_lengths(channels):
     block = min(channels & -channels, MAX_BLOCK)
     spike = rotation(torch.eye(1, channels))
     torch.testing.assert_close(spike.abs(), (torch.arange(channels) < block).float().unsqueeze(0) * block**-0.5)
+
+
+def test_rows_have_the_same_bits_in_any_company(monkeypatch):
+    monkeypatch.setattr(dispatch, "deterministic", True)
+    x, rotation = torch.randn(37, 576), Rotation(576, CPU)
+
+    together = rotation(x)
+
+    assert torch.equal(torch.cat([rotation(row) for row in x.split(1)]), together)
+    assert torch.equal(rotation(x[5:9]), together[5:9])
 
 
 @pytest.mark.parametrize(
