@@ -187,6 +187,14 @@ class ServerConfig:
     max_media_bytes: int = _setting(
         67108864, "greatest size of one medium in bytes, such as 64MiB", group=_VLM, parse=_positive_size, metavar="SIZE"
     )
+    media_cache_memory: int | None = _setting(
+        None,
+        "memory of a rank for embeddings of images and videos, such as 512MiB "
+        "(default: what is free, a twentieth at most, up to 256MiB on a CPU and 1GiB on a GPU)",
+        group=_VLM,
+        parse=_positive_size,
+        metavar="SIZE",
+    )
 
     served_model_name: str | None = _setting(
         None, "name in the API (default: last part of --model)", group=_SERVER, parse=str, metavar="NAME"

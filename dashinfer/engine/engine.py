@@ -321,6 +321,7 @@ def worker_config(
         max_step_tokens=config.max_step_tokens,
         block_size=config.block_size,
         kv_cache_memory=config.kv_cache_memory,
+        media_cache_memory=config.media_cache_memory,
         log_level=config.log_level,
         gpu_memory_utilization=config.gpu_memory_utilization,
         enforce_eager=config.enforce_eager,

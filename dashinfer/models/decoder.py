@@ -25,6 +25,7 @@ from dashinfer.models.parallel import (
     local_kv_heads,
 )
 from dashinfer.models.rope import rope_table
+from dashinfer.models.rotation import Rotation
 from dashinfer.models.shapes import EMBEDDING, FINAL_NORM, HEAD
 from dashinfer.models.weights import Part, WeightReader
 from dashinfer_kernels import (
@@ -54,6 +55,10 @@ class InputEmbeddings:
     deepstack: tuple[Tensor, ...] = ()
 
 
+def _rotates(reader: WeightReader) -> bool:
+    return reader.format is not None and reader.format.rotates
+
+
 class DecoderLayer:
     """Attention and a gated MLP, each after a norm and with a residual connection around it."""
 
@@ -64,7 +69,11 @@ class DecoderLayer:
         def norm(name: str, size: int) -> Tensor:
             return reader.read(Part(f"{prefix}{name}.weight", (size,)), dtype=torch.float32)
 
-        self.input_norm = norm("input_layernorm", hidden)
+        def stream_norm(name: str) -> Tensor:
+            weight = norm(name, hidden)
+            return torch.ones_like(weight) if _rotates(reader) else weight
+
+        self.input_norm = stream_norm("input_layernorm")
         self.qkv = QKVLinear.load(
             reader,
             f"{prefix}self_attn.",
@@ -78,7 +87,7 @@ class DecoderLayer:
         self.output = RowParallelLinear.load(
             reader, f"{prefix}self_attn.o_proj.", config.num_heads * head_dim, hidden, bias=config.output_bias, group=group
         )
-        self.mlp_norm = norm("post_attention_layernorm", hidden)
+        self.mlp_norm = stream_norm("post_attention_layernorm")
         self.gate_up = GateUpLinear.load(
             reader, f"{prefix}mlp.", hidden, config.intermediate_size, bias=config.mlp_bias, group=group
         )
@@ -134,6 +143,7 @@ class DecoderLM:
     Attributes:
         config: of the whole model.
         weight_bytes: that this rank holds.
+        rotation: of the residual stream between the embedding and the final norm; None: there is none.
     """
 
     def __init__(self, config: ModelConfig, reader: WeightReader, group: Group, max_length: int) -> None:
@@ -142,6 +152,7 @@ class DecoderLM:
         embedding = load_vocab_share(reader, EMBEDDING, config.vocab_size, config.hidden_size, group)
         self.embedding = VocabParallelEmbedding(embedding, group)
         self.layers = [DecoderLayer(config, index, reader, group, max_length) for index in range(config.num_layers)]
+        self.rotation = Rotation(config.hidden_size, reader.device) if _rotates(reader) else None
         self.final_norm = reader.read(Part(FINAL_NORM, (config.hidden_size,)), dtype=torch.float32)
         tied = config.tie_word_embeddings
         self.head = VocabParallelHead.load(
@@ -159,8 +170,8 @@ class DecoderLM:
         # the norm after each layer, the next one's or the final one, and what its result is quantised to
         self._norms_after = [*((layer.input_norm, layer.qkv.takes) for layer in self.layers[1:]), (self.final_norm, None)]
         reader.finish(config.num_layers)
-        parts = (self.embedding, *self.layers, self.final_norm, self.cos_sin, self.head)
-        self.weight_bytes = sum(part.nbytes for part in parts)
+        parts = (self.embedding, *self.layers, self.final_norm, self.cos_sin, self.head, self.rotation)
+        self.weight_bytes = sum(part.nbytes for part in parts if part is not None)
 
     @torch.inference_mode()
     def forward(
@@ -192,6 +203,8 @@ class DecoderLM:
             embedded.index_copy_(0, images.rows, images.values.to(embedded.dtype))
             deepstack = images.deepstack
         residual = embedded.to(torch.float32, copy=True)
+        if self.rotation is not None:
+            residual = self.rotation(residual)
         eps = self.config.norm_eps
         first = self.layers[0]
         normed = rms_norm(residual, first.input_norm, eps, embedded.dtype, quantize=first.qkv.takes)
@@ -199,7 +212,10 @@ class DecoderLM:
         for index, (layer, kv_cache, (norm_after, quantize)) in enumerate(layers):
             output = layer(normed, residual, batch, positions, self.cos_sin, kv_cache)
             if images is not None and index < len(deepstack):
-                residual.index_add_(0, images.rows, deepstack[index].to(residual.dtype))
+                added = deepstack[index].to(residual.dtype)
+                residual.index_add_(0, images.rows, added if self.rotation is None else self.rotation(added))
+            if self.rotation is not None and layer is self.layers[-1]:
+                return rms_norm(self.rotation(residual.add_(output)), norm_after, eps, output.dtype)
             normed = add_rms_norm(output, residual, norm_after, eps, quantize=quantize)
         return normed
 

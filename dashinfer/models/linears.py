@@ -5,16 +5,23 @@ layer each if they do not.
 """
 
 import itertools
+import re
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dashinfer.models.quantization import Rounding
+from dashinfer.models.rotation import Rotation
 from dashinfer.models.weights import Part, WeightReader
 from dashinfer_kernels import Linear, QuantizedRows, QuantizedWeight, pack_linear, pack_quantized, quantize_float8, quantize_int
 from dashinfer_kernels.quant_matmul.reference import Activations
 from dashinfer_kernels.quant_matmul.weight import concatenate
+
+# The matrices of a decoder's layer: which norm is before those that read the residual stream, and which write to it.
+_LAYER = re.compile(r"(model\.layers\.\d+\.)(?:self_attn|mlp)\.(\w+)_proj\.weight$")
+_NORMS = dict.fromkeys("qkv", "input_layernorm") | dict.fromkeys(("gate", "up"), "post_attention_layernorm")
+_WRITERS = ("o", "down")
 
 
 class WeightFormat:
@@ -25,11 +32,13 @@ class WeightFormat:
         rounds_head: an output layer whose weights are the embedding's may be rounded to 8 bits where the embedding is there to
             compute the likeliest logits again.
         wide_copy: on CPU, layers also keep a 16-bit copy, which multiplies many rows faster.
+        rotates: matrices are those of a decoder whose residual stream is rotated, and contain the norms' weights.
     """
 
     activations: Activations | None = None
     rounds_head = False
     wide_copy = False
+    rotates = False
 
     def read(self, reader: WeightReader, part: Part) -> QuantizedWeight | None:
         """`part.name` ends in `.weight`, which need not exist. On the reader's device. None: this one is not quantised.
@@ -43,22 +52,48 @@ class WeightFormat:
         """As `read`, of the output layer, which has 16 bits unless somebody asked for less."""
         return None
 
+    def read_bias(self, reader: WeightReader, parts: Sequence[Part]) -> Tensor:
+        """The biases of the matrices `parts`, one after the other, in the reader's type. Raises as `WeightReader.read`."""
+        return reader.read(*map(_bias_part, parts))
+
 
 class RoundedOnLoad(WeightFormat):
-    """Matrices of any float type, rounded one after the other as they are read."""
+    """Matrices of any float type, rounded one after the other as they are read.
+
+    Where inputs become integers, too, the residual stream is rotated: see `rotation`.
+    """
 
     def __init__(self, rounding: Rounding, *, quantizes_head: bool) -> None:
         self.activations = rounding.activations
+        self.rotates = rounding.activations == "int8"
         self._rounding = rounding
         self._quantizes_head = quantizes_head
         self.rounds_head = not quantizes_head
 
     def read(self, reader: WeightReader, part: Part) -> QuantizedWeight | None:
-        weight = reader.read(part, dtype=self._dtype(reader, part.name))
+        if self.rotates and (layer := _LAYER.match(part.name)):
+            weight = self._read_rotated(reader, part, *layer.groups())
+        else:
+            weight = reader.read(part, dtype=self._dtype(reader, part.name))
         if self._rounding.bits is None:
             return quantize_float8(weight)
         group_size = self._rounding.group_for(weight.shape[1])
         return quantize_int(weight, bits=self._rounding.bits, group_size=group_size, symmetric=self._rounding.symmetric)
+
+    def _read_rotated(self, reader: WeightReader, part: Part, layer: str, matrix: str) -> Tensor:
+        weight = reader.read(part, dtype=torch.float32)
+        if matrix in _WRITERS:
+            return Rotation(part.shape[0], reader.device).of_outputs(weight)
+        channels = part.shape[1]
+        norm = reader.read(Part(f"{layer}{_NORMS[matrix]}.weight", (channels,)), dtype=torch.float32)
+        return Rotation(channels, reader.device).of_inputs(weight, norm)
+
+    def read_bias(self, reader: WeightReader, parts: Sequence[Part]) -> Tensor:
+        bias = super().read_bias(reader, parts)
+        layer = _LAYER.match(parts[0].name)
+        if not self.rotates or layer is None or layer[2] not in _WRITERS:
+            return bias
+        return Rotation(len(bias), reader.device).of_outputs(bias.float()).to(bias.dtype)
 
     def _dtype(self, reader: WeightReader, name: str) -> torch.dtype:
         """The file's own type where it is a narrow one: half of what goes to a GPU, and of what is there meanwhile."""
@@ -78,8 +113,8 @@ def load_linear(reader: WeightReader, parts: Sequence[Part], *, bias: bool = Fal
     Raises:
         UnsupportedModel: as `WeightFormat.read` and `WeightReader.read`.
     """
-    vector = reader.read(*map(_bias_part, parts)) if bias else None
     form = reader.format
+    vector = None if not bias else (form or WeightFormat()).read_bias(reader, parts)
     weights = [None if form is None else form.read(reader, part) for part in parts]
     if form is None or all(weight is None for weight in weights):
         return pack_linear(reader.read(*parts), vector)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dashinfer.models.linears import load_linear, pack_weight
 from dashinfer.models.weights import Part, WeightReader
-from dashinfer_kernels import Linear, QuantizedRows, pack_linear, quantize_int
+from dashinfer_kernels import Linear, QuantizedRows, pack_linear, pack_quantized, quantize_int
 from dashinfer_kernels.quant_matmul.reference import Activations
 
 
@@ -233,12 +233,13 @@ class VocabParallelHead:
         """From the tensor `name`, or from `embedding`, this rank's share of it, where that is the head's weight too.
 
         On a GPU a 16-bit head shares the embedding; on CPU, where linear layers keep weights in a layout of their own, it
-        serves to compute the best logits exactly.
+        serves to compute the best logits exactly. Its inputs are then not rounded: they are few, and it was not asked for.
         """
         exact = embedding if reader.device.type == "cpu" else None
         form = reader.format
         if form is not None and form.rounds_head and exact is not None and exact.dtype in _NEARLY_BEST:
-            linear = pack_weight(reader, quantize_int(exact, bits=8, symmetric=True))
+            codes = quantize_int(exact, bits=8, symmetric=True)
+            linear = pack_quantized(codes, dtype=reader.dtype, wide_copy=form.wide_copy)
             return cls(linear, vocab, group, exact=exact, share=_NEARLY_BEST_OF_8_BITS)
         part = Part(name, (vocab, hidden), _vocab_rows(vocab, group))
         if form is not None and (codes := form.read_head(reader, part)) is not None:

@@ -64,15 +64,15 @@ def test_weight_only_modes_compute_with_the_rounded_weights(model, quant_type, g
     assert 1e-4 < error < {"a16w8": 0.1, "a16w4": 1.0, "fp8": 0.4}[quant_type]
 
 
-def test_a8w8_rounds_what_goes_into_layers_too(model, tmp_path):
+def test_a8w8_rounds_what_goes_into_layers_too(model):
     folder, config = model
     files = toy.weight_files(folder)
+    plain = logits(files, config)
 
-    actual = logits(files, config, quant_type="a8w8")
+    def error(quant_type):
+        return ((logits(files, config, quant_type=quant_type) - plain).norm() / plain.norm()).item()
 
-    weights_alone = logits(files, config, quant_type="a16w8")
-    error = ((actual - weights_alone).norm() / weights_alone.norm()).item()
-    assert 1e-3 < error < 0.1
+    assert 1e-3 < error("a16w8") < error("a8w8") < 0.15
 
 
 def test_rounded_rows_are_within_half_a_step():

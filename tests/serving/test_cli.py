@@ -39,7 +39,8 @@ def test_every_flag() -> None:
             "--model m --mode llm --host ::1 --port 0 --tensor-parallel 1 --max-batch 64 --max-length 16384 "
             "--data-type float16 --api-keys sk-key1,sk-key2 --log-level debug --vision-engine transformers --min-pixels 1 "
             "--max-pixels 2 --allowed-media-path / --allowed-media-domains Example.com,b.org. --allow-private-media "
-            "--media-timeout 2.5 --max-media-bytes 1MiB --served-model-name name --max-queue 3 --drain-timeout 1.5 "
+            "--media-timeout 2.5 --max-media-bytes 1MiB --media-cache-memory 2MiB "
+            "--served-model-name name --max-queue 3 --drain-timeout 1.5 "
             "--step-timeout 9 --device cpu --load-format dummy --kv-cache-memory 4GiB --block-size 32 --max-step-tokens 100 "
             "--disable-prefix-cache --deterministic --quant-type a16w4 --quant-group-size 64 --quantize-head"
         )
@@ -49,7 +50,7 @@ def test_every_flag() -> None:
         model="m", mode="llm", host="::1", port=0, tensor_parallel=1, max_batch=64, max_length=16384, data_type="float16",
         api_keys=("sk-key1", "sk-key2"), log_level="debug", vision_engine="transformers", min_pixels=1, max_pixels=2,
         allowed_media_path=Path("/"), allowed_media_domains=("example.com", "b.org"), allow_private_media=True,
-        media_timeout=2.5, max_media_bytes=2**20,
+        media_timeout=2.5, max_media_bytes=2**20, media_cache_memory=2**21,
         served_model_name="name", max_queue=3, drain_timeout=1.5, step_timeout=9.0, device="cpu",
         load_format="dummy", kv_cache_memory=4 * 2**30, block_size=32, max_step_tokens=100, disable_prefix_cache=True,
         deterministic=True, quant_type="a16w4", quant_group_size=64, quantize_head=True,

@@ -16,6 +16,8 @@ from dashinfer_kernels.quant_matmul.weight import FLOAT8, RANGES, QuantizedWeigh
 # Shares of a group's range that are tried.
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 FLOAT8_MAX = 448.0
+FLOAT8_STEPS = 16  # scales that are tried, from the one of the greatest weight to twice that
+_FOUR_BITS = 2.0**20 + 1
 # Elements that are rounded at a time: on a CPU as many as its caches hold several copies of.
 CPU_CHUNK, GPU_CHUNK = 2**18, 2**26
 _TINY = 2.0**-14  # the smallest scale: float16 has full precision from here on
@@ -47,7 +49,11 @@ def quantize_int(weight: Tensor, *, bits: int, group_size: int | None = None, sy
 
 
 def quantize_float8(weight: Tensor) -> QuantizedWeight:
-    """Round to E4M3 with a scale an output. The format keeps its precision over its range, so nothing is clipped.
+    """Round to E4M3 with a scale an output.
+
+    The format is as precise at any magnitude, so nothing is clipped; but its steps are twice as far apart from each power of
+    two on, and where those fall among an output's weights is worth a search through an octave of scales. Scales are bfloat16
+    numbers, which layouts keep as they are.
 
     Args:
         weight: [out_features, in_features], any float type.
@@ -57,10 +63,27 @@ def quantize_float8(weight: Tensor) -> QuantizedWeight:
     scales = torch.empty(rows, 1, device=weight.device)
     for part in _chunks(weight):
         wide = weight[part].float()
-        peaks = wide.abs().amax(-1, keepdim=True)
-        scales[part] = (peaks / FLOAT8_MAX).clamp_(min=_TINY / FLOAT8_MAX)
+        scales[part] = _float8_scales(wide)
         codes[part] = (wide / scales[part]).clamp_(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8)
     return QuantizedWeight(codes=codes, scales=scales, group_size=columns)
+
+
+def _float8_scales(weight: Tensor) -> Tensor:
+    """[rows, columns] float32 to the scales [rows, 1] with which E4M3 comes nearest."""
+    peaks = weight.abs().amax(-1, keepdim=True).clamp_(min=_TINY)
+    exact, spare, error = (torch.empty_like(weight) for _ in range(3))
+    best, least = torch.empty_like(peaks), torch.full_like(peaks, torch.inf)
+    for step in range(1, FLOAT8_STEPS + 1):
+        scales = (peaks * (2 ** (step / FLOAT8_STEPS) / FLOAT8_MAX)).bfloat16().float()
+        torch.div(weight, scales, out=exact)
+        # c x - (c x - x) is what four significant bits leave of x; subnormal numbers, which have fewer, count little
+        torch.mul(exact, _FOUR_BITS, out=spare)
+        torch.sub(spare, exact, out=error)
+        exact.sub_(spare.sub_(error))
+        cost = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).mul_(scales)
+        best = torch.where(cost < least, scales, best)
+        least = torch.minimum(cost, least)
+    return best
 
 
 def _chunks(weight: Tensor) -> Iterator[slice]:
