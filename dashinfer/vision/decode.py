@@ -34,7 +34,8 @@ def decode_picture(data: bytes, *, max_pixels: int = MAX_PIXELS) -> "Image.Image
     """Decodes the image file `data` to an upright picture of mode RGB.
 
     Raises:
-        MediaError: a format that is not supported, more than `max_pixels` pixels, or a damaged or incomplete file.
+        MediaError: a format that is not supported, more than `max_pixels` pixels, a size that is not its header's, or a damaged
+            or incomplete file.
     """
     from PIL import Image, WebPImagePlugin  # noqa: F401  Pillow registers the others by itself
 
@@ -44,6 +45,8 @@ def decode_picture(data: bytes, *, max_pixels: int = MAX_PIXELS) -> "Image.Image
         image = Image.open(io.BytesIO(data), formats=[header.format])
         # The two may disagree: a GIF's first picture may be larger than its screen.
         check_pixels(*image.size, max_pixels=max_pixels)
+        if image.size != (header.width, header.height):  # by which memory was taken and tokens were counted
+            raise MediaError("it is damaged: its header gives it another size than its picture has")
         image.load()
         _turn_upright(image)
         if image.mode == "RGB" and not _is_transparent(image):

@@ -9,6 +9,7 @@ Where a container says that its pictures are to be shown turned, they are turned
 """
 
 import io
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NoReturn
@@ -91,6 +92,8 @@ def probe_video(data: bytes, limits: VideoLimits = _LIMITS, *, check: Callable[[
             raise MediaError("it is incomplete")
         with _open(data, limits) as container, refusing_damage():
             info = _probe(container, kind, limits, check)
+    if info.width < 1 or info.height < 1:
+        raise MediaError("it is damaged or incomplete: its header gives it no pixels")
     check_pixels(info.width, info.height, max_pixels=limits.frame_pixels)
     if info.frames * info.width * info.height > limits.pixels:
         raise MediaError(
@@ -114,9 +117,9 @@ def decode_video(
     """
     info = probe_video(data, limits, check=check)
     indexes = processor.sample(info.frames, info.fps, fps)
-    processor.grid(len(indexes), info.height, info.width)
+    planned = processor.grid(len(indexes), info.height, info.width)
     read = _gif_frames if info.format == "gif" else _av_frames
-    values, grid = _cut(read(data, indexes, limits, check), len(indexes), processor)
+    values, grid = _cut(read(data, indexes, limits, check), len(indexes), processor, most=math.prod(planned))
     step = processor.temporal_patch_size
     seconds = step * info.frames / (len(indexes) * info.fps)
     return VideoPatches(values, grid, processor.timestamps(indexes, info.fps), seconds)
@@ -160,13 +163,20 @@ def _cut_all(frames: Iterator["np.ndarray"], count: int, processor: VideoProcess
     return VideoPatches(values, grid, processor.timestamps(range(count), fps), processor.temporal_patch_size / fps)
 
 
-def _cut(frames: Iterator["np.ndarray"], count: int, processor: VideoProcessor) -> tuple["np.ndarray", tuple[int, int, int]]:
-    """Patches of `count` frames. Fewer than that, or no whole number of temporal steps, are filled up with the last one."""
+def _cut(
+    frames: Iterator["np.ndarray"], count: int, processor: VideoProcessor, *, most: int | None = None
+) -> tuple["np.ndarray", tuple[int, int, int]]:
+    """Patches of `count` frames. Fewer than that, or no whole number of temporal steps, are filled up with the last one.
+
+    Raises MediaError for more than `most` patches: what the container says of the size is another one than the frames have.
+    """
     step = processor.temporal_patch_size
     first = next(frames, None)
     if first is None:
         raise MediaError("it is damaged or incomplete: none of its frames can be decoded")
     grid = processor.grid(count, *first.shape[:2])
+    if most is not None and math.prod(grid) > most:
+        raise MediaError("it is damaged: its frames have another size than its header says")
     height, width = grid[1] * processor.patch_size, grid[2] * processor.patch_size
     room = processor.empty(grid)
     processor.cut(first, height, width, room[0], 0)

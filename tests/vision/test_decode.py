@@ -162,6 +162,19 @@ def test_a_picture_larger_than_its_screen_is_refused() -> None:
     assert read_header(bytes(data)).width == 1
     with pytest.raises(MediaError, match="it has 53 x 37 pixels, more than 1000 in all"):
         decode_image(bytes(data), max_pixels=1000)
+    with pytest.raises(MediaError, match="its header gives it another size"):
+        decode_image(bytes(data))
+
+
+def test_a_second_header_is_refused() -> None:
+    """Pillow believes the last one, and memory was taken by the first."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0)
+    data = FILES["RGB-png"]
+    data = data[:8] + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + data[8:]
+
+    assert read_header(data).width == 1
+    with pytest.raises(MediaError, match="its header gives it another size"):
+        decode_image(data)
 
 
 @pytest.mark.parametrize(

@@ -268,6 +268,34 @@ def test_a_gif_frame_beyond_the_screen_counts() -> None:
         probe_video(bytes(data))
 
 
+def test_frames_of_another_size_than_planned_are_refused() -> None:
+    """Tokens were counted, and memory was taken, by what the file says before it is decoded."""
+    processor = VideoProcessor(min_pixels=28 * 28, max_pixels=20 * 28 * 28)
+    data = bytearray(animation(counting(8, 200, 200), duration=100))
+    separator = data.rindex(b"\x21\xf9\x04") + 8  # of the last picture, which is not among the sampled ones
+    assert data[separator] == 0x2C
+    struct.pack_into("<H", data, separator + 5, 2000)
+
+    info = probe_video(bytes(data))
+    assert processor.grid(4, info.height, info.width) == (2, 2, 28)
+    with pytest.raises(MediaError, match="another size than its header says"):
+        decode_video(bytes(data), processor)
+
+
+def test_a_video_without_pixels_is_refused() -> None:
+    data = bytearray(movie(counting(6, 64, 64)))
+    sizes = data.index(b"avc1", data.index(b"moov")) + 28
+    assert struct.unpack_from(">HH", data, sizes) == (64, 64)
+    struct.pack_into(">HH", data, sizes, 0, 0)
+    parameters, frames = data.index(b"avcC") + 10, data.index(b"mdat") + 8
+    data[parameters : parameters + 20] = bytes(20)
+    end = data.index(b"moov") - 4
+    data[frames:end] = b"\xff" * (end - frames)
+
+    with pytest.raises(MediaError, match="gives it no pixels"):
+        probe_video(bytes(data))
+
+
 @pytest.mark.parametrize(("format", "codec"), [("mp4", "libx264"), ("webm", "libvpx")])
 def test_an_incomplete_file_is_refused(format: str, codec: str) -> None:
     data = movie(counting(10), format, codec)
