@@ -145,7 +145,7 @@ class Forget(Struct, tag="forget", frozen=True):
 
 
 class Encoded(Struct, tag="encoded", frozen=True):
-    """Rank to parent: these are there."""
+    """Rank to parent: these are there. Without keys: encoding goes on."""
 
     keys: list[bytes]
 

@@ -6,6 +6,7 @@ import time
 import pytest
 
 from dashinfer.types import Encode, Encoded, Forget, StepPlan, StepResult
+from dashinfer.worker import __main__ as loop
 from dashinfer.worker.__main__ import Loop
 
 
@@ -141,6 +142,14 @@ def test_what_a_plan_had_encoded_is_told_after_its_result():
     rank.inbox.put(StepPlan(0, [], []))
 
     assert rank.run() == ["slice", "result 0", Encoded([b"a"])]
+
+
+def test_a_long_encode_gives_signs_of_going_on(monkeypatch):
+    monkeypatch.setattr(loop, "SIGN_INTERVAL", 0)
+    rank = Rank(blocks=3, steps=0)
+    rank.inbox.put(ASKED)
+
+    assert rank.run() == ["block", Encoded([]), "block", Encoded([]), "block", Encoded([b"a"])]
 
 
 def test_other_ranks_encode_and_say_nothing():
