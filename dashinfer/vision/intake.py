@@ -19,7 +19,7 @@ import trio
 
 from dashinfer.engine.api import Medium
 from dashinfer.errors import ContextLengthExceeded, InvalidRequest, MediaError, RequestError
-from dashinfer.types import Grid
+from dashinfer.types import MAX_FRAME_BYTES, Grid
 from dashinfer.vision.budget import MediaAccount, MediaBudget
 from dashinfer.vision.decode import MAX_PIXELS, check_pixels, decode_image
 from dashinfer.vision.fetch import fetch
@@ -31,7 +31,6 @@ from dashinfer.vision.preprocess import ImageProcessor, Patches, Processor
 from dashinfer.vision.request import LOW_DETAIL_PIXELS, MediumKind, MediumRequest
 from dashinfer.vision.sampling import VideoProcessor
 from dashinfer.vision.video import FRAME_RATE, VideoLimits, VideoPatches, decode_frames, decode_video, probe_video
-from dashinfer.worker.frames import MAX_FRAME_BYTES
 
 MAX_MEDIA = 128  # of a request
 MAX_MEDIUM_BYTES = MAX_FRAME_BYTES - 4096  # of patches, which a rank gets in one frame
