@@ -14,6 +14,7 @@ QuantType = Literal["gptq", "a8w8", "a16w4", "a16w8", "fp8"]
 KVCacheDtype = Literal["auto", "int8", "fp8"]
 VisionEngine = Literal["native", "transformers", "tensorrt"]
 Grid = tuple[int, int, int]  # patches of an image or a video: steps in time, rows, columns
+MAX_FRAME_BYTES = 256 * 1024 * 1024  # of one encoded message
 FinishReason = Literal["stop", "length"]
 
 
@@ -145,7 +146,7 @@ class Forget(Struct, tag="forget", frozen=True):
 
 
 class Encoded(Struct, tag="encoded", frozen=True):
-    """Rank to parent: these are there."""
+    """Rank to parent: these are there. Without keys: encoding goes on."""
 
     keys: list[bytes]
 

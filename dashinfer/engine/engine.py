@@ -242,7 +242,7 @@ class Engine:
             logger.warning("step %d has been running for %.0f s", step.number, now - step.begun)
 
     async def _wait_idle(self) -> None:
-        """Until work or media have come. Raises WorkerError when media that ranks do nothing but encode never do."""
+        """Until work or media have come. Raises WorkerError when ranks that do nothing but encode give no sign of it."""
         if self._media_cache is None or not self._media_cache.num_encoding:
             await self._wake.wait()
             return

@@ -73,6 +73,15 @@ class MediaCache:
             entry.pins.discard(holder)
             entry.wants.discard(holder)
 
+    def abandon(self, holder: Hashable, key: bytes) -> None:
+        """Give up a pin or a want for good. What is not encoded yet and nobody else asks for never is."""
+        self.release(holder, key)
+        entry = self._entries.get(key)
+        if entry is not None and not (entry.encoded or entry.pins or entry.wants):
+            del self._entries[key]
+            self.used -= entry.size
+            self._messages.append(Forget([key]))
+
     def encoded(self, keys: list[bytes]) -> None:
         """The ranks have these. One that was forgotten meanwhile, and asked for again, is there a little later than this says,
         which plans wait for."""

@@ -65,6 +65,7 @@ class Scheduler:
         self._step = 0
         self._media_cache = media_cache
         self._media_full = False  # a sequence has found no room in this plan, and those after it must not take it
+        self._media_released = False  # a sequence has given up one of its media
 
     @property
     def num_planned(self) -> int:
@@ -100,9 +101,13 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """Plan the next step; None when there is nothing to compute."""
         chunks: dict[Sequence, Chunk] = {}
-        self._media_full = False
-        preempted = self._plan_running(chunks)
-        enter = [] if preempted else self._admit(chunks)
+        enter: list[Enter] = []
+        self._media_released = True
+        # What a sequence gives up may be the room that one before it has not found; no event would tell that one.
+        while not chunks and self._media_released:
+            self._media_full = self._media_released = False
+            preempted = self._plan_running(chunks)
+            enter = [] if preempted else self._admit(chunks)
         if not chunks:
             return None
         # Decodes first: attention treats them apart. The order within each group stays that of admission.
@@ -225,12 +230,11 @@ class Scheduler:
         self._release(sequence, sequence.held - order.keys())
         kept: set[bytes] = set()
         for key in order:
-            if key not in sequence.held and self._media_full:
-                break
-            if not self._hold(sequence, by_key[key]):
+            barred = self._media_full and key not in sequence.held
+            if barred or not self._hold(sequence, by_key[key]):
                 # what is needed only after this must not keep its room
                 self._release(sequence, sequence.held - kept)
-                if not self._hold(sequence, by_key[key]):
+                if barred or not self._hold(sequence, by_key[key]):
                     self._media_full = True
                     break
             kept.add(key)
@@ -250,6 +254,7 @@ class Scheduler:
         assert self._media_cache is not None or not keys
         for key in keys:
             self._media_cache.release(sequence, key)
+            self._media_released = True
         sequence.held = sequence.held - keys
 
     def _compute(self, sequence: Sequence, length: int, num_new_blocks: int) -> Chunk:
@@ -289,9 +294,12 @@ class Scheduler:
         self.waiting.appendleft(sequence)
 
     def _end(self, sequence: Sequence) -> None:
+        for key in sequence.held:
+            assert self._media_cache is not None
+            self._media_cache.abandon(sequence, key)
+        sequence.held = set()
         if sequence.slot is None:
             self.waiting.remove(sequence)
-            self._release(sequence, sequence.held)
         else:
             self._leave(sequence)
         sequence.ended = True

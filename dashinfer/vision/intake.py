@@ -19,7 +19,7 @@ import trio
 
 from dashinfer.engine.api import Medium
 from dashinfer.errors import ContextLengthExceeded, InvalidRequest, MediaError, RequestError
-from dashinfer.types import Grid
+from dashinfer.types import MAX_FRAME_BYTES, Grid
 from dashinfer.vision.budget import MediaAccount, MediaBudget
 from dashinfer.vision.decode import MAX_PIXELS, check_pixels, decode_picture
 from dashinfer.vision.fetch import fetch
@@ -33,6 +33,7 @@ from dashinfer.vision.sampling import VideoProcessor
 from dashinfer.vision.video import FRAME_RATE, VideoLimits, VideoPatches, decode_frames, decode_video, probe_video
 
 MAX_MEDIA = 128  # of a request
+MAX_MEDIUM_BYTES = MAX_FRAME_BYTES - 4096  # of patches, which a rank gets in one frame
 MAX_TOTAL_PIXELS = 1_000_000_000  # of a request's pictures, as they come
 MEMORY = 2**30  # bytes that files and patches of all requests may take together
 
@@ -238,7 +239,12 @@ class _Passage:
                 "fewer or smaller ones (max_pixels, detail, fps), or start the server with a larger --max-length",
                 param="messages",
             )
-        await self._account.take(math.prod(grid) * processor.patch_dim)
+        if (size := math.prod(grid) * processor.patch_dim) > MAX_MEDIUM_BYTES:
+            raise MediaError(
+                f"it becomes {size} bytes of patches, more than {MAX_MEDIUM_BYTES}: give fewer or smaller frames "
+                "(max_pixels, fps, max_frames)"
+            )
+        await self._account.take(size)
 
     async def _cut(self, kind: MediumKind, work: Callable[[], T]) -> T:
         """Something long in a thread. It is waited for even if it is cancelled, because its memory is in use until it ends."""

@@ -33,6 +33,7 @@ HEARTBEAT_INTERVAL = 1.0  # seconds
 # Seconds of encoding images after each step: on CPU as long as the step took, up to so many; on a GPU always so many.
 ENCODE_TIME = {"cpu": 0.1, "cuda": 0.01}
 SMALL_MODEL = 16 << 20  # bytes of weights; a layer's product takes less time than threads take to meet when others run
+SIGN_INTERVAL = 1.0  # seconds; so often the parent is told that a long encode goes on
 POLL_INTERVAL = 5e-4  # seconds, while a GPU encodes and there is nothing else to do
 
 
@@ -146,6 +147,7 @@ class Loop:
         self._media: Media | None = runner.media
         self._speaks = rank == 0  # for all ranks
         self._steps: queue.SimpleQueue[LaunchedStep] = queue.SimpleQueue()
+        self._told = time.perf_counter()  # when the parent was last told of encoding
 
     def run(self) -> None:
         """For ever."""
@@ -187,11 +189,14 @@ class Loop:
             self._encode(self._media, ENCODE_TIME["cuda"] if on_gpu else min(time.perf_counter() - begun, ENCODE_TIME["cpu"]))
 
     def _encode(self, media: "Media", seconds: float) -> None:
-        """A slice, unless the last one is still under way, and tell what is there."""
-        if media.pending and not media.running:
+        """A slice, unless the last one is still under way, and tell what is there, or now and then that it goes on."""
+        advanced = media.pending and not media.running
+        if advanced:
             media.advance(seconds)
-        if (keys := media.take_new()) and self._speaks:
+        keys, now = media.take_new(), time.perf_counter()
+        if self._speaks and (keys or (advanced and now >= self._told + SIGN_INTERVAL)):
             self._connection.send(Encoded(keys))
+            self._told = now
 
 
 def send_results(connection: Connection, steps: "queue.SimpleQueue[LaunchedStep]") -> None:

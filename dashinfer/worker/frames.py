@@ -10,9 +10,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 from dashinfer.errors import WorkerError
-from dashinfer.types import FromParent, FromWorker
-
-MAX_FRAME_BYTES = 256 * 1024 * 1024
+from dashinfer.types import MAX_FRAME_BYTES, FromParent, FromWorker
 
 _LENGTH = struct.Struct("<I")
 _encoder = msgspec.msgpack.Encoder()

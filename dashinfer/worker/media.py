@@ -72,7 +72,7 @@ class Media:
         self._dtype = dtype
         self._batch_patches, self._together = batch_patches, together
         self._asked: dict[bytes, Encode] = {}  # and not encoded yet
-        self._waiting: deque[_Piece] = deque()  # some perhaps asked for no more
+        self._waiting: deque[_Piece] = deque()
         self._batch: _Batch | None = None
         self._parts: dict[bytes, list[VisionOutput]] = {}  # of media in pieces
         self._embeddings: dict[bytes, VisionOutput] = {}
@@ -114,6 +114,7 @@ class Media:
             self._parts.pop(key, None)
             self._embeddings.pop(key, None)
         self._new = [key for key in self._new if key in self._embeddings]
+        self._waiting = deque(filter(self._is_asked, self._waiting))  # the others hold patches
         if self._batch is not None and not any(map(self._is_asked, self._batch.pieces)):
             self._batch = None
 
@@ -166,12 +167,10 @@ class Media:
         total = 0
         while self._waiting:
             piece = self._waiting[0]
-            if self._is_asked(piece):
-                if pieces and (total + piece.patches > self._batch_patches or not self._together):
-                    break
-                pieces.append(piece)
-                total += piece.patches
-            self._waiting.popleft()
+            if pieces and (total + piece.patches > self._batch_patches or not self._together):
+                break
+            pieces.append(self._waiting.popleft())
+            total += piece.patches
         assert pieces
         patches = torch.empty(total, self._vision.patch_dim, dtype=torch.uint8, pin_memory=self._pinned)
         rows, end = patches.numpy(), 0

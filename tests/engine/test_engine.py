@@ -23,7 +23,7 @@ from dashinfer.errors import (
 from dashinfer.types import ModelFiles, Ready, SamplingParams
 from dashinfer.worker.supervisor import one_error
 
-from .fake_rank import FakeRank, continuation
+from .fake_rank import FakeRank, continuation, show
 
 FAKE_WORKER = Path(__file__).parents[1] / "worker" / "fake_worker.py"
 FILES = ModelFiles("fake", "safetensors", (), {})
@@ -239,6 +239,27 @@ async def test_a_hanging_step_is_a_failure():
                 await generate(engine, [1], params(20))
 
     assert engine.state == "failed"
+
+
+async def test_an_encode_may_take_long_while_it_goes_on():
+    prompt, media = show([1, 2, 3], [(1, 2)])
+    async with running("seeing", step_timeout=0.6) as engine:
+        with engine.submit(prompt, [params(3)], media) as generation:
+            tokens = []
+            while outputs := await generation.receive():
+                tokens += [output.token for output in outputs]
+
+    assert tokens == continuation(prompt, params(3), media)
+
+
+async def test_an_encode_without_a_sign_is_a_failure():
+    prompt, media = show([1, 2, 3], [(1, 2)])
+    engine = new_engine("blind", step_timeout=0.3)
+    with trio.fail_after(30), pytest.raises(WorkerError, match="no image or video encoded"), one_error():
+        async with trio.open_nursery() as nursery:
+            await nursery.start(engine.run)
+            with engine.submit(prompt, [params(3)], media) as generation, pytest.raises(InternalError):
+                await generation.receive()
 
 
 async def test_a_long_step_is_warned_of_once(monkeypatch, caplog):

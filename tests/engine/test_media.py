@@ -62,6 +62,21 @@ def test_a_want_becomes_a_pin():
     assert cache.num_pinned == 0
 
 
+def test_what_is_abandoned_before_it_is_encoded_is_forgotten_unless_another_holds_it():
+    cache = new_cache(6)
+    for each in (ONE, TWO, THREE):
+        cache.hold("a", each, pin=True)
+    cache.hold("b", TWO, pin=False)
+    cache.encoded([ONE.key])
+    cache.take_messages()
+    for each in (ONE, TWO, THREE):
+        cache.abandon("a", each.key)
+
+    assert cache.take_messages() == [Forget([THREE.key])]
+    assert cache.ready(ONE.key)
+    assert (cache.used, cache.num_encoding, cache.num_pinned) == (30, 1, 0)
+
+
 def test_what_is_larger_than_all_room_is_held_alone():
     cache = new_cache(1)
     cache.hold("a", ONE, pin=True)

@@ -345,6 +345,20 @@ def test_any_course_of_events(actions, num_blocks, block_size, media_tokens, max
     event(f"media evicted: {harness.media.misses > 5}")
 
 
+def test_room_that_a_later_sequence_gives_up_in_the_same_plan_is_found():
+    """Both have shown the small image, and wait for one that fills the cache: no event follows that would have them planned."""
+    harness = Harness(num_blocks=20, block_size=2, max_batch=2, max_step_tokens=2, prefix_cache=False, media_tokens=1)
+    prompt = (SHARED * 4)[:6]
+    shown = [(0, 0), (0, 1), (1, 0)], [(1, 0), (1, 1)]
+    play(harness, [*[(prompt, 1, set(), [])] * 8, *[(prompt, 1, set(), media) for media in shown]])
+
+
+def test_an_image_that_comes_again_does_not_keep_the_room_of_one_before_it():
+    harness = Harness(num_blocks=60, block_size=2, max_batch=4, max_step_tokens=8, prefix_cache=False, media_tokens=1)
+    prompt = list(range(6))
+    play(harness, [(prompt, 1, set(), [(0, 2), (1, 1), (2, 2), (5, 2)]), (prompt, 1, set(), [(3, 2), (4, 1)])])
+
+
 def test_the_courses_of_events_include_preemptions_and_prefix_hits():
     """The same checks under random events that are known to bring both, alone and together."""
     random = Random(0)

@@ -153,6 +153,13 @@ async def test_pixels_are_counted(internet: FakeInternet, monkeypatch: pytest.Mo
         await take(intake(internet), images("http://0.example/", "http://1.example/"))
 
 
+async def test_what_no_frame_can_bring_to_a_rank_is_refused(internet: FakeInternet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intakes, "MAX_MEDIUM_BYTES", 12 * 6 * 1176 - 1)
+
+    with pytest.raises(MediaError, match="it becomes 84672 bytes of patches"):
+        await take(intake(internet), images("http://2.example/"))
+
+
 async def test_bounds_of_the_request(internet: FakeInternet) -> None:
     with pytest.raises(InvalidRequest, match="max_pixels 100 must be") as caught:
         await take(intake(internet), images("http://0.example/", max_pixels=100))

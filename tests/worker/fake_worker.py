@@ -6,6 +6,8 @@ later ones have fewer blocks. At its third step `die` ends, `killed` kills itsel
 name, `hang` never answers, `stopped` stops the whole process, `talk` writes a line that does not end, and `garbage` sends no
 frame.
 
+`seeing` takes a second to encode an image and says four times that it goes on; `blind` never does either.
+
 Three modes run the real `serve` over a fake GPU, on which a step has no result before the next one is launched: `queued` goes
 on for ever, `illegal` fails in the third result, and `exhausted` in the third launch.
 """
@@ -24,7 +26,7 @@ import msgspec
 
 from dashinfer.errors import InsufficientMemory, UnsupportedModel
 from dashinfer.models.config import ModelConfig
-from dashinfer.types import Progress, Ready, StepPlan, StepResult, WorkerConfig
+from dashinfer.types import Encode, Encoded, Progress, Ready, StepPlan, StepResult, WorkerConfig
 from dashinfer.worker import __main__ as worker
 from tests.engine.fake_rank import FakeRank
 
@@ -70,6 +72,7 @@ def fake_rank(config: WorkerConfig) -> FakeRank:
         block_size=READY.block_size,
         max_batch=config.max_batch,
         max_step_tokens=READY.max_step_tokens,
+        media_tokens=64,
         poison=49 if MODE == "overflow" else None,
     )
 
@@ -120,10 +123,21 @@ def serve(connection: worker.Connection) -> None:
     if MODE == "loading":
         time.sleep(3600)
     num_blocks = READY.num_blocks - 5 * config.rank if MODE == "uneven" else READY.num_blocks
-    connection.send(msgspec.structs.replace(READY, num_blocks=num_blocks))
+    ready = msgspec.structs.replace(READY, num_blocks=num_blocks)
+    if MODE in ("seeing", "blind"):
+        ready = msgspec.structs.replace(ready, mode="vlm", vocab_size=100, media_cache_bytes=64, media_token_bytes=1)
+    connection.send(ready)
     rank = fake_rank(config)
     while True:
         plan = connection.inbox.get()
+        if isinstance(plan, Encode):
+            rank.tell(plan)
+            for _ in range(4 if MODE == "seeing" else 0):
+                time.sleep(0.25)
+                connection.send(Encoded([]))
+            if MODE == "seeing":
+                connection.send(Encoded(rank.encode(1)))
+            continue
         assert isinstance(plan, StepPlan)
         if plan.step == 2:
             misbehave(connection)

@@ -8,6 +8,7 @@ import torch
 
 import dashinfer_kernels
 from dashinfer.types import Encode, Encoded, Forget, StepPlan, StepResult
+from dashinfer.worker import __main__ as loop
 from dashinfer.worker.__main__ import SMALL_MODEL, Loop, arrange_threads
 
 
@@ -143,6 +144,14 @@ def test_what_a_plan_had_encoded_is_told_after_its_result():
     rank.inbox.put(StepPlan(0, [], []))
 
     assert rank.run() == ["slice", "result 0", Encoded([b"a"])]
+
+
+def test_a_long_encode_gives_signs_of_going_on(monkeypatch):
+    monkeypatch.setattr(loop, "SIGN_INTERVAL", 0)
+    rank = Rank(blocks=3, steps=0)
+    rank.inbox.put(ASKED)
+
+    assert rank.run() == ["block", Encoded([]), "block", Encoded([]), "block", Encoded([b"a"])]
 
 
 def test_other_ranks_encode_and_say_nothing():
