@@ -132,7 +132,9 @@ class ServerConfig:
     """All settings. Sizes are in bytes, lengths in tokens, times in seconds."""
 
     model: str = _setting(
-        dataclasses.MISSING, "Hugging Face model ID, local directory, .gguf file, or `demo` for a small model to try", parse=str
+        dataclasses.MISSING,
+        "Hugging Face model ID, local directory, .gguf file, or a small model to try: `demo`, or `demo-vlm`, which sees",
+        parse=str,
     )
     mode: Mode = _setting("auto", "what to serve the model as; auto detects it, llm serves a vision-language model's text side")
     host: str = _setting("0.0.0.0", "address to bind", parse=str)

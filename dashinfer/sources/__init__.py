@@ -1,4 +1,4 @@
-"""Finding a model's files: a Hugging Face ID, a local directory, a .gguf file or `demo`.
+"""Finding a model's files: a Hugging Face ID, a local directory, a .gguf file, `demo` or `demo-vlm`.
 
 Runs in the parent, so it never imports torch. `resolve` returns where the weights lie, the configuration in Hugging Face
 form, and what the text layer needs; it reads no weights.

@@ -10,6 +10,7 @@ from pathlib import Path
 from dashinfer.errors import ModelNotFound, UnsupportedModel
 from dashinfer.sources import CheckSource, ModelSource, ReportProgress
 from dashinfer.sources.demo import resolve_demo
+from dashinfer.sources.demo_vlm import resolve_demo_vlm
 from dashinfer.sources.gguf import resolve_gguf
 from dashinfer.sources.hub import resolve_hub
 from dashinfer.sources.local import resolve_directory
@@ -40,7 +41,7 @@ def resolve(
         ConfigurationError: the cache directory cannot be written to.
     """
     path = Path(os.path.expanduser(model))  # unlike Path's own, no error for a user who is not known
-    if model != "demo" and not path.exists() and _HUB_ID.fullmatch(model) and path.suffix != ".gguf":
+    if model not in ("demo", "demo-vlm") and not path.exists() and _HUB_ID.fullmatch(model) and path.suffix != ".gguf":
         return resolve_hub(model, load_format=load_format, report=report, check=check)
     source = _resolve_local(model, path, load_format=load_format, report=report)
     check(source)
@@ -50,6 +51,8 @@ def resolve(
 def _resolve_local(model: str, path: Path, *, load_format: str, report: ReportProgress) -> ModelSource:
     if model == "demo":
         return resolve_demo(report=report)
+    if model == "demo-vlm":
+        return resolve_demo_vlm(load_format=load_format, report=report)
     if path.is_dir():
         return resolve_directory(path, load_format=load_format, report=report)
     if path.is_file():
@@ -60,5 +63,5 @@ def _resolve_local(model: str, path: Path, *, load_format: str, report: ReportPr
         raise ModelNotFound(f"{model}: no such file or directory")
     raise ModelNotFound(
         f"{model!r} is neither a path nor a Hugging Face ID such as Qwen/Qwen2.5-0.5B-Instruct; "
-        "for a first try, use --model demo"
+        "for a first try, use --model demo, or demo-vlm for one that sees"
     )
