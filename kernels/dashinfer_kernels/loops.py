@@ -19,7 +19,7 @@ from torch import Tensor
 from dashinfer_kernels import dispatch, threads
 
 MAX_ROWS_ALONE = 32  # beyond, where loops have one thread, torch's vectors and threads are worth their calls
-_OPS = ("activation", "attention", "norm", "rope")
+_OPS = ("activation", "attention", "norm", "quant_matmul", "rope")
 
 _spec = find_spec("numba")
 enabled = _spec is not None and _spec.origin is not None  # tests clear it to have the torch paths

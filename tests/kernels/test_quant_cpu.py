@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dashinfer_kernels import QuantizedWeight, pack_quantized, quantize_float8
+from dashinfer_kernels import QuantizedWeight, loops, pack_quantized, quantize_float8
 from dashinfer_kernels.linear.cpu import PackedLinear, packed_dtype
 from dashinfer_kernels.quant_matmul import cpu, cpu_blocks
 from dashinfer_kernels.quant_matmul.cpu import BesideCopy, IntegerLinear, NibbleLinear, RoundedInputs, RowLinear
@@ -110,12 +110,15 @@ def test_matches_float64_at_any_number_of_rows(name: str, dtype: torch.dtype) ->
         torch.testing.assert_close(layer.wide(x), actual.float())
 
 
-@pytest.fixture(params=["kernel", "blocks"])
+@pytest.fixture(params=["kernel", "loops", "blocks"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which of a layer's two paths is taken, at any number of rows."""
+    """Which of a layer's paths is taken, at any number of rows."""
     most = 2**40 if request.param == "kernel" else 0
     monkeypatch.setattr(cpu, "NIBBLE_ROWS", {1: most, 2: most})
+    monkeypatch.setattr(cpu, "NIBBLE_ROWS_WITH_LOOPS", most)
     monkeypatch.setattr(RowLinear, "most_rows", most)
+    if request.param == "blocks":
+        monkeypatch.setattr(loops, "enabled", False)
     return request.param
 
 
@@ -169,6 +172,23 @@ def test_processors_without_the_instructions(monkeypatch: pytest.MonkeyPatch) ->
             layer = pack_quantized(weight, dtype=torch.bfloat16, activations=activations)
             expected = quantized_linear(x, weight, None, activations)
             torch.testing.assert_close(layer(x), expected, rtol=2e-2, atol=2e-2)
+
+
+@needs_kernels
+@pytest.mark.skipif(not loops.enabled, reason="needs Numba")
+@pytest.mark.parametrize("shape", [(100, 128), (700, 576)])
+def test_codes_unpacked_in_a_loop_give_the_same(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = random_weight(*shape, bits=4, group_size=32, symmetric=False)
+    layer = pack_quantized(weight, dtype=torch.bfloat16)
+    x = torch.randn(cpu.NIBBLE_ROWS_WITH_LOOPS + 1, shape[1]).bfloat16()
+    called, loop = [], cpu._loop()
+    monkeypatch.setattr(cpu, "_loop", lambda: called.append(1) or loop)
+
+    with_loop = layer(x)
+    assert called
+    monkeypatch.setattr(loops, "enabled", False)
+
+    torch.testing.assert_close(with_loop, layer._many(x), rtol=1e-2, atol=1e-2)
 
 
 @needs_kernels

@@ -188,14 +188,20 @@ def test_words_hold_a_code_of_each_run() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bits", "group_size", "symmetric", "expected"),
-    [(4, 128, False, 4 + (16 + 8) / 128), (4, 32, True, 4 + 16 / 32), (8, None, True, 8 + 16 / 4096)],
+    ("bits", "group_size", "symmetric", "whole_zeros", "expected"),
+    [
+        (4, 128, False, True, 4 + (16 + 8) / 128),
+        (4, 32, False, False, 4 + (16 + 16) / 32),
+        (4, 32, True, None, 4 + 16 / 32),
+        (8, None, True, None, 8 + 16 / 4096),
+    ],
 )
 def test_resident_memory_is_the_packed_size(
-    triton_path: str, bits: int, group_size: int | None, symmetric: bool, expected: float
+    triton_path: str, bits: int, group_size: int | None, symmetric: bool, whole_zeros: bool | None, expected: float
 ) -> None:
     outputs, inputs = 192, 4096
-    weight = quantize_int(torch.randn(outputs, inputs), bits=bits, group_size=group_size, symmetric=symmetric)
+    form = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "whole_zeros": whole_zeros}
+    weight = quantize_int(torch.randn(outputs, inputs), **form)
     codes = weakref.ref(weight.codes)
     layer = pack_quantized(move(weight, triton_path), dtype=torch.float16)
     layer(torch.randn(2, inputs).half().to(triton_path))

@@ -8,7 +8,17 @@ from torch import Tensor
 from dashinfer_kernels import QuantizedWeight, quantize_float8, quantize_int
 from dashinfer_kernels.quant_matmul import quantize
 
-FORMS = [(4, 32, False), (4, 64, True), (8, None, True), (8, 16, False), (8, 96, True)]
+# Bits, group size, symmetric, whole zeros.
+FORMS = [
+    (4, 32, False, None),
+    (4, 32, False, True),
+    (4, 96, False, False),
+    (4, 64, True, None),
+    (8, None, True, None),
+    (8, 16, False, None),
+    (8, 96, True, None),
+]
+PARAMETERS = ("bits", "group_size", "symmetric", "whole_zeros")
 
 
 def squared_errors(weight: Tensor, values: Tensor, size: int) -> Tensor:
@@ -16,16 +26,16 @@ def squared_errors(weight: Tensor, values: Tensor, size: int) -> Tensor:
     return (weight.double() - values.double()).square().view(len(weight), -1, size).sum(-1)
 
 
-@pytest.mark.parametrize(("bits", "group_size", "symmetric"), FORMS)
+@pytest.mark.parametrize(PARAMETERS, FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_group_is_worse_than_without_clipping(
-    bits: int, group_size: int | None, symmetric: bool, dtype: torch.dtype
+    bits: int, group_size: int | None, symmetric: bool, whole_zeros: bool | None, dtype: torch.dtype
 ) -> None:
     weight = (torch.randn(40, 192) * 0.05).to(dtype)
     weight[:, ::50] *= 8
     size = group_size or 192
 
-    rounded = quantize_int(weight, bits=bits, group_size=group_size, symmetric=symmetric)
+    rounded = quantize_int(weight, bits=bits, group_size=group_size, symmetric=symmetric, whole_zeros=whole_zeros)
 
     groups = weight.double().view(40, -1, size)
     most = 2 ** (bits - 1) - 1 if symmetric else 2**bits - 1
@@ -51,14 +61,16 @@ def test_clipping_pays_where_groups_have_outliers() -> None:
     assert (rounded.scales * 15 < 0.97 * (high - low)).float().mean() > 0.5
 
 
-@pytest.mark.parametrize(("bits", "group_size", "symmetric"), FORMS)
-def test_the_same_in_any_chunks(bits: int, group_size: int | None, symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(PARAMETERS, FORMS)
+def test_the_same_in_any_chunks(
+    bits: int, group_size: int | None, symmetric: bool, whole_zeros: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weight = torch.randn(101, 384)
-    whole = quantize_int(weight, bits=bits, group_size=group_size, symmetric=symmetric)
+    whole = quantize_int(weight, bits=bits, group_size=group_size, symmetric=symmetric, whole_zeros=whole_zeros)
 
     for rows in (1, 3, 64):
         monkeypatch.setattr(quantize, "CPU_CHUNK", rows * 384)
-        parts = quantize_int(weight, bits=bits, group_size=group_size, symmetric=symmetric)
+        parts = quantize_int(weight, bits=bits, group_size=group_size, symmetric=symmetric, whole_zeros=whole_zeros)
         assert torch.equal(parts.codes, whole.codes)
         assert torch.equal(parts.scales, whole.scales)
         assert symmetric or torch.equal(parts.offsets, whole.offsets)
@@ -73,15 +85,66 @@ def test_groups_of_one_value_are_kept(symmetric: bool) -> None:
     torch.testing.assert_close(rounded.dequantize(), weight, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize(("bits", "group_size", "symmetric"), FORMS)
-def test_scales_are_float16_numbers_and_zero_is_a_code(bits: int, group_size: int | None, symmetric: bool) -> None:
-    rounded = quantize_int(torch.randn(8, 192) * 1e-2 + 0.01, bits=bits, group_size=group_size, symmetric=symmetric)
+@pytest.mark.parametrize(PARAMETERS, FORMS)
+def test_scales_and_any_offsets_are_float16_numbers_and_whole_zeros_codes(
+    bits: int, group_size: int | None, symmetric: bool, whole_zeros: bool | None
+) -> None:
+    weight = torch.randn(8, 192) * 1e-2 + 0.01
+
+    rounded = quantize_int(weight, bits=bits, group_size=group_size, symmetric=symmetric, whole_zeros=whole_zeros)
 
     assert torch.equal(rounded.scales.half().float(), rounded.scales)
     if rounded.offsets is not None:
         zeros = (-rounded.offsets / rounded.scales).round()
-        assert ((zeros >= 0) & (zeros < 2**bits)).all()
-        torch.testing.assert_close(-zeros * rounded.scales, rounded.offsets)
+        if whole_zeros or bits == 8:
+            assert ((zeros >= 0) & (zeros < 2**bits)).all()
+            torch.testing.assert_close(-zeros * rounded.scales, rounded.offsets)
+        else:
+            assert torch.equal(rounded.offsets.half().float(), rounded.offsets)
+
+
+def grid_weights(rows: int, columns: int, size: int) -> Tensor:
+    """[rows, columns] on a grid of 16 values a group, none of them 0, as a file of 4 bits is once converted."""
+    codes = torch.randint(0, 16, (rows, columns // size, size))
+    codes[..., 0], codes[..., 1] = 0, 15
+    steps = 0.02 + 0.02 * torch.rand(rows, columns // size, 1)
+    return (steps * (codes - 7.5)).view(rows, columns).bfloat16()
+
+
+def test_weights_on_a_grid_with_offsets_keep_it() -> None:
+    weight = grid_weights(64, 256, 32)
+
+    found = quantize_int(weight, bits=4, group_size=32, symmetric=False)
+
+    errors = squared_errors(weight, found.dequantize(), 32)
+    whole = quantize_int(weight, bits=4, group_size=32, symmetric=False, whole_zeros=True)
+    assert errors.mean() < 0.01 * squared_errors(weight, whole.dequantize(), 32).mean()
+
+
+@pytest.mark.parametrize(("size", "share"), [(32, 0.91), (128, 0.98)])
+def test_any_offsets_leave_less(size: int, share: float) -> None:
+    weight = torch.randn(256, 512)
+
+    any_, whole = (
+        quantize_int(weight, bits=4, group_size=size, symmetric=False, whole_zeros=kind).dequantize() for kind in (False, True)
+    )
+
+    assert (weight - any_).square().sum() < share * (weight - whole).square().sum()
+
+
+def test_where_offsets_cost_time_they_are_any_for_a_grid_alone() -> None:
+    assert quantize._gains_by_any_offset(grid_weights(300, 256, 32), 32, 4)
+    assert not quantize._gains_by_any_offset(grid_weights(300, 256, 32), 128, 4)
+    assert not quantize._gains_by_any_offset(torch.randn(300, 256), 32, 4)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3, -3.0])
+def test_any_offset_keeps_groups_of_one_value(value: float) -> None:
+    weight = torch.full((2, 64), value).bfloat16()
+
+    rounded = quantize_int(weight, bits=4, group_size=32, symmetric=False, whole_zeros=False)
+
+    assert torch.equal(rounded.dequantize(torch.bfloat16), weight)
 
 
 def test_float8_is_the_nearest_of_the_format() -> None:
