@@ -43,6 +43,10 @@ _WANTED_BY = {
     "video": "a string or an array of strings",
 }
 _LONGEST_PARAM = 100  # characters; names of unknown fields come from the client
+_SMALL_BODY = (
+    8 << 20
+)  # bytes; the memory that a body's items take is bounded by its size up to here, and by their number beyond
+_MOST_ITEMS = 4 << 20
 _decoder = msgspec.json.Decoder()
 
 
@@ -62,7 +66,16 @@ def parse_chat_request(body: bytes | bytearray) -> ChatCompletionRequest:
         raise _invalid(error) from None
 
 
+def _crowded(body: bytes | bytearray) -> bool:
+    """Whether a large body is large for its number of items rather than for the media in it."""
+    pieces = (body[start : start + _SMALL_BODY // 8] for start in range(0, len(body), _SMALL_BODY // 8))
+    items = 0
+    return any((items := items + sum(map(piece.count, (b",", b"[", b"{")))) > _MOST_ITEMS for piece in pieces)
+
+
 def _object(body: bytes | bytearray) -> dict[str, Any]:
+    if len(body) > _SMALL_BODY and _crowded(body):
+        raise InvalidRequest(f"the body has more than {_MOST_ITEMS} items")
     try:
         value = _decoder.decode(body)
     except UnicodeDecodeError as error:

@@ -298,3 +298,12 @@ def test_text_parts() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
 
     assert parse(messages=[{"role": "user", "content": parts}]).template_messages() == [{"role": "user", "content": parts}]
+
+
+def test_a_large_body_holds_media_and_not_millions_of_items() -> None:
+    flood = b'{"messages": [' + b"[]," * (4 << 20) + b"[]]}"
+    media = b'{"messages": [{"role": "user", "content": "' + b"A" * (9 << 20) + b'"}], "model": "m"}'
+
+    with pytest.raises(InvalidRequest, match="items"):
+        parse_chat_request(flood)
+    assert len(parse_chat_request(media).messages) == 1
