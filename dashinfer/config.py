@@ -46,6 +46,13 @@ def _positive(text: str) -> int:
     return value
 
 
+def _not_negative(text: str) -> int:
+    value = _whole(text)
+    if value < 0:
+        raise ValueError(f"{value} is less than 0")
+    return value
+
+
 def _seconds(text: str) -> float:
     try:
         value = float(text)
@@ -124,6 +131,7 @@ def _setting(
 
 _VLM = "VLM options (ignored in LLM mode)"
 _ENGINE = "Engine options"
+_PARALLEL = "Workers and machines"
 _SERVER = "Server options"
 
 
@@ -139,7 +147,7 @@ class ServerConfig:
     mode: Mode = _setting("auto", "what to serve the model as; auto detects it, llm serves a vision-language model's text side")
     host: str = _setting("0.0.0.0", "address to bind", parse=str)
     port: int = _setting(8000, "port to bind; 0 picks a free one", parse=_port)
-    tensor_parallel: int = _setting(1, "number of GPUs to split the model over", parse=_positive, metavar="N")
+    tensor_parallel: int = _setting(1, "number of GPUs to split every layer over", parse=_positive, metavar="N")
     max_batch: int = _setting(32, "most sequences that run at once", parse=_positive, metavar="N")
     max_length: int | None = _setting(
         None,
@@ -269,11 +277,66 @@ class ServerConfig:
     disable_prefix_cache: bool = _setting(False, "compute every prompt from its first token", group=_ENGINE)
     deterministic: bool = _setting(False, "give a request the same tokens whatever else runs, at a lower speed", group=_ENGINE)
 
+    pipeline_parallel: int = _setting(
+        1,
+        "number of stages to split the layers over, each of --tensor-parallel GPUs",
+        group=_PARALLEL,
+        parse=_positive,
+        metavar="M",
+    )
+    data_parallel: int = _setting(
+        1, "number of copies of the model, which share the requests", group=_PARALLEL, parse=_positive, metavar="R"
+    )
+    nnodes: int = _setting(
+        1,
+        "number of machines; the same command runs on each, but for --node-rank",
+        group=_PARALLEL,
+        parse=_positive,
+        metavar="N",
+    )
+    node_rank: int = _setting(
+        0, "which of them this is; 0 takes the requests", group=_PARALLEL, parse=_not_negative, metavar="I"
+    )
+    master_addr: str = _setting("127.0.0.1", "address of machine 0", group=_PARALLEL, parse=str, metavar="ADDRESS")
+    master_port: int = _setting(29500, "port of machine 0 for the others", group=_PARALLEL, parse=_port)
+    cluster_secret: str | None = _setting(
+        None,
+        "what machines prove to each other that they belong together with; better given as DASHINFER_CLUSTER_SECRET "
+        "(default: none; needed with more than one machine)",
+        group=_PARALLEL,
+        parse=str,
+        metavar="SECRET",
+    )
+    cluster_interface: str | None = _setting(
+        None,
+        "network interface for traffic between machines, such as eth0 (default: the one that --master-addr is reached by)",
+        group=_PARALLEL,
+        parse=str,
+        metavar="NAME",
+    )
+    max_restarts: int = _setting(
+        8,
+        "failures of workers within --restart-window after which one more fails the requests that are being computed, rather "
+        "than have them repeated; and failures in a row without a step between them after which one more ends the server",
+        group=_PARALLEL,
+        parse=_not_negative,
+        metavar="N",
+    )
+    restart_window: float = _setting(
+        300.0, "seconds that a failure of workers counts", group=_PARALLEL, parse=_seconds, metavar="SECONDS"
+    )
+    heartbeat_timeout: float = _setting(
+        10.0,
+        "seconds without a sign of life after which a worker counts as dead",
+        group=_PARALLEL,
+        parse=_seconds,
+        metavar="SECONDS",
+    )
+
     def __post_init__(self) -> None:
-        if self.tensor_parallel > 1:
-            raise ConfigurationError(
-                f"--tensor-parallel {self.tensor_parallel} is not supported yet: this version serves --tensor-parallel 1"
-            )
+        for name in ("tensor_parallel", "pipeline_parallel", "data_parallel", "nnodes"):
+            if (size := getattr(self, name)) > 1:
+                raise ConfigurationError(f"{flag(name)} {size} is not supported yet: this version serves {flag(name)} 1")
         if self.quant_group_size is not None:
             if self.quant_group_size not in (32, 64, 128):
                 raise ConfigurationError(f"--quant-group-size {self.quant_group_size} is none of 32, 64 and 128")
@@ -302,6 +365,11 @@ class ServerConfig:
         if name in ("", ".", "..") or name.startswith("~"):
             name = Path(os.path.expanduser(self.model)).resolve().name or "model"
         return name.removesuffix(".gguf")
+
+
+def flag(name: str) -> str:
+    """Of a setting."""
+    return "--" + name.replace("_", "-")
 
 
 def did_you_mean(word: str, known: Iterable[str], *, most: int = 1) -> str:

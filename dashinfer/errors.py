@@ -20,6 +20,7 @@
     │   ├── InternalError            500
     │   └── EngineUnavailable        503  loading, draining or failed
     └── WorkerError                  a rank died, hung or broke the protocol
+        └── PeerLost                 a rank cannot reach another one, whose end is the cause
 
 Errors for people are written for people: one line, what is wrong, what to change. Broken invariants of our own are `assert`s.
 This module imports nothing.
@@ -155,3 +156,7 @@ class EngineUnavailable(RequestError):
 
 class WorkerError(DashInferError):
     """A rank died, hung, or sent something that is not a frame."""
+
+
+class PeerLost(WorkerError):
+    """A rank cannot reach another one: most likely that one ended, and what ended it is the cause."""

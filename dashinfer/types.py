@@ -76,6 +76,12 @@ class WorkerConfig(Struct, frozen=True):
     vision_engine: VisionEngine | None = None  # None: tensorrt where it works, else native
     pixel_values: bytes = b""  # [channels, 256] float32, what each byte of each channel of a patch stands for
     media_cache_memory: int | None = None  # bytes of embeddings that a rank keeps
+    pipeline_parallel: int = 1  # stages of `world_size` / `pipeline_parallel` ranks each, whose numbers follow one another
+    local_rank: int = 0  # among the ranks of this machine: which GPU, which cores
+    local_size: int = 1  # ranks on this machine
+    rendezvous: str = ""  # where the ranks meet, an `init_method` of torch.distributed; empty for a single rank
+    interface: str = "lo"  # of the network, for what ranks tell each other
+    num_blocks: int | None = None  # that the KV cache must have, when ranks start again
 
 
 class Start(Struct, tag="start", frozen=True):
@@ -116,7 +122,10 @@ class Ready(Struct, tag="ready", frozen=True):
 
 
 class Failed(Struct, tag="failed", frozen=True):
-    """Rank to parent: it cannot go on. `kind` names a class of `dashinfer.errors`; anything else becomes a WorkerError."""
+    """Rank to parent: it cannot go on. `kind` names a class of `dashinfer.errors`; anything else becomes a WorkerError.
+
+    `PeerLost` says that the cause is most likely another rank's end.
+    """
 
     kind: str
     message: str
@@ -125,6 +134,19 @@ class Failed(Struct, tag="failed", frozen=True):
 
 class Alive(Struct, tag="alive", frozen=True):
     """Rank to parent, once a second from a thread of its own."""
+
+
+class OutOfMemory(Struct, tag="memory", frozen=True):
+    """Rank to parent: memory ran out in a step, of which nothing counts. This plan and later ones are dropped until `Reset`.
+
+    A group of one rank goes on so; in larger ones others wait in the midst of the step, and all ranks are started again.
+    """
+
+    step: int
+
+
+class Reset(Struct, tag="reset", frozen=True):
+    """Parent to rank, after `OutOfMemory`: every slot is empty, and plans count again."""
 
 
 class Encode(Struct, tag="encode", frozen=True):
@@ -216,5 +238,5 @@ class StepResult(Struct, tag="result", frozen=True):
     failed: list[int] = []  # indexes into `tokens` of those that mean nothing: the model gave no finite logits for them
 
 
-FromParent = Start | StepPlan | Encode | Forget
-FromWorker = Progress | Ready | Failed | Alive | StepResult | Encoded
+FromParent = Start | StepPlan | Encode | Forget | Reset
+FromWorker = Progress | Ready | Failed | Alive | StepResult | OutOfMemory | Encoded

@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from dashinfer.types import FinishReason, Grid, MediaSpan, Ready, SamplingParams, TokenLogprobs
 
-EngineState = Literal["loading", "ready", "draining", "failed"]
+EngineState = Literal["loading", "ready", "recovering", "draining", "failed"]  # recovering: ranks start again; requests wait
 
 
 class TokenOutput(Struct, frozen=True):

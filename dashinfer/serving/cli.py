@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dashinfer.config import ServerConfig, choices, did_you_mean, environment_settings, parse_setting
+from dashinfer.config import ServerConfig, choices, did_you_mean, environment_settings, flag, parse_setting
 from dashinfer.errors import ConfigurationError, StartupError
 
 _HOW_TO_START = (
@@ -49,10 +49,6 @@ class _ShowVersion(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         print(f"dashinfer {version()}")
         parser.exit()
-
-
-def _flag(field: dataclasses.Field) -> str:
-    return "--" + field.name.replace("_", "-")
 
 
 def _reader(field: dataclasses.Field) -> Callable[[str], Any]:
@@ -88,11 +84,11 @@ def make_parser() -> argparse.ArgumentParser:
         name = field.metadata["group"]
         group = groups.setdefault(name, parser.add_argument_group(name))
         if field.type is bool:
-            group.add_argument(_flag(field), action="store_true", help=_help(field))
+            group.add_argument(flag(field.name), action="store_true", help=_help(field))
             continue
         allowed = choices(field)
         metavar = "{" + ",".join(allowed) + "}" if allowed else field.metadata["metavar"] or field.name.upper()
-        group.add_argument(_flag(field), type=_reader(field), metavar=metavar, help=_help(field))
+        group.add_argument(flag(field.name), type=_reader(field), metavar=metavar, help=_help(field))
     return parser
 
 
