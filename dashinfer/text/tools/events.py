@@ -43,7 +43,7 @@ def merged(events: Iterable[Event]) -> list[Event]:
     for event in events:
         last = found[-1] if found else None
         match event, last:
-            case (Content("") | Reasoning("") | Arguments(_, "")), _:
+            case ((Content("") | Reasoning("") | Arguments(_, "")), _):
                 pass
             case Content(text), Content(before):
                 found[-1] = Content(before + text)

@@ -1,5 +1,5 @@
-"""Llama 3's calls as JSON: `{"name": ..., "parameters": {...}}` instead of an answer, several with `;` between them, or the same
-after `<|python_tag|>` anywhere.
+"""Llama 3's calls as JSON: `{"name": ..., "parameters": {...}}` instead of an answer, several with `;` between them, or the
+same after `<|python_tag|>` anywhere.
 
 Without the tag, only functions that the request has make a call: any other object is an answer in JSON.
 """

@@ -1,5 +1,5 @@
-"""Mistral's calls: `[TOOL_CALLS] [{"name": ..., "arguments": {...}}, ...]`, and of newer models `[TOOL_CALLS]name[ARGS]{...}`, with
-`[CALL_ID]` and an identifier before `[ARGS]` or neither of them, once for each call."""
+"""Mistral's calls: `[TOOL_CALLS] [{"name": ..., "arguments": {...}}, ...]`, and of newer models `[TOOL_CALLS]name[ARGS]{...}`,
+with `[CALL_ID]` and an identifier before `[ARGS]` or neither of them, once for each call."""
 
 from dashinfer.text.tools.parser import Reading, ToolParser
 

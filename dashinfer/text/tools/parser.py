@@ -1,10 +1,10 @@
 """`ToolParser`: the text of one output to content and calls, as it grows. Base of the parsers of each format.
 
 A format's `_parse` is a generator that reads character by character and yields where it needs more text, so that what it finds
-does not depend on how the text was cut. Before a call is begun, its text is kept, and becomes content if it is no call after all:
-nothing is lost but white space between calls and what stands beside them. A call begins once its name is known and its
-arguments have begun. Arguments are passed on while they are JSON; from where they are none, the text is content again, and what was
-passed on does not parse.
+does not depend on how the text was cut. Before a call is begun, its text is kept, and becomes content if it is no call after
+all: nothing is lost but white space between calls and what stands beside them. A call begins once its name is known and its
+arguments have begun. Arguments are passed on while they are JSON; from where they are none, the text is content again, and
+what was passed on does not parse.
 
 Knows nothing of tokens: markers of calls that are special tokens arrive as text like any other.
 """

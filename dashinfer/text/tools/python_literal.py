@@ -17,8 +17,8 @@ STRING = re.compile(
 
 
 def json_of(text: str) -> str:
-    """JSON of a literal: strings, numbers, `True`, `None` and so on (and JSON's names for them), lists, tuples, dictionaries with
-    strings for keys.
+    """JSON of a literal: strings, numbers, `True`, `None` and so on (and JSON's names for them), lists, tuples, dictionaries
+    with strings for keys.
 
     Raises:
         ValueError: it is none of these.

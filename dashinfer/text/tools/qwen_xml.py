@@ -1,5 +1,5 @@
-"""Qwen3-Coder's calls: `<tool_call><function=f><parameter=a>value</parameter></function></tool_call>`. Parameters are passed on one
-at a time. What is text and what is JSON among the values is told by the types in the function's schema."""
+"""Qwen3-Coder's calls: `<tool_call><function=f><parameter=a>value</parameter></function></tool_call>`. Parameters are passed
+on one at a time. What is text and what is JSON among the values is told by the types in the function's schema."""
 
 import json
 from collections.abc import Mapping
