@@ -44,7 +44,7 @@ class _Shape:
 
 
 def call_grammar(
-    format: str, style: str, functions: Sequence[Function], *, required: bool, parallel: bool, special_id: TokenId
+    format: str, style: str, functions: Sequence[Function], *, required: bool, parallel: bool, token_id: TokenId
 ) -> str:
     """Rules, of which the first is `start`.
 
@@ -52,14 +52,14 @@ def call_grammar(
         format, style: see `ToolFormat`.
         required: calls and nothing else; otherwise any text, in which whatever begins like a call is one.
         parallel: more than one call is allowed.
-        special_id: of a text that is a special token, which a grammar names by its number.
+        token_id: of a text that is a token by itself, which a grammar names by its number.
 
     Raises:
         ValueError: a schema that the format has no way to enforce.
     """
 
     def marker(word: str) -> str:
-        token = special_id(word)
+        token = token_id(word)
         return text_term(word) if token is None else f"<[{token}]>"
 
     rules: list[str] = []

@@ -84,7 +84,7 @@ class Drawing:
 
 
 def grammar_of(format: ToolFormat, *, required: bool, parallel: bool = True, functions: list[Function] = FUNCTIONS) -> str:
-    return call_grammar(format.name, format.style, functions, required=required, parallel=parallel, special_id=lambda _: None)
+    return call_grammar(format.name, format.style, functions, required=required, parallel=parallel, token_id=lambda _: None)
 
 
 def read(format: ToolFormat, text: str) -> tuple[str, list[tuple[str, str]]]:
@@ -155,7 +155,7 @@ def test_free_text_and_calls_that_validate(format: ToolFormat, parallel: bool) -
 
 def test_special_tokens_are_named_by_their_numbers() -> None:
     grammar = call_grammar(
-        "hermes", "", FUNCTIONS, required=False, parallel=True, special_id=lambda text: 7 if text == "<tool_call>" else None
+        "hermes", "", FUNCTIONS, required=False, parallel=True, token_id=lambda text: 7 if text == "<tool_call>" else None
     )
 
     assert "<[7]>" in grammar
