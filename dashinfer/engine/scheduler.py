@@ -2,8 +2,8 @@
 
 `schedule` makes a plan and may be called again before the plan's result is known: a rank feeds its own samples, so the next
 plan needs only the *number* of tokens, not their values. `apply` takes the results in order and says what became of each
-sequence; a sequence that ended meanwhile has its later samples dropped. When ranks have lost what they knew, `recover` takes back the plans
-without a result, and all is computed again.
+sequence; a sequence that ended meanwhile has its later samples dropped. When ranks have lost what they knew, `recover` takes
+back the plans without a result, and all is computed again.
 
 Policy: running sequences are served first in, first out; a decode never waits for a prefill, whose chunks take what is left of
 the step's token budget. Waiting sequences enter in order as soon as a slot and the blocks for all their known tokens are there.
