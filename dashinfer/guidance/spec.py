@@ -17,7 +17,7 @@ class Constraint:
     """A grammar that the whole output of a choice matches.
 
     Attributes:
-        grammar: in llguidance's Lark dialect; its first rule is `start`.
+        grammar: in llguidance's Lark dialect, with a rule `start`; in GBNF, with a rule `root`; or llguidance's JSON.
         param: the request's field that an error in it is blamed on.
     """
 
@@ -26,8 +26,8 @@ class Constraint:
 
     @classmethod
     def from_schema(cls, schema: dict[str, Any] | bool, param: str, *, lenient: bool = False) -> "Constraint":
-        """JSON that a JSON Schema admits, properties in the schema's order. With `lenient`, keywords that cannot be enforced are
-        ignored rather than refused.
+        """JSON that a JSON Schema admits, properties in the schema's order; with `lenient`, keywords that cannot be
+        enforced are ignored rather than refused.
 
         Raises:
             ValueError: a number in it is not finite.
@@ -47,7 +47,13 @@ class Constraint:
     @classmethod
     def from_choice(cls, choices: Sequence[str], param: str) -> "Constraint":
         """One of some texts; of those there is at least one."""
-        return cls(f"start: {' | '.join(map(text_term, choices))}\n", param)
+        return cls(f"start: CHOICE\nCHOICE: {' | '.join(map(text_term, choices))}\n", param)
+
+    def after(self, before: str) -> "Constraint":
+        """The same behind something else; `before` is the right side of a rule."""
+        whole = {"lark_grammar": f"start: before @answer\nbefore: {before}\n"}
+        answer = {"name": "answer", "lark_grammar": self.grammar}
+        return Constraint(json.dumps({"grammars": [whole, answer]}), self.param)
 
 
 def schema_term(schema: dict[str, Any] | bool, *, lenient: bool = False) -> str:
