@@ -5,9 +5,9 @@ White space around the thinking belongs to the markers and is dropped. Knows not
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
-ReasoningParserName = Literal["auto", "none", "qwen3", "deepseek_r1", "mistral"]
+from dashinfer.config import ReasoningParserName
+
 _BLANK = " \t\r\n"
 
 
@@ -41,7 +41,7 @@ def reasoning_format(
     """The format of a name; for `auto`, what the model's template writes or its vocabulary has a token for.
 
     Args:
-        token_id: of a text that is a single token, `Tokenizer.token_id`.
+        token_id: of a text that is a single token, `Tokenizer.marker_id`.
     """
     if name != "auto":
         return REASONING_FORMATS.get(name)

@@ -5,8 +5,8 @@ import secrets
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
+from dashinfer.config import ToolParserName
 from dashinfer.text.tools import hermes, llama, mistral, pythonic
 from dashinfer.text.tools.hermes import HermesParser
 from dashinfer.text.tools.llama import LlamaParser
@@ -14,8 +14,6 @@ from dashinfer.text.tools.mistral import MistralParser
 from dashinfer.text.tools.parser import ToolParser
 from dashinfer.text.tools.pythonic import PythonicParser
 from dashinfer.text.tools.qwen_xml import QwenXmlParser
-
-ToolParserName = Literal["auto", "none", "hermes", "llama3_json", "mistral", "pythonic", "qwen3_coder"]
 
 TOOL_PARSERS: dict[str, type[ToolParser]] = {
     "hermes": HermesParser,
@@ -66,7 +64,7 @@ def tool_format(name: ToolParserName, template: str | None, token_id: Callable[[
 
     Args:
         template: the chat template's source.
-        token_id: of a text that is a single token, `Tokenizer.token_id`.
+        token_id: of a text that is a single token, `Tokenizer.marker_id`.
     """
     template = template or ""
     if name == "auto":

@@ -3,6 +3,7 @@
 What a grammar admits, the parser of its format reads back as calls whose arguments the functions' schemas admit.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,6 @@ from dashinfer.text.tools.qwen_xml import types_of
 
 TokenId = Callable[[str], int | None]
 
-_TEXT = r"/(.|\n)*/"
 _STRING_LIMITS = ("pattern", "format", "minLength", "maxLength")
 
 
@@ -34,7 +34,8 @@ class _Shape:
     """How an output with calls is put together: `trigger group (between trigger group)*`, with one item or, where there is a
     `comma`, several in a group."""
 
-    trigger: str  # a term; "" where calls stand for the whole output
+    word: str  # that begins calls; "" where calls stand for the whole output
+    trigger: str  # its term
     before: str
     item: str
     comma: str
@@ -82,18 +83,18 @@ def call_grammar(
 
 def _shape(format: str, style: str, marker: Callable[[str], str]) -> _Shape:
     if format == "hermes":
-        return _Shape(marker(hermes.OPEN), '"\\n"', "item", "", f'"\\n" {marker(hermes.CLOSE)}', '"\\n"')
+        return _Shape(hermes.OPEN, marker(hermes.OPEN), '"\\n"', "item", "", f'"\\n" {marker(hermes.CLOSE)}', '"\\n"')
     if format == "qwen3_coder":
-        return _Shape(marker(qwen_xml.OPEN), '"\\n"', "item", "", f'"\\n" {marker(qwen_xml.CLOSE)}', '"\\n"')
+        return _Shape(qwen_xml.OPEN, marker(qwen_xml.OPEN), '"\\n"', "item", "", f'"\\n" {marker(qwen_xml.CLOSE)}', '"\\n"')
     if format == "mistral" and style == "array":
-        return _Shape(marker(mistral.MARK), '" "? "["', "item", '", "', '"]"', None)
+        return _Shape(mistral.MARK, marker(mistral.MARK), '" "? "["', "item", '", "', '"]"', None)
     if format == "mistral":
-        return _Shape(marker(mistral.MARK), "", "item", "", "", "")
+        return _Shape(mistral.MARK, marker(mistral.MARK), "", "item", "", "", "")
     if format == "pythonic":
-        return _Shape("", '"["', "item", '", "', '"]"', None, first="[")
+        return _Shape("", "", '"["', "item", '", "', '"]"', None, first="[")
     assert format in ("llama3_json", "json"), format
     tag = marker(llama.TAG)
-    return _Shape("", f"{tag}?" if tag.startswith("<") else "", "item", '"; "', "", None, first="{")
+    return _Shape("", "", f"{tag}?" if tag.startswith("<") else "", "item", '"; "', "", None, first="{")
 
 
 def _whole(shape: _Shape, *, required: bool, parallel: bool) -> list[str]:
@@ -103,11 +104,14 @@ def _whole(shape: _Shape, *, required: bool, parallel: bool) -> list[str]:
     if required:
         again = f" ({shape.between} {shape.trigger} group)*" if many else ""
         return [f"start: {shape.trigger} group{again}", group]
-    if not shape.trigger:
+    if not shape.word:
         return ["start: (TEXT | group)?", rf"TEXT: /[^\{shape.first}](.|\n)*/", group]
-    lazy = "" if shape.trigger.startswith("<") else "[lazy]"
+    if shape.trigger.startswith("<"):  # spelled with other tokens, it would begin calls all the same
+        head, text = "head", without_term(shape.word)
+    else:
+        head, text = "head[lazy]", r"/(.|\n)*/"
     start = "start: (head group)* tail" if many else "start: tail | head group"
-    return [start, f"head{lazy}: TEXT {shape.trigger}", "tail: TEXT", f"TEXT: {_TEXT}", group]
+    return [start, f"{head}: TEXT {shape.trigger}", "tail: TEXT", f"TEXT: {text}", group]
 
 
 def _json_call(format: str, style: str, function: Function, marker: Callable[[str], str], arguments: str) -> str:
@@ -130,6 +134,12 @@ def _closed(schema: Mapping[str, Any]) -> dict[str, Any]:
         closed.setdefault("properties", {})
         closed["additionalProperties"] = False
     return closed
+
+
+def without_term(word: str) -> str:
+    """A term for any text in which a word does not occur."""
+    escaped = re.escape(word).replace("/", "\\/")
+    return f"/(?s:.*)/ & ~/(?s:.*){escaped}(?s:.*)/"
 
 
 def _arguments(function: Function) -> str:
@@ -190,6 +200,6 @@ def _xml_call(number: int, function: Function) -> list[str]:
                 f"the text {name!r} of {function.name!r} has a limit that this model's format of calls cannot enforce"
             )
         else:
-            rules.append(f"{value}[lazy]: {_TEXT} {end}")
+            rules.append(f"{value}[lazy]: /(.|\\n)*/ {end}")
     begin, close = text_term(f"{qwen_xml.FUNCTION}{function.name}>\n"), text_term(qwen_xml.END_FUNCTION)
     return [*rules, f"call_{number}: {begin} {' '.join(names)} {close}"]
