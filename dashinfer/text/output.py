@@ -18,6 +18,11 @@ class OutputParser:
         return self._reasoning is not None and self._reasoning.thinking
 
     @property
+    def thought(self) -> bool:
+        """There is thinking in the output."""
+        return self._reasoning is not None and self._reasoning.began
+
+    @property
     def calls(self) -> int:
         """How many calls were begun."""
         return 0 if self._tools is None else self._tools.calls

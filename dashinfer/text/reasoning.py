@@ -57,6 +57,7 @@ class ReasoningSplitter:
 
     Attributes:
         thinking: neither the answer nor, where no thinking has to come, the first word of it has begun.
+        began: there is thinking in it, if perhaps no word of it.
     """
 
     def __init__(self, format: ReasoningFormat, *, inside: bool) -> None:
@@ -65,6 +66,10 @@ class ReasoningSplitter:
         self._inside = inside
         self._held = ""
         self._run = self._opening
+
+    @property
+    def began(self) -> bool:
+        return self._inside
 
     def push(self, text: str) -> tuple[str, str]:
         """More thinking and more of the answer, as far as they are certain."""

@@ -6,14 +6,15 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from dashinfer.guidance.spec import Constraint
 from dashinfer.text.reasoning import REASONING_FORMATS
-from dashinfer.text.thinking import after_thinking
+from dashinfer.text.thinking import thinking_rules, whole_output
 from dashinfer.text.tokenizer import byte_alphabet
+from dashinfer.text.tools.grammar import Function, call_grammar
 
 llguidance = pytest.importorskip("llguidance")
 
 QWEN = REASONING_FORMATS["qwen3"]
 ANSWER = Constraint.from_choice(["yes", "no"], "response_format")
-END, OPEN, CLOSE = 256, 257, 258
+END, OPEN, CLOSE, TOOL_CALL = 256, 257, 258, 259
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def vocabulary():
 
 
 def token_id(text: str) -> int | None:
-    return {"<think>": OPEN, "</think>": CLOSE}.get(text)
+    return {"<think>": OPEN, "</think>": CLOSE, "<tool_call>": TOOL_CALL}.get(text)
 
 
 def follows(vocabulary, constraint: Constraint, tokens: list[int]) -> bool:
@@ -36,6 +37,11 @@ def follows(vocabulary, constraint: Constraint, tokens: list[int]) -> bool:
     matcher = llguidance.LLMatcher(vocabulary, constraint.grammar)
     assert not matcher.is_error(), matcher.get_error()
     return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+
+
+def after_thinking(answer: Constraint | None, **options) -> Constraint:
+    options = {"token_id": token_id, "inside": True, **options}
+    return whole_output(thinking=thinking_rules(QWEN, **options), answer=answer, param="max_thinking_tokens")
 
 
 def tokens(*parts: str | int) -> list[int]:
@@ -57,7 +63,7 @@ def tokens(*parts: str | int) -> list[int]:
     ],
 )
 def test_an_answer_after_thinking(vocabulary, inside: bool, output: list[int], expected: bool) -> None:
-    constraint = after_thinking(ANSWER, QWEN, inside=inside, token_id=token_id)
+    constraint = after_thinking(ANSWER, inside=inside)
 
     assert follows(vocabulary, constraint, output) == expected
     assert constraint.param == "response_format"
@@ -66,7 +72,7 @@ def test_an_answer_after_thinking(vocabulary, inside: bool, output: list[int], e
 @pytest.mark.parametrize("answer", [ANSWER, None])
 @pytest.mark.parametrize("most", [0, 1, 5])
 def test_the_end_of_the_thinking_is_forced(vocabulary, answer: Constraint | None, most: int) -> None:
-    constraint = after_thinking(answer, QWEN, inside=True, token_id=token_id, max_tokens=most)
+    constraint = after_thinking(answer, max_tokens=most)
 
     assert follows(vocabulary, constraint, tokens("x" * most, CLOSE, "yes"))
     assert not follows(vocabulary, constraint, tokens("x" * (most + 1), CLOSE, "yes"))
@@ -74,16 +80,37 @@ def test_the_end_of_the_thinking_is_forced(vocabulary, answer: Constraint | None
 
 
 def test_a_free_answer_is_any_tokens(vocabulary) -> None:
-    constraint = after_thinking(None, QWEN, inside=True, token_id=token_id, max_tokens=3)
+    constraint = after_thinking(None, max_tokens=3)
 
-    assert follows(vocabulary, constraint, tokens("ab", CLOSE, "Calls: ", 259, "é"))
+    assert follows(vocabulary, constraint, tokens("ab", CLOSE, "Calls: ", TOOL_CALL, "é"))
     assert follows(vocabulary, constraint, tokens("ab", CLOSE))
 
 
 def test_markers_that_are_no_tokens(vocabulary) -> None:
-    constraint = after_thinking(ANSWER, QWEN, inside=False, token_id=lambda _: None)
+    constraint = after_thinking(ANSWER, inside=False, token_id=lambda _: None)
 
     assert follows(vocabulary, constraint, tokens("<think>I say</think>\n\nyes"))
     assert follows(vocabulary, constraint, tokens("yes"))
     with pytest.raises(ValueError, match="no token that ends its thinking"):
-        after_thinking(ANSWER, QWEN, inside=False, token_id=lambda _: None, max_tokens=3)
+        after_thinking(ANSWER, inside=False, token_id=lambda _: None, max_tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        (tokens("So", CLOSE, "\n\n", TOOL_CALL, '\n{"name": "now", "arguments": {}}\n</tool_call>'), True),
+        (tokens("So", CLOSE, "yes"), True),
+        (tokens("So", CLOSE, "maybe"), False),
+        (tokens("So", CLOSE, TOOL_CALL, '\n{"name": "then", "arguments": {}}\n</tool_call>'), False),
+        (tokens(TOOL_CALL, '\n{"name": "now", "arguments": {}}\n</tool_call>'), False),
+    ],
+)
+def test_calls_or_an_answer_after_thinking(vocabulary, output: list[int], expected: bool) -> None:
+    calls = call_grammar("hermes", "", [Function("now", {})], required=True, parallel=True, token_id=token_id, rule="calls")
+    thinking = thinking_rules(QWEN, inside=True, token_id=token_id)
+
+    assert follows(vocabulary, whole_output(thinking=thinking, calls=calls, answer=ANSWER, param="tools"), output) == expected
+
+
+def test_nothing_is_put_around_an_answer_alone() -> None:
+    assert whole_output(answer=ANSWER, param="tools") is ANSWER

@@ -45,9 +45,16 @@ class _Shape:
 
 
 def call_grammar(
-    format: str, style: str, functions: Sequence[Function], *, required: bool, parallel: bool, token_id: TokenId
+    format: str,
+    style: str,
+    functions: Sequence[Function],
+    *,
+    required: bool,
+    parallel: bool,
+    token_id: TokenId,
+    rule: str = "start",
 ) -> str:
-    """Rules, of which the first is `start`.
+    """Rules, of which the first is `rule`.
 
     Args:
         format, style: see `ToolFormat`.
@@ -78,7 +85,8 @@ def call_grammar(
                 f"call_{i}: {_json_call(format, style, function, marker, arguments)}",
             ]
     rules.append(f"item: {' | '.join(names)}")
-    return "\n".join([*_whole(_shape(format, style, marker), required=required, parallel=parallel), *rules, ""])
+    first, *others = _whole(_shape(format, style, marker), required=required, parallel=parallel)
+    return "\n".join([f"{rule}: {first}", *others, *rules, ""])
 
 
 def _shape(format: str, style: str, marker: Callable[[str], str]) -> _Shape:
@@ -98,19 +106,20 @@ def _shape(format: str, style: str, marker: Callable[[str], str]) -> _Shape:
 
 
 def _whole(shape: _Shape, *, required: bool, parallel: bool) -> list[str]:
+    """The right side of the first rule, and the rules that it needs."""
     items = f"{shape.item} ({shape.comma} {shape.item})*" if shape.comma and parallel else shape.item
     group = f"group: {shape.before} {items} {shape.after}"
     many = parallel and shape.between is not None
     if required:
         again = f" ({shape.between} {shape.trigger} group)*" if many else ""
-        return [f"start: {shape.trigger} group{again}", group]
+        return [f"{shape.trigger} group{again}", group]
     if not shape.word:
-        return ["start: (TEXT | group)?", rf"TEXT: /[^\{shape.first}](.|\n)*/", group]
+        return ["(TEXT | group)?", rf"TEXT: /[^\{shape.first}](.|\n)*/", group]
     if shape.trigger.startswith("<"):  # spelled with other tokens, it would begin calls all the same
         head, text = "head", without_term(shape.word)
     else:
         head, text = "head[lazy]", r"/(.|\n)*/"
-    start = "start: (head group)* tail" if many else "start: tail | head group"
+    start = "(head group)* tail" if many else "tail | head group"
     return [start, f"{head}: TEXT {shape.trigger}", "tail: TEXT", f"TEXT: {text}", group]
 
 
