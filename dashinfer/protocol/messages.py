@@ -71,12 +71,14 @@ Content = Annotated[
 class FunctionCall(RequestModel):
     name: str
     arguments: str = Field(description="JSON text")
+    parsed_arguments: Any = Field(default=None, exclude=True, description="ignored: a client's own")
 
 
 class ToolCall(RequestModel):
     id: str
     type: Literal["function"] = "function"
     function: FunctionCall
+    index: int | None = Field(default=None, exclude=True, description="ignored: of a stream's piece")
 
 
 class SystemMessage(RequestModel):
@@ -116,6 +118,7 @@ class AssistantMessage(RequestModel):
     reasoning: str | None = Field(default=None, description="another name of reasoning_content")
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOL_CALLS), Field(fail_fast=True)] | None = None
     annotations: Any = Field(default=None, description="ignored")
+    parsed: Any = Field(default=None, description="ignored: a client's own")
     audio: Unsupported = None
     function_call: Unsupported = None
 
@@ -133,7 +136,7 @@ Message = Annotated[
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 _decode = msgspec.json.Decoder().decode
-_HIDDEN = ("refusal", "annotations", "audio", "function_call")
+_HIDDEN = ("refusal", "annotations", "audio", "function_call", "parsed")
 
 
 def template_message(message: Message) -> dict[str, Any]:

@@ -27,9 +27,9 @@ TEMPLATE = """\
 {%- for message in messages %}{{ message.role }}{% if message.name %} {{ message.name }}{% endif %}: {{ message.content }}
 {%- if message.reasoning_content %}({{ message.reasoning_content }}){% endif %}
 {%- for call in message.tool_calls or [] %}[{{ call.function.name }} {{ call.function.arguments.city }}]{% endfor %}
-{%- if not loop.last %}
-{% endif %}{% endfor %}
-{%- if add_generation_prompt %}<|end|>{% if enable_thinking is defined %}{{ '<think>' if enable_thinking else '<think></think>' }}{% endif %}
+{%- if not loop.last %}{{ "\n" }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}<|end|>
+{%- if enable_thinking is defined %}{{ '<think>' if enable_thinking else '<think></think>' }}{% endif %}
 {%- if reasoning_effort %}({{ reasoning_effort }}){% endif %}{% endif %}"""
 WEATHER = {
     "type": "function",
@@ -166,7 +166,7 @@ async def test_a_call_that_is_cut_off(run_server: RunServer, model: TextModel) -
     (call,) = whole.choices[0].message.tool_calls
 
     assert whole.choices[0].finish_reason == joined(streamed)["finish"] == "length"
-    assert call.function.arguments == joined(streamed)["calls"][0][2] == '{"city":"P'
+    assert call.function.arguments == joined(streamed)["calls"][0][2] == '{"city":"'
 
 
 async def test_special_tokens_that_mark_calls_are_seen_and_not_shown(run_server: RunServer, mistral: TextModel) -> None:
