@@ -3,6 +3,7 @@
 What steps need of the sequences lives on the device: token histories and sampling parameters (`SamplingState`), block tables.
 A step brings a few numbers a sequence in one copy, finds its token ids where earlier steps wrote them, and is queued behind the
 step before; its tokens are read back while the next one runs. On a GPU, steps that only decode are replayed from CUDA graphs.
+What a grammar allows is known last: the thread waits for it when all of a step but sampling is queued.
 """
 
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from dashinfer.models.decoder import DecoderLM, InputEmbeddings
 from dashinfer.models.kv_cache import KVCache
 from dashinfer.types import Chunk, Enter, StepPlan, StepResult, TokenLogprobs
 from dashinfer.worker.graphs import DecodeGraphs
+from dashinfer.worker.masks import MaskInbox
 from dashinfer.worker.media import Media
 from dashinfer.worker.placements import Placements, Shown
 from dashinfer.worker.staging import Download, Staging
@@ -55,6 +57,7 @@ class Executor:
         self._num_blocks = [0] * max_batch  # in each slot's table
         self._staging = Staging(device)
         self._graphs: DecodeGraphs | None = None
+        self.masks = MaskInbox()
 
     def use_caches(self, kv_caches: list[KVCache]) -> None:
         """Each layer's cache, as `allocate_kv_cache` makes them. Graphs recorded over others are dropped."""
@@ -95,8 +98,20 @@ class Executor:
             if logits is None:
                 return LaunchedStep(plan.step, [], None)
             needs = [self._state.needs[chunk.slot] for chunk in plan.chunks if chunk.sample]
-            sampled = sample(logits, self._state, SamplingBatch(slots, positions, reduce(or_, needs)))
+            masks = self._take_masks(plan.step, len(slots)) if plan.masked else (None, None)
+            sampled = sample(logits, self._state, SamplingBatch(slots, positions, reduce(or_, needs), *masks))
             return LaunchedStep(plan.step, [each.top_logprobs for each in needs], sampled)
+
+    def _take_masks(self, step: int, count: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """The masks of a step, [masks, words], and which of them each of `count` rows takes. Waits for them, and a GPU goes on
+        with the step meanwhile."""
+        masks = self.masks.take(step)
+        if not masks.rows:
+            return None, None
+        mask_rows = np.full(count, -1, dtype=np.int32)
+        mask_rows[list(masks.rows)] = np.arange(len(masks.rows))
+        words, rows = self._staging.upload([np.frombuffer(masks.words, "<i4"), mask_rows])
+        return words.view(len(masks.rows), -1), rows
 
     def _take_blocks(self, chunks: list[Chunk]) -> np.ndarray:
         """Slot, column and number of each block that a step adds to the tables, [3, blocks] int32."""
