@@ -2,12 +2,12 @@
 
 A rank is a process of its own, joined to the parent by a socket pair that it was born with. It ends by itself when its end of
 the socket closes, so no signal that ends the parent, SIGKILL included, leaves a rank behind. Each is in a process group of its
-own: when the parent ends, that group is orphaned, and the kernel wakes those of it that are stopped. (Not where the process that
-inherits orphans is in the same session, as in a container whose first process is the shell that the server was started from.)
+own: when the parent ends, that group is orphaned, and the kernel wakes those of it that are stopped. (Not where the process
+that inherits orphans is in the same session, as in a container whose first process is the shell that started the server.)
 
 A rank is watched three ways: by its exit, by its heartbeat (a rank that is stopped or stuck says nothing), and by the caller's
-deadline on each step. The end of one is the end of its group: the others, which wait for it in the midst of a step, are killed at
-once, and all are reaped before the error leaves, so that memory, cores and ports are free for the next group.
+deadline on each step. The end of one is the end of its group: the others, which wait for it in the midst of a step, are killed
+at once, and all are reaped before the error leaves, so that memory, cores and ports are free for the next group.
 
 Knows processes and frames; knows nothing of sequences, tensors or HTTP.
 """
@@ -247,8 +247,10 @@ class Rank:
 
 
 class WorkerGroup:
-    """All ranks of one model. `run` is its one life; to start again, another group is made. Plans go to every rank; results come
-    from the first rank of the last stage, everything else from rank 0."""
+    """All ranks of one model. `run` is its one life; to start again, another group is made.
+
+    Plans go to every rank; results come from the first rank of the last stage, everything else from rank 0.
+    """
 
     def __init__(
         self,
