@@ -9,12 +9,12 @@ import os
 import signal
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import psutil
 import trio
 
-from bench.serve.client import DIALECTS, EventParser, probe, read_answer, record
+from bench.serve.client import DIALECTS, EventParser, find_model, probe, read_answer, record
 from bench.serve.exchange import Recording, Response
 from bench.serve.prompts import calibrate, make_prompt
 from bench.serve.target import BenchError, Target
@@ -128,6 +128,7 @@ async def kill_ranks(
     Raises:
         BenchError: a stream failed, or was not running at its kill.
     """
+    target = replace(target, model=await find_model(target, limit))
     dialect, _ = await probe(target, limit)
     extra = DIALECTS[dialect]
 
