@@ -142,13 +142,14 @@ class DecoderLM:
 
     Attributes:
         config: of the whole model.
+        group: the ranks that hold the rest of it.
         weight_bytes: that this rank holds.
         rotation: of the residual stream between the embedding and the final norm; None: there is none.
     """
 
     def __init__(self, config: ModelConfig, reader: WeightReader, group: Group, max_length: int) -> None:
         """Reads the weights. `max_length` in tokens bounds the positions that `forward` takes."""
-        self.config = config
+        self.config, self.group = config, group
         embedding = load_vocab_share(reader, EMBEDDING, config.vocab_size, config.hidden_size, group)
         self.embedding = VocabParallelEmbedding(embedding, group)
         self.layers = [DecoderLayer(config, index, reader, group, max_length) for index in range(config.num_layers)]
@@ -220,6 +221,6 @@ class DecoderLM:
         return normed
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[rows, hidden] of `forward` -> [rows, vocab] float32, the same on every rank."""
+    def logits(self, hidden: Tensor) -> Tensor | None:
+        """[rows, hidden] of `forward` -> [rows, vocab] float32 on rank 0 of the tensor-parallel group, None on the others."""
         return self.head(hidden)

@@ -21,11 +21,18 @@ from dashinfer_kernels.quant_matmul.reference import Activations
 
 @dataclass(frozen=True)
 class Group:
-    """This rank's place among those that hold one model together. Uses torch.distributed's default group, which whoever starts
-    the ranks has set up."""
+    """This rank's place among those that hold one model, or one stage of a pipeline, together. Whoever starts the ranks has set
+    up torch.distributed.
+
+    Attributes:
+        ranks: torch.distributed's group of these ranks; None: its default one.
+        ordered: sum in the order of the ranks, so that the bits of a sum do not depend on its place in a tensor.
+    """
 
     rank: int = 0
     world_size: int = 1
+    ranks: torch.distributed.ProcessGroup | None = None
+    ordered: bool = False
 
     def share(self, size: int) -> tuple[int, int]:
         """This rank's [start, stop) of `size` things, which must be a multiple of the world size."""
@@ -35,14 +42,26 @@ class Group:
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of all ranks' `x`, in place."""
-        torch.distributed.all_reduce(x)
+        if not self.ordered:
+            torch.distributed.all_reduce(x, group=self.ranks)
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.world_size)]
+        torch.distributed.all_gather(parts, x, group=self.ranks)
+        x.copy_(parts[0])
+        for part in parts[1:]:
+            x += part
         return x
 
-    def all_gather(self, x: Tensor) -> Tensor:
-        """All ranks' x [rows, columns] side by side: [rows, world size * columns]."""
-        parts = [torch.empty_like(x) for _ in range(self.world_size)]
-        torch.distributed.all_gather(parts, x)
-        return torch.cat(parts, dim=-1)
+    def gather(self, x: Tensor) -> Tensor | None:
+        """All ranks' x [rows, columns] side by side on rank 0: [rows, world size * columns]; None on the others."""
+        parts = [torch.empty_like(x) for _ in range(self.world_size)] if self.rank == 0 else None
+        torch.distributed.gather(x, parts, group_dst=0, group=self.ranks)
+        return None if parts is None else torch.cat(parts, dim=-1)
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Rank 0's `x`, in place."""
+        torch.distributed.broadcast(x, group_src=0, group=self.ranks)
+        return x
 
 
 def local_kv_heads(num_kv_heads: int, world_size: int) -> int:
@@ -202,7 +221,7 @@ def _nearly_best(logits: Tensor, share: float) -> Tensor:
 
 
 class VocabParallelHead:
-    """Hidden states [rows, hidden] -> logits [rows, vocab] float32, the same on every rank.
+    """Hidden states [rows, hidden] -> logits [rows, vocab] float32 on rank 0 of the group, None on the others.
 
     Where products or weights are rounded, the likeliest tokens of a row often end up equal or in the wrong order. With `exact`,
     the weights as they are, [rows of this rank, hidden], the logits less than `share` of a row's greatest below it are computed
@@ -223,6 +242,8 @@ class VocabParallelHead:
         self.shared = shared
         self.vocab = vocab
         self.group = group
+        start, stop = _vocab_rows(vocab, group)
+        self._beyond = linear.out_features - (stop - start)  # the vocabulary
         share = share or (None if exact is None else _NEARLY_BEST.get(exact.dtype))
         self.share, self.exact = share or 0.0, exact if share else None
 
@@ -247,15 +268,18 @@ class VocabParallelHead:
         weight = embedding if embedding is not None else load_vocab_share(reader, name, vocab, hidden, group)
         return cls(pack_linear(weight), vocab, group, exact=exact, shared=embedding is not None and exact is None)
 
-    def __call__(self, hidden: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor) -> Tensor | None:
         logits = self.linear.wide(hidden)
+        if self._beyond:
+            logits[:, -self._beyond :] = -torch.inf  # which nothing is close to
         if self.exact is not None:
             close = _nearly_best(logits, self.share)
             for rows, tokens in (part.unbind(1) for part in close.split(_CANDIDATES)):
                 logits[rows, tokens] = (self.exact[tokens].float() * hidden[rows].float()).sum(-1)
-        if self.group.world_size > 1:
-            logits = self.group.all_gather(logits)[:, : self.vocab]
-        return logits
+        if self.group.world_size == 1:
+            return logits
+        gathered = self.group.gather(logits.contiguous())
+        return None if gathered is None else gathered[:, : self.vocab]
 
     @property
     def nbytes(self) -> int:
