@@ -5,6 +5,10 @@ fit if, and only if, the tokens are the same.
 """
 
 import math
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 
@@ -15,7 +19,8 @@ from safetensors.torch import save_file
 
 from dashinfer.models.config import ModelConfig
 from dashinfer.models.shapes import tensor_shapes
-from dashinfer.types import ModelFiles, StepPlan, StepResult, WorkerConfig
+from dashinfer.types import Alive, Failed, ModelFiles, Progress, Ready, Start, StepPlan, StepResult, WorkerConfig
+from dashinfer.worker.frames import encode, parent_reader
 from dashinfer.worker.runner import Runner
 from tests.worker.tensor_ranks import Done, Job, run_jobs
 from tests.worker.toy import CONFIG, MODEL, generate, greedy, prompt
@@ -179,3 +184,65 @@ def test_ranks_that_start_again_have_the_blocks_that_they_had(together) -> None:
     assert [done.ready.num_blocks for done in together["blocks that fit", 2]] == [9, 9]
     for done in together["blocks that do not fit", 2]:
         assert done.error.startswith("InsufficientMemory: toy: the KV cache had 2.0 GiB before, but steps leave only ")
+
+
+class RankProcess:
+    """A rank as the supervisor starts it, and what it says."""
+
+    def __init__(self, config: WorkerConfig, stack: ExitStack) -> None:
+        ours, theirs = socket.socketpair()
+        self.socket = stack.enter_context(ours)
+        self.socket.settimeout(120)
+        with theirs:
+            command = [sys.executable, "-P", "-m", "dashinfer.worker", str(theirs.fileno())]
+            self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=subprocess.DEVNULL)
+        stack.callback(self.process.wait)
+        stack.callback(self.process.kill)
+        self._reader = parent_reader()
+        self._messages: list = []
+        self.send(Start(config))
+
+    def send(self, message) -> None:
+        self.socket.sendall(encode(message))
+
+    def receive(self):
+        """The next message that is no sign of life."""
+        while not self._messages:
+            data = self.socket.recv(1 << 16)
+            assert data, "the rank is gone"
+            self._messages += [each for each in self._reader.feed(data) if not isinstance(each, Alive | Progress)]
+        return self._messages.pop(0)
+
+
+def test_two_processes_answer_and_one_tells_of_the_loss_of_the_other(alone, tmp_path: Path) -> None:
+    recorder = alone["Llama"]
+    with ExitStack() as stack:
+        ranks = [
+            RankProcess(
+                msgspec.structs.replace(
+                    recorder.config,
+                    rank=rank,
+                    world_size=2,
+                    local_rank=rank,
+                    local_size=2,
+                    rendezvous=f"file://{tmp_path}/ranks",
+                ),
+                stack,
+            )
+            for rank in range(2)
+        ]
+        for rank in ranks:
+            assert isinstance(rank.receive(), Ready)
+        for plan, expected in zip(recorder.plans, recorder.results, strict=True):
+            for rank in ranks:
+                rank.send(plan)
+            assert ranks[0].receive().tokens == expected.tokens
+
+        ranks[1].process.kill()
+        ranks[0].send(recorder.plans[0])
+        failed = ranks[0].receive()
+
+    assert isinstance(failed, Failed)
+    assert failed.kind == "PeerLost"
+    assert failed.message.startswith("another rank is gone: ")
+    assert "Connection closed by peer" in failed.message or "reset by peer" in failed.message

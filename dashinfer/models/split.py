@@ -1,0 +1,47 @@
+"""Into how many ranks' shares a model's quantised matrices can be cut: a group, a block or a word of codes belongs to one rank.
+
+The sizes that the model's own shape allows are the config's business.
+"""
+
+from dashinfer.errors import UnsupportedModel
+from dashinfer.models.config import ModelConfig
+from dashinfer.models.linears import WeightFormat
+from dashinfer.models.parallel import local_kv_heads
+from dashinfer.models.shapes import HEAD, tensor_shapes
+from dashinfer.models.weights import Part, WeightReader
+
+
+def check_split(form: WeightFormat, reader: WeightReader, config: ModelConfig, world_size: int) -> None:
+    """Raises UnsupportedModel, naming the sizes that work, if a rank's share of a matrix cuts what `form` cannot."""
+    if world_size == 1:
+        return
+    limits = []
+    for name, shape in tensor_shapes(config).items():
+        if len(shape) == 2 and (name.endswith("_proj.weight") or name == HEAD):
+            outputs, inputs = form.steps(reader, Part(name, shape))
+            limits += [(name, "outputs", shape[0], outputs), (name, "inputs", shape[1], inputs)]
+    limits = [limit for limit in limits if limit[3] > 1]
+    for name, what, size, step in limits:
+        if not _fits(config, name, what, size, step, world_size):
+            works = [
+                str(each)
+                for each in config.tensor_parallel_sizes()
+                if each == 1 or all(_fits(config, *limit, each) for limit in limits)
+            ]
+            raise UnsupportedModel(
+                f"--tensor-parallel {world_size} cuts {name.removesuffix('.weight')}, whose {size} {what} are quantised in pieces "
+                f"of {step}; these sizes work: {', '.join(works)}"
+            )
+
+
+def _fits(config: ModelConfig, name: str, what: str, size: int, step: int, world_size: int) -> bool:
+    """Whether the shares of each rank begin and end with a piece of `step`, or are all that there is."""
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        return what == "outputs" or size // world_size % step == 0
+    if what == "inputs":
+        return True
+    if name == HEAD:
+        return -(-size // world_size) % step == 0
+    if name.endswith(("k_proj.weight", "v_proj.weight")):
+        return local_kv_heads(config.num_kv_heads, world_size) * config.head_dim % step == 0
+    return size // world_size % step == 0
