@@ -198,8 +198,8 @@ class ModelConfig:
         return [size for size in range(1, self.num_heads + 1) if self._divides(size)]
 
     def _divides(self, world_size: int) -> bool:
-        kv_divides = self.num_kv_heads % world_size == 0 or world_size % self.num_kv_heads == 0
-        return self.num_heads % world_size == 0 and self.intermediate_size % world_size == 0 and kv_divides
+        ranks_per_kv_head = -(-world_size // self.num_kv_heads)  # at most; heads need not divide, but each rank needs one
+        return self.intermediate_size % world_size == 0 and ranks_per_kv_head <= self.num_heads // self.num_kv_heads
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:

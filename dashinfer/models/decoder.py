@@ -22,7 +22,7 @@ from dashinfer.models.parallel import (
     VocabParallelEmbedding,
     VocabParallelHead,
     load_vocab_share,
-    local_kv_heads,
+    share_heads,
 )
 from dashinfer.models.rope import rope_table
 from dashinfer.models.rotation import Rotation
@@ -84,8 +84,15 @@ class DecoderLayer:
             bias=config.qkv_bias,
             group=group,
         )
+        share = share_heads(config.num_heads, config.num_kv_heads, group.rank, group.world_size)
         self.output = RowParallelLinear.load(
-            reader, f"{prefix}self_attn.o_proj.", config.num_heads * head_dim, hidden, bias=config.output_bias, group=group
+            reader,
+            f"{prefix}self_attn.o_proj.",
+            config.num_heads * head_dim,
+            hidden,
+            bias=config.output_bias,
+            group=group,
+            share=(share.start * head_dim, share.stop * head_dim),
         )
         self.mlp_norm = stream_norm("post_attention_layernorm")
         self.gate_up = GateUpLinear.load(
@@ -94,11 +101,7 @@ class DecoderLayer:
         self.down = RowParallelLinear.load(
             reader, f"{prefix}mlp.down_proj.", config.intermediate_size, hidden, bias=config.mlp_bias, group=group
         )
-        self.heads = {
-            "num_heads": config.num_heads // group.world_size,
-            "num_kv_heads": local_kv_heads(config.num_kv_heads, group.world_size),
-            "head_dim": head_dim,
-        }
+        self.heads = {"num_heads": share.num_heads, "num_kv_heads": share.num_kv_heads, "head_dim": head_dim}
         if config.qk_norm:
             self.heads |= {"q_norm": norm("self_attn.q_norm", head_dim), "k_norm": norm("self_attn.k_norm", head_dim)}
         self.heads["eps"] = self.eps = config.norm_eps

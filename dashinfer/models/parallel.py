@@ -64,9 +64,39 @@ class Group:
         return x
 
 
-def local_kv_heads(num_kv_heads: int, world_size: int) -> int:
-    """Key-value heads that each rank holds."""
-    return max(1, num_kv_heads // world_size)
+@dataclass(frozen=True)
+class HeadShare:
+    """The heads of a rank: queries [start, stop) and the key-value heads [kv_start, kv_stop) that they use, evenly."""
+
+    start: int
+    stop: int
+    kv_start: int
+    kv_stop: int
+
+    @property
+    def num_heads(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.kv_stop - self.kv_start
+
+
+def share_heads(num_heads: int, num_kv_heads: int, rank: int, world_size: int) -> HeadShare:
+    """What a rank has of the heads, which need not be a multiple of the world size.
+
+    Up to as many ranks as key-value heads have whole ones with all their queries, later ranks one more where they do not divide.
+    Where ranks are more, each has one, neighbouring ranks a copy of the same, and a part of its queries.
+    """
+    group = num_heads // num_kv_heads
+    if world_size <= num_kv_heads:
+        first, last = (each * num_kv_heads // world_size for each in (rank, rank + 1))
+        return HeadShare(first * group, last * group, first, last)
+    kv_head = next(each for each in range(num_kv_heads) if rank < (each + 1) * world_size // num_kv_heads)
+    begin, end = (each * world_size // num_kv_heads for each in (kv_head, kv_head + 1))
+    first, last = (kv_head * group + each * group // (end - begin) for each in (rank - begin, rank - begin + 1))
+    assert first < last, f"{num_heads} heads, {num_kv_heads} of keys and values, over {world_size} ranks"
+    return HeadShare(first, last, kv_head, kv_head + 1)
 
 
 class ColumnParallelLinear:
@@ -91,7 +121,7 @@ class ColumnParallelLinear:
 class QKVLinear(ColumnParallelLinear):
     """Queries, keys and values: x [tokens, hidden] -> [tokens, (heads + 2 * kv heads of the rank) * head_dim].
 
-    With fewer key-value heads than ranks, neighbouring ranks hold a copy of the same one.
+    Which heads those are is the matter of `share_heads`.
     """
 
     @classmethod
@@ -108,11 +138,10 @@ class QKVLinear(ColumnParallelLinear):
         group: Group,
     ) -> "QKVLinear":
         """From `{prefix}q_proj`, `k_proj` and `v_proj`."""
-        first, last = group.share(heads)
-        local = local_kv_heads(kv_heads, group.world_size)
-        kv_first = group.rank * kv_heads // group.world_size
-        kv_rows = (kv_first * head_dim, (kv_first + local) * head_dim)
-        parts = [Part(f"{prefix}q_proj.weight", (heads * head_dim, hidden), (first * head_dim, last * head_dim))]
+        share = share_heads(heads, kv_heads, group.rank, group.world_size)
+        kv_rows = (share.kv_start * head_dim, share.kv_stop * head_dim)
+        q_rows = (share.start * head_dim, share.stop * head_dim)
+        parts = [Part(f"{prefix}q_proj.weight", (heads * head_dim, hidden), q_rows)]
         parts += [Part(f"{prefix}{name}_proj.weight", (kv_heads * head_dim, hidden), kv_rows) for name in "kv"]
         return cls(load_linear(reader, parts, bias=bias))
 
@@ -140,10 +169,19 @@ class RowParallelLinear:
 
     @classmethod
     def load(
-        cls, reader: WeightReader, prefix: str, in_features: int, out_features: int, *, bias: bool, group: Group
+        cls,
+        reader: WeightReader,
+        prefix: str,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        group: Group,
+        share: tuple[int, int] | None = None,
     ) -> "RowParallelLinear":
-        """From `{prefix}weight` and, with `bias`, `{prefix}bias`."""
-        columns = group.share(in_features) if group.world_size > 1 else None
+        """From `{prefix}weight` and, with `bias`, `{prefix}bias`. `share`: the rank's [start, stop) of the inputs, None: an even
+        one."""
+        columns = (share or group.share(in_features)) if group.world_size > 1 else None
         part = Part(f"{prefix}weight", (out_features, in_features), columns=columns)
         # the bias is part of the sum, so one rank adds it
         if bias and group.rank > 0:

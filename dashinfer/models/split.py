@@ -6,7 +6,7 @@ The sizes that the model's own shape allows are the config's business.
 from dashinfer.errors import UnsupportedModel
 from dashinfer.models.config import ModelConfig
 from dashinfer.models.linears import WeightFormat
-from dashinfer.models.parallel import local_kv_heads
+from dashinfer.models.parallel import share_heads
 from dashinfer.models.shapes import HEAD, tensor_shapes
 from dashinfer.models.weights import Part, WeightReader
 
@@ -36,12 +36,13 @@ def check_split(form: WeightFormat, reader: WeightReader, config: ModelConfig, w
 
 def _fits(config: ModelConfig, name: str, what: str, size: int, step: int, world_size: int) -> bool:
     """Whether the shares of each rank begin and end with a piece of `step`, or are all that there is."""
-    if name.endswith(("o_proj.weight", "down_proj.weight")):
-        return what == "outputs" or size // world_size % step == 0
-    if what == "inputs":
-        return True
+    if name.endswith(("o_proj.weight", "down_proj.weight")) != (what == "inputs"):
+        return True  # each rank has all
     if name == HEAD:
         return -(-size // world_size) % step == 0
-    if name.endswith(("k_proj.weight", "v_proj.weight")):
-        return local_kv_heads(config.num_kv_heads, world_size) * config.head_dim % step == 0
-    return size // world_size % step == 0
+    if name.endswith(("gate_proj.weight", "up_proj.weight", "down_proj.weight")):
+        return size // world_size % step == 0
+    shares = [share_heads(config.num_heads, config.num_kv_heads, rank, world_size) for rank in range(world_size)]
+    of_keys = name.endswith(("k_proj.weight", "v_proj.weight"))
+    ends = {end for share in shares for end in ((share.kv_start, share.kv_stop) if of_keys else (share.start, share.stop))}
+    return all(end * config.head_dim % step == 0 or end * config.head_dim == size for end in ends)

@@ -74,8 +74,8 @@ class Runner:
         self._name = config.files.name
         compiling = None if on_gpu else _in_thread(warm_up_loops, getattr(torch, config.data_type))
         vision = VisionConfig.from_hf(config.files.config) if config.vision else None
-        tensor_parallel = config.world_size // config.pipeline_parallel
         self._world = world = world or join(config, device)
+        place = world.group.world_size, world.group.rank
         (free,) = world.least(free_memory(device, config.local_size))
         with self._out_of_memory("while loading; use a smaller model or data type, or free some memory"):
             model, tower = load_model(
@@ -107,7 +107,7 @@ class Runner:
             # graphs hold decoding kernels, whose sums are not those of the kernel that chunks of prompts take
             graphs = on_gpu and not (config.enforce_eager or config.deterministic)
             if on_gpu:
-                self._executor.use_caches(allocate_kv_cache(model_config, 1, block_size, dtype, device, tensor_parallel))
+                self._executor.use_caches(allocate_kv_cache(model_config, 1, block_size, dtype, device, *place))
                 activations = self._peak(step_tokens, config.max_batch, max_length, block_size)
                 activations += step_tokens * media.token_bytes
                 graph_bytes = 0
@@ -130,7 +130,7 @@ class Runner:
             activations += step_tokens * media.token_bytes
             available = int(free * MEMORY_SHARE) - activations
         available -= media.total
-        block_bytes = kv_bytes_per_block(model_config, block_size, dtype, tensor_parallel)
+        block_bytes = kv_bytes_per_block(model_config, block_size, dtype, *place)
         num_blocks = count_blocks(
             name=config.files.name,
             data_type=config.data_type,
@@ -146,7 +146,7 @@ class Runner:
         )
         (num_blocks,) = world.least(num_blocks)
         with self._out_of_memory("for the KV cache; lower --kv-cache-memory or --max-length"):
-            self._executor.use_caches(allocate_kv_cache(model_config, num_blocks, block_size, dtype, device, tensor_parallel))
+            self._executor.use_caches(allocate_kv_cache(model_config, num_blocks, block_size, dtype, device, *place))
         if graphs:
             before = free_memory(device, config.local_size)
             with self._out_of_memory("for CUDA graphs; lower --gpu-memory-utilization, or use --enforce-eager"):
