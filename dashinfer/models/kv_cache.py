@@ -1,6 +1,7 @@
 """The paged KV cache's memory: types, size, tensors. Which sequence holds which block is the scheduler's business.
 
-A rank keeps the key-value heads that its query heads use: a share, or a copy of one where there are more ranks than heads. A quantised cache has a float32 scale for each token, head, and keys or values.
+A rank keeps the key-value heads that its query heads use: a share, or a copy of one where there are more ranks than heads. A
+quantised cache has a float32 scale for each token, head, and keys or values.
 """
 
 from dataclasses import dataclass

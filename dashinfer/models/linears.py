@@ -53,8 +53,7 @@ class WeightFormat:
         return None
 
     def steps(self, reader: WeightReader, part: Part) -> tuple[int, int]:
-        """How many neighbouring outputs, and inputs, of the matrix `part` cannot be divided: all inputs where they are in another
-        order. 1 where nothing is in the way."""
+        """How many neighbouring outputs, and inputs, of the matrix `part` one rank must have; 1 where nothing is in the way."""
         return 1, 1
 
     def read_bias(self, reader: WeightReader, parts: Sequence[Part]) -> Tensor:

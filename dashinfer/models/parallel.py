@@ -85,8 +85,8 @@ class HeadShare:
 def share_heads(num_heads: int, num_kv_heads: int, rank: int, world_size: int) -> HeadShare:
     """What a rank has of the heads, which need not be a multiple of the world size.
 
-    Up to as many ranks as key-value heads have whole ones with all their queries, later ranks one more where they do not divide.
-    Where ranks are more, each has one, neighbouring ranks a copy of the same, and a part of its queries.
+    Up to as many ranks as key-value heads have whole ones with all their queries, some one more where they do not divide. Where
+    ranks are more, neighbours have a copy of the same one, and a part of its queries each.
     """
     group = num_heads // num_kv_heads
     if world_size <= num_kv_heads:
@@ -179,8 +179,11 @@ class RowParallelLinear:
         group: Group,
         share: tuple[int, int] | None = None,
     ) -> "RowParallelLinear":
-        """From `{prefix}weight` and, with `bias`, `{prefix}bias`. `share`: the rank's [start, stop) of the inputs, None: an even
-        one."""
+        """From `{prefix}weight` and, with `bias`, `{prefix}bias`.
+
+        Args:
+            share: this rank's [start, stop) of the inputs; None: as many as any other's.
+        """
         columns = (share or group.share(in_features)) if group.world_size > 1 else None
         part = Part(f"{prefix}weight", (out_features, in_features), columns=columns)
         # the bias is part of the sum, so one rank adds it

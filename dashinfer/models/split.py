@@ -28,9 +28,10 @@ def check_split(form: WeightFormat, reader: WeightReader, config: ModelConfig, w
                 for each in config.tensor_parallel_sizes()
                 if each == 1 or all(_fits(config, *limit, each) for limit in limits)
             ]
+            module = name.removesuffix(".weight")
             raise UnsupportedModel(
-                f"--tensor-parallel {world_size} cuts {name.removesuffix('.weight')}, whose {size} {what} are quantised in pieces "
-                f"of {step}; these sizes work: {', '.join(works)}"
+                f"--tensor-parallel {world_size} cuts {module}, whose {size} {what} are quantised in pieces of {step}; "
+                f"these sizes work: {', '.join(works)}"
             )
 
 

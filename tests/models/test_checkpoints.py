@@ -311,9 +311,9 @@ def test_the_sizes_that_a_refusal_names_are_those_that_load(name):
             loaded.append(str(size))
         except UnsupportedModel as error:
             refused.append(str(error))
-            assert str(error).startswith(f"--tensor-parallel {size} cuts model.layers.")
 
     assert len(sizes) > 2
+    assert all(" cuts model.layers." in message for message in refused)
     assert all(message.endswith(f"these sizes work: {', '.join(loaded)}") for message in refused)
 
 
