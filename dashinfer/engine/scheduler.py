@@ -16,7 +16,8 @@ have what it begins with, and those behind it in the queue do not wait for that.
 import heapq
 from array import array
 from collections import deque
-from itertools import islice
+from collections.abc import Iterable
+from itertools import chain, islice
 
 from msgspec import Struct
 
@@ -78,15 +79,18 @@ class Scheduler:
 
     def stuck(self) -> list[Sequence]:
         """The waiting sequences that the next plans cannot admit: slots or blocks are lacking, for them or one before them."""
-        slots, blocks, reserve = len(self._free_slots), self.pool.num_available, len(self.running)
-        admissible = 0
-        for sequence in self.waiting:
-            blocks -= self._blocks_for(sequence.length)
-            if admissible == slots or blocks < reserve:
-                break
-            admissible += 1
-            reserve += 1
+        admissible = self._num_admissible(sequence.length for sequence in self.waiting)
         return list(islice(self.waiting, admissible, None))
+
+    def can_admit(self, length: int) -> bool:
+        """Whether the next plans can admit a new sequence of so many tokens, after all that wait. Media are not looked at."""
+        lengths = chain((sequence.length for sequence in self.waiting), [length])
+        return self._num_admissible(lengths) > len(self.waiting)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are still to compute, as far as is known: one for a sequence that decodes."""
+        return sum(max(1, sequence.num_to_compute) for sequence in chain(self.running, self.waiting))
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence, which must fit into the pool at its full length."""
@@ -141,6 +145,18 @@ class Scheduler:
                 self._end(sequence)
             updates.append(Update(sequence, token, result.logprobs.get(index), finish))
         return updates
+
+    def _num_admissible(self, lengths: Iterable[int]) -> int:
+        """How many of the first of new sequences of such lengths the next plans can admit."""
+        slots, blocks, reserve = len(self._free_slots), self.pool.num_available, len(self.running)
+        admissible = 0
+        for length in lengths:
+            blocks -= self._blocks_for(length)
+            if admissible == slots or blocks < reserve:
+                break
+            admissible += 1
+            reserve += 1
+        return admissible
 
     # -- planning
 
