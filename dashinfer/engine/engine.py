@@ -36,7 +36,6 @@ from dashinfer.worker.supervisor import COMMAND, WorkerGroup, one_error
 
 logger = logging.getLogger("dashinfer.engine")
 
-PLANS_AHEAD = 2  # one that runs, one that follows
 LOAD_TIMEOUT = 3600.0  # seconds until every rank is ready
 FAREWELL = 2.0  # seconds that requests have to report a failure to their clients
 LONG_STEP = 30.0  # seconds after which a step that still runs is worth a warning
@@ -111,6 +110,7 @@ class Engine:
                         max_step_tokens=self.info.max_step_tokens,
                         prefix_cache=not self._config.disable_prefix_cache,
                         media_cache=self._media_cache,
+                        stages=self._config.pipeline_parallel,
                     )
                     if self.state == "loading":
                         self.state = "ready"
@@ -220,12 +220,19 @@ class Engine:
             while self._results:
                 self._apply(scheduler, self._results.popleft())
                 ended, now = steps.popleft(), trio.current_time()
-                pace.observe(ended.tokens, now - ended.begun)
+                pace.observe(ended.tokens, now - ended.entered)
                 if steps:  # the next step has only begun
                     steps[0].begun = now
+                for step in steps:
+                    if step.number >= ended.number + scheduler.stages:
+                        step.entered = now
             due = math.inf  # when there may be something to plan
-            while scheduler.num_planned < PLANS_AHEAD:
-                if steps and (due := steps[0].begun + pace.delay(steps[0].tokens)) > trio.current_time():
+            while scheduler.num_planned <= scheduler.stages:  # one that runs in each stage, one that follows
+                if (
+                    steps
+                    and scheduler.next_step >= steps[0].number + scheduler.stages  # no stage wants for it yet
+                    and (due := steps[0].entered + pace.delay(steps[0].tokens)) > trio.current_time()
+                ):
                     break
                 plan = scheduler.schedule()
                 if plan is not None:
@@ -235,7 +242,8 @@ class Engine:
                 if plan is None:
                     due = math.inf
                     break
-                steps.append(_RunningStep(plan.step, sum(chunk.length for chunk in plan.chunks), trio.current_time()))
+                now = trio.current_time()
+                steps.append(_RunningStep(plan.step, sum(chunk.length for chunk in plan.chunks), now, now))
                 due = math.inf
             if not self._results:
                 await self._wait(steps[0] if steps else None, due)
@@ -322,6 +330,7 @@ class _RunningStep:
     number: int
     tokens: int
     begun: float  # trio's time at which the workers had nothing before it to do
+    entered: float  # and at which the first stage could begin it
     warned: bool = False
 
 
