@@ -199,7 +199,7 @@ def test_nobody_is_passed_over_for_long(stages):
 
 class TimedPipeline:
     """In the place of the worker group: a plan takes each stage a second a token, on the test's clock, and waits at the first
-    for the tokens of the plans M before it. `sent` has (time, plan); `busy` the seconds that each stage worked; `starts` how many
+    for the tokens of the plans M before it. `sent` has (time, plan); `busy` the seconds of each stage; `starts` how many
     plans came when there was nothing to do."""
 
     def __init__(self, stages: int) -> None:
