@@ -18,6 +18,7 @@ from dashinfer.engine.api import EngineState, EngineStats, PromptMedia
 from dashinfer.engine.generation import SequenceGroup
 from dashinfer.engine.media import MediaCache
 from dashinfer.engine.pace import Pace
+from dashinfer.engine.routing import Outlook
 from dashinfer.engine.scheduler import Scheduler
 from dashinfer.engine.sequence import Sequence
 from dashinfer.errors import (
@@ -35,7 +36,6 @@ from dashinfer.worker.supervisor import COMMAND, WorkerGroup, one_error
 
 logger = logging.getLogger("dashinfer.engine")
 
-PLANS_AHEAD = 2  # one that runs, one that follows
 LOAD_TIMEOUT = 3600.0  # seconds until every rank is ready
 FAREWELL = 2.0  # seconds that requests have to report a failure to their clients
 LONG_STEP = 30.0  # seconds after which a step that still runs is worth a warning
@@ -57,16 +57,18 @@ class Engine:
         on_progress: Callable[[Progress], None] = lambda progress: None,
         worker_command: Many[str] = COMMAND,
         pixel_values: bytes = b"",
+        replica: int = 0,
     ) -> None:
-        """`pixel_values`: see `dashinfer.types.WorkerConfig`; without them the model is served without its vision tower."""
+        """`pixel_values`: see `dashinfer.types.WorkerConfig`; without them the model is served without its vision tower.
+        `replica`: which of the `data_parallel` copies of the model this is."""
         self.state: EngineState = "loading"
         self.info: Ready | None = None
         self._config = config
         self._on_progress = on_progress
         self._workers = WorkerGroup(
             [
-                worker_config(config, files, rank, config.tensor_parallel, pixel_values)
-                for rank in range(config.tensor_parallel)
+                worker_config(config, files, rank, replica=replica, pixel_values=pixel_values)
+                for rank in range(config.tensor_parallel * config.pipeline_parallel)
             ],
             command=worker_command,
         )
@@ -108,6 +110,7 @@ class Engine:
                         max_step_tokens=self.info.max_step_tokens,
                         prefix_cache=not self._config.disable_prefix_cache,
                         media_cache=self._media_cache,
+                        stages=self._config.pipeline_parallel,
                     )
                     if self.state == "loading":
                         self.state = "ready"
@@ -137,7 +140,17 @@ class Engine:
         """See `dashinfer.engine.api.EngineAPI.submit`."""
         if self.state != "ready":
             raise EngineUnavailable(f"the server is {self.state}")
+        self.check(prompt)
         assert self._scheduler is not None and self.info is not None
+        if (queued := self.num_queued) >= self._config.max_queue:
+            raise QueueFull(f"{queued} of at most {self._config.max_queue} requests are waiting already; try again later")
+        assert media is None or self._media_cache is not None, "the model sees nothing"
+        assert all(len(prompt) + each.max_tokens <= self.info.max_length for each in params)
+        return SequenceGroup(prompt, params, media, on_enter=self._enter, on_exit=self._exit, on_stop=self._end)
+
+    def check(self, prompt: list[int]) -> None:
+        """Raises ContextLengthExceeded and InvalidRequest as `submit` does."""
+        assert self.info is not None, "not loaded yet"
         if not prompt:
             raise InvalidRequest("the prompt has no tokens", param="messages")
         if len(prompt) >= self.info.max_length:
@@ -147,12 +160,17 @@ class Engine:
             )
         if max(prompt) >= self.info.vocab_size or min(prompt) < 0:
             raise InvalidRequest(f"a token id is outside of the vocabulary of {self.info.vocab_size}", param="messages")
-        queued = self._num_queued(self._scheduler)
-        if queued >= self._config.max_queue:
-            raise QueueFull(f"{queued} of at most {self._config.max_queue} requests are waiting already; try again later")
-        assert media is None or self._media_cache is not None, "the model sees nothing"
-        assert all(len(prompt) + each.max_tokens <= self.info.max_length for each in params)
-        return SequenceGroup(prompt, params, media, on_enter=self._enter, on_exit=self._exit, on_stop=self._end)
+
+    def outlook(self, prompt: list[int], hashes: list[bytes]) -> Outlook:
+        """See `dashinfer.engine.replicas.Replica`."""
+        scheduler = self._scheduler
+        assert scheduler is not None, "not loaded yet"
+        return Outlook(
+            cached_blocks=len(scheduler.pool.match(hashes)),
+            admits=scheduler.can_admit(len(prompt)),
+            sequences=len(scheduler.running) + len(scheduler.waiting),
+            tokens=scheduler.num_tokens,
+        )
 
     def stats(self) -> EngineStats:
         scheduler = self._scheduler
@@ -169,9 +187,11 @@ class Engine:
             generated_tokens=self._generated_tokens,
         )
 
-    def _num_queued(self, scheduler: Scheduler) -> int:
+    @property
+    def num_queued(self) -> int:
         """Requests of which nothing has run yet, and nothing can before others end. Preempted ones have run."""
-        groups = {id(group): group for group in map(self._groups.__getitem__, scheduler.stuck())}
+        stuck = self._scheduler.stuck() if self._scheduler is not None else []
+        groups = {id(group): group for group in map(self._groups.__getitem__, stuck)}
         return sum(not any(sequence.admitted for sequence in group.sequences) for group in groups.values())
 
     # -- the loop
@@ -200,12 +220,19 @@ class Engine:
             while self._results:
                 self._apply(scheduler, self._results.popleft())
                 ended, now = steps.popleft(), trio.current_time()
-                pace.observe(ended.tokens, now - ended.begun)
+                pace.observe(ended.tokens, now - ended.entered)
                 if steps:  # the next step has only begun
                     steps[0].begun = now
+                for step in steps:
+                    if step.number >= ended.number + scheduler.stages:
+                        step.entered = now
             due = math.inf  # when there may be something to plan
-            while scheduler.num_planned < PLANS_AHEAD:
-                if steps and (due := steps[0].begun + pace.delay(steps[0].tokens)) > trio.current_time():
+            while scheduler.num_planned <= scheduler.stages:  # one that runs in each stage, one that follows
+                if (
+                    steps
+                    and scheduler.next_step >= steps[0].number + scheduler.stages  # no stage wants for it yet
+                    and (due := steps[0].entered + pace.delay(steps[0].tokens)) > trio.current_time()
+                ):
                     break
                 plan = scheduler.schedule()
                 if plan is not None:
@@ -215,7 +242,8 @@ class Engine:
                 if plan is None:
                     due = math.inf
                     break
-                steps.append(_RunningStep(plan.step, sum(chunk.length for chunk in plan.chunks), trio.current_time()))
+                now = trio.current_time()
+                steps.append(_RunningStep(plan.step, sum(chunk.length for chunk in plan.chunks), now, now))
                 due = math.inf
             if not self._results:
                 await self._wait(steps[0] if steps else None, due)
@@ -302,13 +330,16 @@ class _RunningStep:
     number: int
     tokens: int
     begun: float  # trio's time at which the workers had nothing before it to do
+    entered: float  # and at which the first stage could begin it
     warned: bool = False
 
 
 def worker_config(
-    config: ServerConfig, files: ModelFiles, rank: int, world_size: int, pixel_values: bytes = b""
+    config: ServerConfig, files: ModelFiles, rank: int, *, replica: int = 0, pixel_values: bytes = b""
 ) -> WorkerConfig:
-    """What rank `rank` is told."""
+    """What rank `rank` of a replica is told. All ranks of all replicas are dealt over the machines in order."""
+    world_size = config.tensor_parallel * config.pipeline_parallel
+    local_size = config.data_parallel * world_size // config.nnodes
     return WorkerConfig(
         rank=rank,
         world_size=world_size,
@@ -333,4 +364,7 @@ def worker_config(
         vision=bool(pixel_values),
         vision_engine=config.vision_engine,
         pixel_values=pixel_values,
+        pipeline_parallel=config.pipeline_parallel,
+        local_rank=(replica * world_size + rank) % local_size,
+        local_size=local_size,
     )
