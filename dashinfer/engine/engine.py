@@ -21,6 +21,7 @@ import trio
 from dashinfer.config import ServerConfig
 from dashinfer.engine.api import EngineState, EngineStats, PromptMedia, Workers
 from dashinfer.engine.generation import SequenceGroup
+from dashinfer.engine.masking import compute_masks
 from dashinfer.engine.media import MediaCache
 from dashinfer.engine.pace import Pace
 from dashinfer.engine.recovery import Recovery, StepLimits
@@ -38,8 +39,10 @@ from dashinfer.errors import (
     StartupError,
     WorkerError,
 )
+from dashinfer.guidance.guide import Grammar
 from dashinfer.types import (
     Encoded,
+    Masks,
     ModelFiles,
     OutOfMemory,
     Progress,
@@ -140,7 +143,13 @@ class Engine:
         """Return once no request is open."""
         await self._idle.wait()
 
-    def submit(self, prompt: list[int], params: list[SamplingParams], media: PromptMedia | None = None) -> SequenceGroup:
+    def submit(
+        self,
+        prompt: list[int],
+        params: list[SamplingParams],
+        media: PromptMedia | None = None,
+        grammar: Grammar | None = None,
+    ) -> SequenceGroup:
         """See `dashinfer.engine.api.EngineAPI.submit`."""
         if self.state not in ("ready", "recovering"):
             raise EngineUnavailable(f"the server is {self.state}")
@@ -150,7 +159,7 @@ class Engine:
             raise QueueFull(f"{queued} of at most {self._config.max_queue} requests are waiting already; try again later")
         assert media is None or self._media_cache is not None, "the model sees nothing"
         assert all(len(prompt) + each.max_tokens <= self.info.max_length for each in params)
-        return SequenceGroup(prompt, params, media, on_enter=self._enter, on_exit=self._exit, on_stop=self._end)
+        return SequenceGroup(prompt, params, media, grammar, on_enter=self._enter, on_exit=self._exit, on_stop=self._end)
 
     def check(self, prompt: list[int]) -> None:
         """Raises ContextLengthExceeded and InvalidRequest as `submit` does."""
@@ -308,9 +317,7 @@ class Engine:
         """Fail the requests of these sequences."""
         for group in {id(group): group for sequence in sequences if (group := self._groups.get(sequence))}.values():
             logger.warning("a request of %d tokens is given up: %s", group.sequences[0].prompt_length, why)
-            group.fail(InternalError(why))
-            for sequence in group.sequences:
-                self._end(sequence)
+            self._fail(group, InternalError(why))
 
     # -- the loop
 
@@ -322,6 +329,7 @@ class Engine:
             self._wake = trio.Event()
             if self._take(life):
                 await life.workers.send(Reset())
+            await self._send_masks(life)
             due = math.inf  # when there may be something to plan
             while scheduler.num_planned <= scheduler.stages and self._isolated(
                 scheduler
@@ -335,6 +343,7 @@ class Engine:
                 plan = scheduler.schedule()
                 if plan is not None:
                     await life.workers.send(plan)
+                    await self._send_masks(life)
                 for message in cache.take_messages() if cache is not None else ():
                     await life.workers.send(message)
                 if plan is None:
@@ -345,6 +354,17 @@ class Engine:
                 due = math.inf
             if not life.said:
                 await self._wait(steps[0] if steps else None, due)
+
+    async def _send_masks(self, life: "_Life") -> None:
+        """Tell the ranks what the sequences that follow a grammar may say next, as far as that is known."""
+        assert self._scheduler is not None
+        while (masks_due := self._scheduler.masks_due()) is not None:
+            step, sequences = masks_due
+            guides = {row: sequence.guide for row, sequence in sequences.items() if sequence.guide is not None}
+            masks = await compute_masks(guides)
+            for row in guides.keys() - masks.keys():
+                self._fail_guided(sequences[row])
+            await life.workers.send(Masks(step, tuple(masks), b"".join(masks.values())))
 
     def _take(self, life: "_Life") -> bool:
         """Apply what the workers have said. True if they have run out of memory, and drop all plans until `Reset`."""
@@ -439,15 +459,30 @@ class Engine:
             if group is None:
                 continue  # another choice of the request failed in this very step
             if update.failed:
-                group.fail(InternalError("the model gave no finite logits; try --data-type float32 or bfloat16"))
-                for sequence in group.sequences:
-                    self._end(sequence)
+                self._fail(group, InternalError("the model gave no finite logits; try --data-type float32 or bfloat16"))
                 continue
             self._generated_tokens += 1
             self._recovery.token(update.sequence)
             if update.finish:
                 del self._groups[update.sequence]
             group.deliver(update)
+            if update.finish is None and (guide := update.sequence.guide) is not None:
+                guide.advance(update.token)
+                if guide.error is not None:
+                    self._fail_guided(update.sequence)
+
+    def _fail_guided(self, sequence: Sequence) -> None:
+        """Its guide is in error."""
+        group = self._groups.get(sequence)
+        if group is not None:
+            assert sequence.guide is not None
+            param = sequence.guide.param
+            self._fail(group, InvalidRequest(f"`{param}` is too complex to follow: {sequence.guide.error}", param=param))
+
+    def _fail(self, group: SequenceGroup, error: RequestError) -> None:
+        group.fail(error)
+        for sequence in group.sequences:
+            self._end(sequence)
 
     # -- what requests do
 

@@ -88,6 +88,7 @@ class Scheduler:
         self._free_slots = list(range(max_batch))  # ascending
         self._usable_from = [0] * max_batch  # for each slot, the number of the first plan that may use it
         self._planned: deque[_Planned] = deque()
+        self._unmasked: deque[_Planned] = deque()  # those of them whose masks are still to be computed
         self._step = 0
         self._media_cache = media_cache
         self._media_full = False  # a sequence has found no room in this plan, and those after it must not take it
@@ -145,6 +146,24 @@ class Scheduler:
             self._step = later
         return plan
 
+    def masks_due(self) -> tuple[int, dict[int, Sequence]] | None:
+        """A step whose masks can be computed: its number, and the sequences that follow a grammar by their places among who
+        samples. Each step with such sequences comes once, in order, as soon as all their tokens before it are known."""
+        if not self._unmasked:
+            return None
+        planned = self._unmasked[0]
+        guided = {
+            row: sequence for row, sequence in enumerate(planned.samplers) if sequence.guide is not None and not sequence.ended
+        }
+        guided_sequences = set(guided.values())
+        for earlier in self._planned:
+            if earlier is planned:
+                break
+            if not guided_sequences.isdisjoint(earlier.samplers):
+                return None
+        self._unmasked.popleft()
+        return planned.step, guided
+
     def apply(self, result: StepResult) -> list[Update]:
         """Take the result of the oldest plan that has none."""
         planned = self._planned.popleft()
@@ -199,6 +218,7 @@ class Scheduler:
             computing = {sequence: None for sequence in computing if sequence is self.alone}
         self.alone = None
         self._planned.clear()
+        self._unmasked.clear()
         self._usable_from = [0] * self.max_batch
         for sequence in reversed(self.running.copy()):
             self._leave(sequence)
@@ -250,9 +270,12 @@ class Scheduler:
             return None
         # Decodes first: attention treats them apart. The order within each group stays that of admission.
         ordered = sorted(chunks.items(), key=lambda item: not (item[1].length == 1 and item[1].sample))
-        plan = StepPlan(step=self._step, enter=enter, chunks=[chunk for _, chunk in ordered])
         samplers = [sequence for sequence, chunk in ordered if chunk.sample]
+        masked = any(sequence.guide is not None for sequence in samplers)
+        plan = StepPlan(step=self._step, enter=enter, chunks=[chunk for _, chunk in ordered], masked=masked)
         self._planned.append(_Planned(self._step, list(chunks), samplers, sum(chunk.length for chunk in plan.chunks)))
+        if masked:
+            self._unmasked.append(self._planned[-1])
         self._step += 1
         return plan
 
