@@ -8,23 +8,24 @@ from collections import deque
 
 import trio
 
+from dashinfer.errors import WorkerError
 from dashinfer.text.tokenizer import Tokenizer
 from dashinfer.types import FromParent, Masks, OutOfMemory, Ready, Reset, StepPlan, StepResult, TokenLogprobs
 
 CLOSERS = ['"', "}", "]", ",", ":", "0"]
 
 
-def ready(vocab_size: int, max_length: int = 1024) -> Ready:
+def ready(vocab_size: int, num_blocks: int) -> Ready:
     return Ready(
         architecture="Random",
         mode="llm",
         device="cpu",
         data_type="float32",
         vocab_size=vocab_size,
-        max_length=max_length,
+        max_length=1024,
         max_step_tokens=256,
         block_size=16,
-        num_blocks=4096,
+        num_blocks=num_blocks,
         weight_bytes=0,
         kv_cache_bytes=0,
     )
@@ -38,21 +39,25 @@ class RandomWorkers:
     """Implements `dashinfer.engine.api.Workers`.
 
     Args:
-        exhausted: a step in which memory runs out once, after its masks came.
+        exhausted: a step in which memory runs out.
+        dies: a step in which the workers die.
 
     Attributes:
         masked: rows that took a mask.
     """
 
-    def __init__(self, tokenizer: Tokenizer, seed: int = 0, exhausted: int | None = None, num_blocks: int = 4096) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, seed: int = 0, exhausted: int | None = None, dies: int | None = None, num_blocks: int = 4096
+    ) -> None:
         self.masked = 0
-        self._ready = ready(tokenizer.vocab_size)
+        self._ready = ready(tokenizer.vocab_size, num_blocks)
         self._random = random.Random(seed)
         self._closers = {tokenizer.encode(text)[-1] for text in CLOSERS} | set(tokenizer.eos_token_ids)
         self._plans: deque[StepPlan | Reset] = deque()
         self._masks: deque[Masks] = deque()
         self._arrived = trio.Event()
         self._exhausted = exhausted
+        self._dies = dies
 
     async def send(self, message: FromParent) -> None:
         match message:
@@ -75,6 +80,8 @@ class RandomWorkers:
                     if plan.step == self._exhausted:
                         dropping = True
                         on_memory(OutOfMemory(plan.step))
+                    elif plan.step == self._dies:
+                        raise WorkerError("a test")
                     else:
                         on_result(await self._step(plan))
                         await trio.lowlevel.checkpoint()
