@@ -214,11 +214,24 @@ class Chunk(Struct, frozen=True, array_like=True):
 
 
 class StepPlan(Struct, tag="plan", frozen=True):
-    """One forward pass. `chunks` with length 1 and `sample` come first."""
+    """One forward pass. `chunks` with length 1 and `sample` come first.
+
+    Numbers ascend. With M stages some are left out, so that what plan j samples in a slot, no plan before j + M uses that slot.
+    """
 
     step: int
     enter: list[Enter]
     chunks: list[Chunk]
+    masked: bool = False  # `Masks` of this step follow; sampling waits for them
+
+
+class Masks(Struct, tag="masks", frozen=True):
+    """Parent to rank: what the chunks that sample in a step may sample. Comes once for each plan that says so, as soon as the
+    results of the steps before it are applied, so while the step already runs."""
+
+    step: int
+    rows: tuple[int, ...]  # among the chunks that sample, in the plan's order; any other takes every token
+    words: bytes  # int32 little endian [len(rows), ceil(vocab / 32)], a bit 1 for each token that is allowed, lowest first
 
 
 class TokenLogprobs(Struct, frozen=True, array_like=True):
@@ -238,5 +251,5 @@ class StepResult(Struct, tag="result", frozen=True):
     failed: list[int] = []  # indexes into `tokens` of those that mean nothing: the model gave no finite logits for them
 
 
-FromParent = Start | StepPlan | Encode | Forget | Reset
+FromParent = Start | StepPlan | Masks | Encode | Forget | Reset
 FromWorker = Progress | Ready | Failed | Alive | StepResult | OutOfMemory | Encoded

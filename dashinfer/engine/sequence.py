@@ -6,6 +6,7 @@ Plain state that the scheduler alone changes. All positions count from the first
 from dataclasses import dataclass, field
 
 from dashinfer.engine.api import PromptMedia
+from dashinfer.guidance.guide import Guide
 from dashinfer.types import SamplingParams
 
 
@@ -17,6 +18,7 @@ class Sequence:
     tokens: list[int]  # prompt, then output
     params: SamplingParams
     media: PromptMedia | None = None
+    guide: Guide | None = None  # where its output follows a grammar; it knows the output tokens that are known
     blocks: list[int] = field(default_factory=list)  # the block table
     hashes: list[bytes] = field(default_factory=list)  # of the full blocks of `tokens`
     slot: int | None = None  # None: waiting or ended

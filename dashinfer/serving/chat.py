@@ -364,8 +364,8 @@ async def start(service: Service, body: Buffer, stack: ExitStack, account: "Medi
         request.drop_media()
         prepared = await _off_the_loop(service, size, partial(prepare, engine, text, request, seen))
     constraint = prepared.answer.constraint
-    constrained: dict[str, Any] = {} if constraint is None else {"constraint": constraint}
-    generation = stack.enter_context(engine.submit(prepared.prompt, prepared.params, prepared.media, **constrained))
+    grammar = None if constraint is None else await service.compile(constraint)
+    generation = stack.enter_context(engine.submit(prepared.prompt, prepared.params, prepared.media, grammar))
     return ChatCompletion(service, text, prepared, generation)
 
 

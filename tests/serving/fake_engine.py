@@ -29,7 +29,7 @@ from dashinfer.errors import (
     QueueFull,
     WorkerError,
 )
-from dashinfer.guidance.spec import Constraint
+from dashinfer.guidance.guide import Grammar
 from dashinfer.serving.service import TextModel
 from dashinfer.sources import ModelSource, ReportProgress, TokenizerFiles
 from dashinfer.text.chat_template import ChatTemplate
@@ -140,7 +140,6 @@ class FakeEngine:
     model: what it says that it serves.
     record: what happened, in order.
     submitted: what `submit` was given, in order.
-    constraints: of the same requests.
     running: generations whose block has not been left.
     at_once: tokens a choice gets with each receive.
     refusal: raised by submit, if set.
@@ -152,7 +151,6 @@ class FakeEngine:
         self.model = INFO
         self.record: list[str] = []
         self.submitted: list[tuple[list[int], list[SamplingParams], PromptMedia | None]] = []
-        self.constraints: list[Constraint | None] = []
         self.running = 0
         self.at_once = 1
         self.refusal: Exception | None = None
@@ -213,11 +211,7 @@ class FakeEngine:
         self._changed = trio.Event()
 
     def submit(
-        self,
-        prompt: list[int],
-        params: list[SamplingParams],
-        media: PromptMedia | None = None,
-        constraint: Constraint | None = None,
+        self, prompt: list[int], params: list[SamplingParams], media: PromptMedia | None = None, grammar: Grammar | None = None
     ) -> Any:
         if self.refusal is not None:
             raise self.refusal
@@ -226,7 +220,6 @@ class FakeEngine:
         if len(prompt) >= self.model.max_length:
             raise ContextLengthExceeded("the prompt leaves no room")
         self.submitted.append((prompt, params, media))
-        self.constraints.append(constraint)
         return self._life(FakeGeneration(self, prompt, params))
 
     @contextmanager

@@ -45,7 +45,7 @@ def sample(logits: Tensor, state: SamplingState, batch: SamplingBatch) -> Sample
     raw = logits.clone()
     tokens = torch.zeros(len(slots), dtype=torch.int64, device=logits.device)
     failed = torch.zeros(len(slots), dtype=torch.bool, device=logits.device)
-    adjusted = adjust(logits.float(), state, batch)
+    adjusted = mask(adjust(logits.float(), state, batch), batch)
     for row in rows:
         line, params = adjusted[row], state.params[slots[row]]
         place = line.argmax()
@@ -67,7 +67,7 @@ def sample(logits: Tensor, state: SamplingState, batch: SamplingBatch) -> Sample
 
 
 def adjust(logits: Tensor, state: SamplingState, batch: SamplingBatch) -> Tensor:
-    """Biases, stop tokens that wait, penalties and masks, in place. `logits` is [rows, vocab] float32, and returned."""
+    """Biases, stop tokens that wait and penalties, in place. `logits` is [rows, vocab] float32, and returned."""
     for row, (slot, position) in enumerate(zip(batch.slots.tolist(), batch.positions.tolist(), strict=True)):
         needs = state.needs[slot]
         if slot < 0 or not (needs.edits or needs.penalties):
@@ -82,11 +82,17 @@ def adjust(logits: Tensor, state: SamplingState, batch: SamplingBatch) -> Tensor
             line[params[Field.END : first]] = float("-inf")
         if words[Field.PENALISED]:
             _penalise(line, state.counts[slot], params.view(torch.float32))
-    if batch.bitmask is not None and batch.mask_rows is not None:
-        ids = torch.arange(logits.shape[1], device=logits.device)
-        for row, mask in enumerate(batch.mask_rows.tolist()):
-            if mask >= 0:
-                logits[row, (batch.bitmask[mask][ids >> 5] >> (ids & 31)) & 1 == 0] = float("-inf")
+    return logits
+
+
+def mask(logits: Tensor, batch: SamplingBatch) -> Tensor:
+    """What a row's mask does not allow becomes -inf, in place. `logits` is [rows, vocab] float32, and returned."""
+    if batch.bitmask is None or batch.mask_rows is None:
+        return logits
+    forbidden = np.unpackbits(~batch.bitmask.numpy().view(np.uint8), axis=1, count=logits.shape[1], bitorder="little")
+    for row, number in enumerate(batch.mask_rows.tolist()):
+        if number >= 0:
+            logits[row].masked_fill_(torch.from_numpy(forbidden[number]).view(torch.bool), float("-inf"))
     return logits
 
 
