@@ -263,6 +263,33 @@ def test_tools_that_may_be_called() -> None:
     assert parse(tools=tools, tool_choice="none").template_tools() is None
 
 
+NOW = {"type": "function", "function": {"name": "now"}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"tools": [NOW, NOW]}, "tools", "two functions with the name now"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0.type", "'function'"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name", "1 to 128 letters"),
+        ({"tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "array"}}}]},
+         "tools.0.function.parameters", "`type` object"),
+        ({"tools": [NOW] * 129}, "tools", "more than 128"),
+        ({"tools": [NOW], "tool_choice": "any"}, "tool_choice", 'must be "none", "auto", "required"'),
+        ({"tools": [NOW], "tool_choice": {"type": "function"}}, "tool_choice.function", "is required"),
+        ({"tools": [NOW], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice", "none of `tools`"),
+        ({"tool_choice": "required"}, "tool_choice", "needs `tools`"),
+        ({"reasoning_effort": "most"}, "reasoning_effort", "'none', 'minimal'"),
+        ({"max_thinking_tokens": -1}, "max_thinking_tokens", "at least 0"),
+    ],
+)  # fmt: skip
+def test_bad_tools_are_named(fields: dict[str, Any], param: str, words: str) -> None:
+    error = refusal(**fields)
+
+    assert error.param == param
+    assert words in error.message
+
+
 def test_tool_choice_without_tools() -> None:
     assert refusal(tool_choice="required").param == "tool_choice"
     assert parse(tool_choice="auto").tool_choice == "auto"

@@ -312,32 +312,6 @@ async def test_constraints(
     assert [word for word in missing if word in grammar] == []
 
 
-@pytest.mark.parametrize(
-    ("fields", "param", "words"),
-    [
-        ({"tools": [WEATHER, WEATHER]}, "tools", "two functions with the name weather"),
-        ({"tools": [{"type": "web_search"}]}, "tools.0.type", "'function'"),
-        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name", "1 to 128 letters"),
-        ({"tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "array"}}}]},
-         "tools.0.function.parameters", "`type` object"),
-        ({"tools": [NOW] * 129}, "tools", "more than 128"),
-        ({"tools": [NOW], "tool_choice": "any"}, "tool_choice", 'must be "none", "auto", "required"'),
-        ({"tools": [NOW], "tool_choice": {"type": "function"}}, "tool_choice.function", "is required"),
-        ({"tools": [NOW], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice", "none of `tools`"),
-        ({"tool_choice": "required"}, "tool_choice", "needs `tools`"),
-        ({"reasoning_effort": "most"}, "reasoning_effort", "'none', 'minimal'"),
-        ({"max_thinking_tokens": -1}, "max_thinking_tokens", "at least 0"),
-    ],
-)  # fmt: skip
-async def test_bad_fields(run_server: RunServer, model: TextModel, fields: dict[str, Any], param: str, words: str) -> None:
-    async with run_server(model=model) as server:
-        answer = await server.chat("say Yes.", **fields)
-
-    assert answer.status_code == 400
-    assert answer.json()["error"]["param"] == param
-    assert words in answer.json()["error"]["message"]
-
-
 async def test_models_without_tools_and_thinking(run_server: RunServer, text: TextModel, tmp_path: Path) -> None:
     blind = make_model(tmp_path, ToolFormat("hermes"), None, "{% for m in messages %}{{ m.content }}{% endfor %}")
     for served, fields, words in (

@@ -151,8 +151,13 @@ def without_term(word: str) -> str:
     return f"/(?s:.*)/ & ~/(?s:.*){escaped}(?s:.*)/"
 
 
+def _term(function: Function, schema: Any) -> str:
+    """On one line, as templates show models how calls are written."""
+    return schema_term(schema, lenient=not function.strict, whitespace=" ")
+
+
 def _arguments(function: Function) -> str:
-    return schema_term(_closed(function.schema), lenient=not function.strict)
+    return _term(function, _closed(function.schema))
 
 
 def _properties(function: Function) -> list[tuple[str, Any, bool]]:
@@ -180,7 +185,7 @@ def _python_call(number: int, function: Function) -> list[str]:
     for i, (name, schema, required) in enumerate(properties):
         key = f"{number}_{i}"
         rest = f"more_{number}_{i + 1}"
-        rules.append(f"value_{key}: {schema_term(schema, lenient=not function.strict)}")
+        rules.append(f"value_{key}: {_term(function, schema)}")
         for kind, comma in (("first", ""), ("more", ", ")):
             here = f"{text_term(f'{comma}{name}=')} value_{key} {rest}"
             without = "" if required else f" | {kind}_{number}_{i + 1}"
@@ -200,7 +205,7 @@ def _xml_call(number: int, function: Function) -> list[str]:
         types = types_of(schema)
         values = schema.get("enum", [schema["const"]] if "const" in schema else None) if isinstance(schema, Mapping) else None
         if types is None or "string" not in types:
-            rules.append(f"{value}: {schema_term(schema, lenient=not function.strict)} {end}")
+            rules.append(f"{value}: {_term(function, schema)} {end}")
         elif values is not None:
             texts = [text_term(item) for item in values if isinstance(item, str)]
             rules.append(f"{value}: ({' | '.join(texts)}) {end}")
