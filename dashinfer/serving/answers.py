@@ -97,7 +97,7 @@ def _check_tools(text: TextModel) -> None:
             param="tools",
             code="unsupported_parameter",
         )
-    if "tools" not in text.template.reads:
+    if "tools" not in text.template.for_tools.reads:
         raise InvalidRequest("`tools`: the model's chat template takes none", param="tools", code="unsupported_parameter")
 
 

@@ -76,6 +76,6 @@ class ModelBackend:
         vision = load_vision(config, source)
         if vision is not None:
             import dashinfer.vision.prompt  # noqa: F401 - and NumPy with it, here because this is a thread
-        tools = tool_format(config.tool_call_parser, template.source, tokenizer.marker_id)
+        tools = tool_format(config.tool_call_parser, template.for_tools.source, tokenizer.marker_id)
         reasoning = reasoning_format(config.reasoning_parser, template.source, tokenizer.marker_id)
         return TextModel(tokenizer, template, source.generation_config, vision, tools, reasoning)

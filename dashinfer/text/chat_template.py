@@ -112,15 +112,21 @@ class ChatTemplate:
     content_format: "parts" where the template goes through lists of content parts itself, else "string".
     source: the template's text, "" where there is none.
     reads: the names that the template reads, such as `tools` or `enable_thinking`.
+    for_tools: what chats with tools are rendered with: this one, or the model's other one.
     """
 
-    def __init__(self, source: str | None, special_tokens: Mapping[str, str]) -> None:
-        """Without a source, rendering raises. Raises: UnsupportedModel: the source is not valid Jinja."""
+    def __init__(self, source: str | None, special_tokens: Mapping[str, str], tool_source: str | None = None) -> None:
+        """Without a source, rendering raises. `tool_source` is for chats with tools, instead of the source.
+
+        Raises:
+            UnsupportedModel: a source is not valid Jinja.
+        """
         self._special_tokens = dict(special_tokens)
         self._template: jinja2.Template | None = None
         self.content_format: ContentFormat = "string"
         self.source = source or ""
         self.reads: frozenset[str] = frozenset()
+        self.for_tools: ChatTemplate = self if tool_source is None else ChatTemplate(tool_source, special_tokens)
         self._wraps_strings = False  # the template knows lists of parts only
         self._knows_developer = False  # the template has that role beside "system"
         self._knows_null = False  # the template looks for contents that are null
@@ -141,7 +147,7 @@ class ChatTemplate:
     @classmethod
     def from_files(cls, files: TokenizerFiles, special_tokens: Mapping[str, str]) -> "ChatTemplate":
         """`special_tokens` from `Tokenizer.special_tokens`. A model without a template is fine until it is to chat."""
-        return cls(files.chat_template, special_tokens)
+        return cls(files.chat_template, special_tokens, files.tool_template)
 
     def render(
         self,
@@ -161,6 +167,14 @@ class ChatTemplate:
         Raises:
             InvalidRequest: no template, the template refuses the messages or fails on them, a reserved name in `kwargs`.
         """
+        if tools and self.for_tools is not self:
+            return self.for_tools.render(
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                kwargs=kwargs,
+                tools=tools,
+            )
         if self._template is None:
             raise InvalidRequest("this model has no chat template, so it cannot take chat messages", param="messages")
         kwargs = kwargs or {}

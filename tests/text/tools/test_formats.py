@@ -241,3 +241,13 @@ def test_identifiers() -> None:
 
         assert len(ids) == 100
         assert {len(id) for id in ids} == {size}
+
+
+def test_a_template_for_tools_alone() -> None:
+    template = ChatTemplate(
+        "plain {{ messages[0].content }}", SPECIAL, "{{ tools[0].function.name }} {{ messages[0].content }}"
+    )
+
+    assert template.render(TURN[:1]) == "plain Weather?"
+    assert template.render(TURN[:1], tools=TOOLS) == "weather Weather?"
+    assert ("tools" in template.reads, "tools" in template.for_tools.reads) == (False, True)
