@@ -211,7 +211,7 @@ class _Choice:
 
     def _parse(self, text: str) -> list[Event]:
         if self._parser is None:
-            return [Content(text)]
+            return [Content(text)] if text else []
         return self._parser.push(text)
 
     def _ended(self, reason: FinishReason, events: list[Event]) -> list[Event]:

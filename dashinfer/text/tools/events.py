@@ -41,16 +41,19 @@ def merged(events: Iterable[Event]) -> list[Event]:
     """The same with neighbours of one kind as one, and without empty ones."""
     found: list[Event] = []
     for event in events:
-        last = found[-1] if found else None
-        match event, last:
-            case ((Content("") | Reasoning("") | Arguments(_, "")), _):
-                pass
-            case Content(text), Content(before):
-                found[-1] = Content(before + text)
-            case Reasoning(text), Reasoning(before):
-                found[-1] = Reasoning(before + text)
-            case Arguments(index, text), Arguments(other, before) if index == other:
-                found[-1] = Arguments(index, before + text)
-            case _:
+        if isinstance(event, CallBegin):
+            found.append(event)
+        elif event.text:
+            last = found[-1] if found else None
+            if type(event) is not type(last):
                 found.append(event)
+            elif isinstance(event, Arguments):
+                assert isinstance(last, Arguments)
+                if event.index == last.index:
+                    found[-1] = Arguments(event.index, last.text + event.text)
+                else:
+                    found.append(event)
+            else:
+                assert isinstance(last, Content | Reasoning)
+                found[-1] = type(event)(last.text + event.text)
     return found
