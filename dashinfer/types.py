@@ -203,7 +203,8 @@ class Enter(Struct, frozen=True, array_like=True):
 class Chunk(Struct, frozen=True, array_like=True):
     """One sequence's share of a step: positions [start, start + length) of its slot are computed.
 
-    Their token ids are in the slot already: from `Enter`, or written there by the rank itself when it sampled them.
+    Their token ids are in the slot already, from `Enter` or written there by the rank itself when it sampled them, but for the
+    last ones where `tokens` has them.
     """
 
     slot: int
@@ -211,6 +212,7 @@ class Chunk(Struct, frozen=True, array_like=True):
     length: int
     sample: bool  # sample the token at position start + length
     new_blocks: tuple[int, ...]  # appended to the slot's block table before the step; Enter empties the table
+    tokens: bytes = b""  # int32 little endian: of the last positions, in place of what the slot has there
 
 
 class StepPlan(Struct, tag="plan", frozen=True):

@@ -39,7 +39,7 @@ from dashinfer.errors import (
     StartupError,
     WorkerError,
 )
-from dashinfer.guidance.guide import Grammar
+from dashinfer.guidance.guide import Grammar, Guide
 from dashinfer.types import (
     Encoded,
     Masks,
@@ -60,6 +60,7 @@ LOAD_TIMEOUT = 3600.0  # seconds until every rank is ready
 FAREWELL = 2.0  # seconds that requests have to report a failure to their clients
 LONG_STEP = 30.0  # seconds after which a step that still runs is worth a warning
 LATE = 1.0  # seconds past a deadline: noticed later than that, it passed while this process itself was stopped
+LEAST_JUMP = 3  # tokens that a grammar forces, from which on they are computed together
 SIZES = ("vocab_size", "max_length", "max_step_tokens", "num_blocks", "media_cache_bytes")  # that workers must have again
 
 
@@ -97,6 +98,7 @@ class Engine:
         self._recovery: Recovery[Sequence] = Recovery(max_restarts=config.max_restarts, window=config.restart_window)
         self._failed_at = 0.0  # trio's time of the first failure since workers were ready
         self._pace = Pace()
+        self._jumps = False  # whether tokens that a grammar forces are computed together
         self._groups: dict[Sequence, SequenceGroup] = {}  # of every sequence that has not ended
         self._wake = trio.Event()  # work or results have come
         self._idle = trio.Event()  # set whenever no request is open
@@ -265,6 +267,7 @@ class Engine:
     def _prepare(self, info: Ready) -> None:
         """The model is loaded for the first time. Workers that start later must be the same."""
         self.info = info
+        self._jumps = info.device == "cpu"  # a GPU's graphs are for one token a sequence
         self._worker_configs = [msgspec.structs.replace(each, num_blocks=info.num_blocks) for each in self._worker_configs]
         if info.mode == "vlm":
             capacity = info.media_cache_bytes
@@ -466,10 +469,23 @@ class Engine:
             if update.finish:
                 del self._groups[update.sequence]
             group.deliver(update)
-            if update.finish is None and (guide := update.sequence.guide) is not None:
-                guide.advance(update.token)
-                if guide.error is not None:
-                    self._fail_guided(update.sequence)
+            if update.finish is None and update.sequence.guide is not None:
+                self._advance(scheduler, update.sequence, update.sequence.guide, update.token)
+
+    def _advance(self, scheduler: Scheduler, sequence: Sequence, guide: Guide, token: int) -> None:
+        """A sequence that follows a grammar has said this, and says at once what must follow if that is much."""
+        guide.advance(token)
+        if guide.error is None and self._jumps and can_jump(sequence) and len(forced := guide.forced()) >= LEAST_JUMP:
+            group = self._groups[sequence]
+            for update in scheduler.force(sequence, forced):
+                self._generated_tokens += 1
+                if update.finish:
+                    del self._groups[sequence]
+                else:
+                    guide.advance(update.token)
+                group.deliver(update)
+        if guide.error is not None:
+            self._fail_guided(sequence)
 
     def _fail_guided(self, sequence: Sequence) -> None:
         """Its guide is in error."""
@@ -542,6 +558,13 @@ class _Life:
         self.ready_at: float | None = None
         self.busy_at = 0.0
         self.over = False
+
+
+def can_jump(sequence: Sequence) -> bool:
+    """Whether nothing is asked of a sequence's tokens that only sampling gives them."""
+    params = sequence.params
+    penalised = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+    return params.logprobs is None and not penalised
 
 
 def _compare(again: Ready, first: Ready) -> None:

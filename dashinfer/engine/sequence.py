@@ -25,6 +25,7 @@ class Sequence:
     computed: int = 0  # positions whose keys and values are computed by plans made so far
     registered: int = 0  # leading blocks known to the prefix cache
     in_flight: int = 0  # tokens that plans made so far will sample
+    told: int = 0  # leading tokens that the ranks have or will have sampled
     cached_tokens: int = 0  # of the prompt, taken from the prefix cache at the first admission
     admitted: bool = False  # ran at least once
     held: set[bytes] = field(default_factory=set)  # keys of media that it pins, or wants while it waits

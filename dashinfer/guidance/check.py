@@ -97,8 +97,12 @@ def _bytes_in(mask: bytes) -> list[int]:
 
 
 def _one_line(message: str) -> str:
-    line = next((line for line in message.splitlines() if line.strip()), "it cannot be compiled").strip()
-    return line.removesuffix("<non-verbose/>").replace("failed to compile JSON schema: ", "")[:300]
+    """The first line, which says where, and for a regular expression the last, which says what."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()] or ["it cannot be compiled"]
+    line = lines[0].removesuffix("<non-verbose/>").replace("failed to compile JSON schema: ", "")
+    if line.endswith("regex parse error:"):
+        line += next((line.removeprefix("error:") for line in lines if line.startswith("error:")), "")
+    return line[:300]
 
 
 if __name__ == "__main__":

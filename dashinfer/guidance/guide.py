@@ -59,6 +59,10 @@ class Guide:
         if not self._matcher.consume_token(token) and self.error is None:
             self.error = self._matcher.get_error() or "a token that the grammar does not allow"
 
+    def forced(self) -> list[int]:
+        """Tokens that follow and can be no others; not all of them, where the tokens of a text depend on what comes next."""
+        return self._matcher.compute_ff_tokens()
+
     def mask(self) -> bytes:
         """A bit for each token that may follow, lowest first, in 32-bit words; at least one is 1. Sets `error` where the
         grammar is too much work; the mask then allows everything."""

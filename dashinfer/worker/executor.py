@@ -97,6 +97,7 @@ class Executor:
                 enter_slot(self._state, enter)
                 if self._placements is not None:
                     self._placements.enter(enter)
+            self._write_tokens(plan.chunks)
             decodes = all(chunk.length == 1 and chunk.sample and len(chunk.new_blocks) <= 1 for chunk in plan.chunks)
             if decodes and self._placements is not None:
                 decodes = not any(map(self._placements.has_positions, plan.chunks))
@@ -119,6 +120,19 @@ class Executor:
         """Have the tokens that rank 0 samples written to the history; of a row that failed, too, whose sequence ends."""
         tokens = torch.empty(len(slots), dtype=torch.int64, device=self._device)
         self._state.history.index_put_((slots.long(), positions.long()), self._group.broadcast(tokens).int())
+
+    def _write_tokens(self, chunks: list[Chunk]) -> None:
+        """Token ids that the chunks bring, into the history."""
+        written = [chunk for chunk in chunks if chunk.tokens]
+        if not written:
+            return
+        tokens = [np.frombuffer(chunk.tokens, "<i4") for chunk in written]
+        lengths = np.array([len(each) for each in tokens])
+        ends = np.array([chunk.start + chunk.length for chunk in written])
+        positions = np.arange(lengths.sum()) + np.repeat(ends - lengths.cumsum(), lengths)
+        slots = np.repeat([chunk.slot for chunk in written], lengths)
+        slot, position, token = self._staging.upload([slots, positions, np.concatenate(tokens)])
+        self._state.history.index_put_((slot.long(), position.long()), token)
 
     def _take_masks(self, step: int, count: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """The masks of a step, [masks, words], and which of them each of `count` rows takes. Waits for them, and a GPU goes on

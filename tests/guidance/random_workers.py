@@ -4,6 +4,7 @@ A masked plan waits for its masks as a rank does, and what comes out of order is
 """
 
 import random
+from array import array
 from collections import deque
 
 import trio
@@ -44,12 +45,16 @@ class RandomWorkers:
 
     Attributes:
         masked: rows that took a mask.
+        jumps: chunks that brought tokens.
+        said: what each slot's sequence was, prompt and output, whenever a token was drawn for it.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, seed: int = 0, exhausted: int | None = None, dies: int | None = None, num_blocks: int = 4096
     ) -> None:
-        self.masked = 0
+        self.masked = self.jumps = 0
+        self.said: set[tuple[int, ...]] = set()
+        self._slots: dict[int, dict[int, int]] = {}  # tokens by slot and position
         self._ready = ready(tokenizer.vocab_size, num_blocks)
         self._random = random.Random(seed)
         self._closers = {tokenizer.encode(text)[-1] for text in CLOSERS} | set(tokenizer.eos_token_ids)
@@ -87,6 +92,13 @@ class RandomWorkers:
                         await trio.lowlevel.checkpoint()
 
     async def _step(self, plan: StepPlan) -> StepResult:
+        for enter in plan.enter:
+            self._slots[enter.slot] = dict(enumerate(array("i", enter.tokens)))
+        for chunk in plan.chunks:
+            end, tokens = chunk.start + chunk.length, array("i", chunk.tokens)
+            assert len(tokens) <= chunk.length
+            self._slots[chunk.slot] |= zip(range(end - len(tokens), end), tokens, strict=True)
+            self.jumps += bool(tokens)
         samplers = [chunk for chunk in plan.chunks if chunk.sample]
         masks: dict[int, bytes] = {}
         if plan.masked:
@@ -100,6 +112,11 @@ class RandomWorkers:
             assert all(row < len(samplers) for row in masks)
         self.masked += len(masks)
         tokens = [self._draw(masks.get(row)) for row in range(len(samplers))]
+        for chunk, token in zip(samplers, tokens, strict=True):
+            end = chunk.start + chunk.length
+            known = self._slots[chunk.slot]
+            known[end] = token
+            self.said.add(tuple(known[position] for position in range(end + 1)))
         return StepResult(plan.step, tokens, {row: TokenLogprobs(-1.0, (), ()) for row in range(len(samplers))})
 
     def _draw(self, mask: bytes | None) -> int:

@@ -90,6 +90,33 @@ async def test_choices_and_requests_of_other_kinds_share_steps(byte_level, gramm
     assert (engine.stats().running, engine.stats().used_blocks) == (0, 0)
 
 
+@pytest.mark.parametrize("exhausted", [None, 2, 3, 4, 7])
+async def test_forced_tokens_are_computed_together(byte_level, exhausted):
+    """What the ranks have of each sequence is what was received."""
+    compiler = Compiler(byte_level, byte_level.vocab_size, max_waiting=10)
+    grammar = await compiler.compile(Constraint('start: (/[a-c]/ "XYZ-0123456789/" | /[d-f]/ "::" )+ "END-OF-TEXT"', "p"))
+    compiler.close()
+    workers = RandomWorkers(byte_level, exhausted=exhausted, num_blocks=40)
+    each = params(byte_level, max_tokens=200)
+    async with running(workers, max_batch=4, disable_prefix_cache=True) as engine:
+        found = await collect(engine, [1, 2], [each] * 6, grammar)
+        with_logprobs = await collect(engine, [1, 2], [params(byte_level, max_tokens=200, logprobs=0)], grammar)
+        generated = engine.stats().generated_tokens
+
+    assert workers.jumps > 5
+    assert engine.stats().used_blocks == 0
+    counts = 0
+    for *tokens, finish in (*found.values(), *with_logprobs.values()):
+        text = byte_level.decode(tokens)
+        counts += len(tokens) + (finish == "stop")
+        if finish == "stop":
+            assert re.fullmatch("([a-c]XYZ-0123456789/|[d-f]::)+END-OF-TEXT", text)
+            assert (1, 2, *tokens, byte_level.eos_token_ids[0]) in workers.said
+        else:
+            assert len(tokens) == 200
+    assert generated == counts
+
+
 async def test_preempted_sequences_go_on(byte_level):
     compiler = Compiler(byte_level, byte_level.vocab_size, max_waiting=10)
     grammar = await compiler.compile(Constraint.from_regex("([a-z]{2}[0-9]){50}", "p"))

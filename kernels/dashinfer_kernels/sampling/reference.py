@@ -19,6 +19,10 @@ from dashinfer_kernels.sampling.state import MAX_COUNT, TOP_P_ONE, Field, Sample
 WEIGHT_BITS = 40
 DRAW_BITS = 31
 
+# [256, 8]: what a logit may be at most by its bit in a byte of a mask
+_GREATEST = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), np.inf, -np.inf)
+_GREATEST = _GREATEST.astype(np.float32)
+
 
 def philox(seed: np.ndarray, position: np.ndarray) -> np.ndarray:
     """[rows] int64 each -> the first word of Philox4x32-10, [rows] uint64 below 2^32."""
@@ -89,10 +93,11 @@ def mask(logits: Tensor, batch: SamplingBatch) -> Tensor:
     """What a row's mask does not allow becomes -inf, in place. `logits` is [rows, vocab] float32, and returned."""
     if batch.bitmask is None or batch.mask_rows is None:
         return logits
-    forbidden = np.unpackbits(~batch.bitmask.numpy().view(np.uint8), axis=1, count=logits.shape[1], bitorder="little")
+    lines, masks = logits.numpy(), batch.bitmask.numpy().view(np.uint8)
     for row, number in enumerate(batch.mask_rows.tolist()):
         if number >= 0:
-            logits[row].masked_fill_(torch.from_numpy(forbidden[number]).view(torch.bool), float("-inf"))
+            greatest = np.take(_GREATEST, masks[number], axis=0).reshape(-1)
+            np.fmin(lines[row], greatest[: lines.shape[1]], out=lines[row])  # of a NaN and -inf, -inf
     return logits
 
 
