@@ -143,7 +143,9 @@ def serve(connection: worker.Connection) -> None:
             misbehave(connection)
         if MODE == "slow":
             time.sleep(0.05)
-        connection.send(rank.execute(plan))
+        result = rank.execute(plan)
+        if config.rank == 0:
+            connection.send(result)
 
 
 if __name__ == "__main__":
