@@ -16,8 +16,6 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import Any
 
 import trio
 
@@ -45,13 +43,9 @@ COMMAND = (sys.executable, "-P", "-m", "dashinfer.worker")
 class Rank:
     """One worker process. `run` is its life; the other methods are valid while it runs."""
 
-    def __init__(
-        self, config: WorkerConfig, *, command: Sequence[str] = COMMAND, on_line: Callable[[str], None] = lambda line: None
-    ) -> None:
-        """`on_line` gets each line that the rank writes, after it was logged."""
+    def __init__(self, config: WorkerConfig, *, command: Sequence[str] = COMMAND) -> None:
         self._config = config
         self._command = command
-        self._on_line = on_line
         self._name = f"rank {config.rank}"
         self._last_words: deque[str] = deque(maxlen=LAST_WORDS)
         self._stream: trio.SocketStream | None = None
@@ -175,7 +169,6 @@ class Rank:
         if text:
             self._last_words.append(text)
             logger.info("%s: %s", self._name, text)
-            self._on_line(text)
 
     def _failure(self, message: Failed) -> errors.DashInferError:
         if message.traceback:
@@ -201,15 +194,8 @@ class Rank:
 class WorkerGroup:
     """All ranks of one engine. Plans go to every rank, results come from rank 0."""
 
-    def __init__(
-        self,
-        configs: Sequence[WorkerConfig],
-        *,
-        command: Sequence[str] = COMMAND,
-        make_rank: Callable[[WorkerConfig], Any] | None = None,
-    ) -> None:
-        make_rank = make_rank or partial(Rank, command=command)
-        self._ranks = [make_rank(config) for config in configs]
+    def __init__(self, configs: Sequence[WorkerConfig], *, command: Sequence[str] = COMMAND) -> None:
+        self._ranks = [Rank(config, command=command) for config in configs]
 
     async def run(
         self,

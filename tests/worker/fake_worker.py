@@ -143,9 +143,7 @@ def serve(connection: worker.Connection) -> None:
             misbehave(connection)
         if MODE == "slow":
             time.sleep(0.05)
-        result = rank.execute(plan)
-        if config.rank == 0:
-            connection.send(result)
+        connection.send(rank.execute(plan))
 
 
 if __name__ == "__main__":
