@@ -179,7 +179,7 @@ class Agent:
             else:
                 await link.send(message)
             if isinstance(message, Ended):
-                await link.send_eof()
+                link.end()
 
     async def _run_rank(
         self, config: WorkerConfig, from_hub: trio.MemoryReceiveChannel[bytes], tell: Callable[[Any], None]
@@ -193,10 +193,14 @@ class Agent:
         try:
             with one_error():
                 async with trio.open_nursery() as nursery:
-                    ready: Ready = await nursery.start(rank.run, on_message)
-                    on_message(ready)
-                    async for frame in from_hub:
-                        await rank.send_frame(frame)
+                    try:
+                        ready: Ready = await nursery.start(rank.run, on_message)
+                        on_message(ready)
+                        async for frame in from_hub:
+                            await rank.send_frame(frame)
+                    except trio.Cancelled:
+                        rank.kill()  # with the connection goes all that it could be asked politely for
+                        raise
         except DashInferError as error:
             logger.warning("%s", error)
             return Ended(type(error).__name__, str(error))

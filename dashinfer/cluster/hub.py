@@ -22,9 +22,10 @@ from dashinfer.cluster.messages import Ended, Join, Line, Refusal, Welcome
 from dashinfer.errors import LinkLost
 from dashinfer.types import FromParent, Ready, Start, WorkerConfig
 from dashinfer.worker.frames import encode, parent_reader
-from dashinfer.worker.supervisor import OnMessage, Rank, WorkerGroup
+from dashinfer.worker.supervisor import AnyRank, OnMessage, Rank, WorkerGroup
 
 logger = logging.getLogger("dashinfer.cluster")
+worker_logger = logging.getLogger("dashinfer.worker")
 
 MAX_STRANGERS = 64  # connections that have not proved anything yet
 RELEASE_TIMEOUT = 3.0  # seconds that an agent has to end a rank
@@ -50,7 +51,7 @@ class Place:
     async def release(self) -> None:
         """Have the rank ended, and wait for that."""
         with trio.move_on_after(RELEASE_TIMEOUT, shield=True):
-            await self.link.send_eof()
+            self.link.end()
             await self.closed.wait()
         self.scope.cancel()
 
@@ -70,7 +71,7 @@ class Hub:
         fingerprint: str,
         interface: str | None = None,
         heartbeat_timeout: float = 10.0,
-        make_rank: Callable[[WorkerConfig], Rank] = Rank,
+        make_rank: Callable[[WorkerConfig], AnyRank] = Rank,
     ) -> None:
         """
         Args:
@@ -90,7 +91,7 @@ class Hub:
         self._model, self._fingerprint = model, fingerprint
         self._interface = interface or network.interface_of(self._address)
         self._patience = heartbeat_timeout
-        self._make_rank = make_rank
+        self.make_rank = make_rank
         self._places: dict[int, list[Place]] = {node: [] for node in range(1, nnodes)}  # of each machine, oldest first
         self._changed = trio.Event()  # a place has become free
         self._strangers = 0
@@ -223,9 +224,6 @@ class Hub:
     def local(self, config: WorkerConfig) -> WorkerConfig:
         return msgspec.structs.replace(config, interface=self._interface)
 
-    def make_local_rank(self, config: WorkerConfig) -> Rank:
-        return self._make_rank(config)
-
     def meeting_point(self, leader: Place | None) -> str:
         """Where ranks meet whose first one is at this place, or on this machine."""
         if leader is None:
@@ -243,30 +241,38 @@ class RemoteRank:
 
     async def run(self, on_message: OnMessage, *, task_status: trio.TaskStatus[Ready] = trio.TASK_STATUS_IGNORED) -> None:
         """As `Rank.run`. What ends the connection ends the rank."""
-        place, reader = self._place, parent_reader()
-        with place.inbox:
-            await self.send_frame(encode(Start(self._config)))
-            async for message in place.inbox:
-                match message:
-                    case bytes():
-                        for each in reader.feed(message):
-                            if isinstance(each, Ready):
-                                task_status.started(each)
-                            else:
-                                on_message(each)
-                    case Line(text):
-                        logging.getLogger("dashinfer.worker").info("%s: %s", self._name, text)
-                    case Ended(kind, text):
-                        raise self._error(kind, text)
-        raise LinkLost(f"{self._name} is lost: {place.reason}")
+        place = self._place
+        try:
+            with place.inbox:
+                await self.send_frame(encode(Start(self._config)))
+                await self._read(on_message, task_status)
+        finally:
+            await place.release()
+
+    async def _read(self, on_message: OnMessage, task_status: trio.TaskStatus[Ready]) -> None:
+        reader = parent_reader()
+        async for message in self._place.inbox:
+            match message:
+                case bytes():
+                    for each in reader.feed(message):
+                        if isinstance(each, Ready):
+                            task_status.started(each)
+                        else:
+                            on_message(each)
+                case Line(text):
+                    worker_logger.info("%s: %s", self._name, text)
+                case Ended(kind, text):
+                    raise self._error(kind, text)
+        raise LinkLost(f"{self._name} is lost: {self._place.reason}")
 
     async def send_frame(self, frame: bytes) -> None:
-        """Raises LinkLost."""
-        try:
+        """As `Rank.send_frame`."""
+        with suppress(LinkLost):
             await self._place.link.send_frame(frame)
-        except LinkLost:
-            await self._place.closed.wait()  # the one who reads knows more
-            raise LinkLost(f"{self._name} is lost: {self._place.reason}") from None
+
+    def kill(self) -> None:
+        """As `Rank.kill`: the agent kills it as soon as it sees the end of the connection."""
+        self._place.link.end()
 
     def _error(self, kind: str, text: str) -> errors.DashInferError:
         known = getattr(errors, kind, None)
@@ -297,9 +303,9 @@ class ClusterGroup:
                 configs = list(self._configs)
             by_rank = {config.rank: place for config, place in zip(configs, places, strict=True)}
 
-            def make_rank(config: WorkerConfig) -> Rank | RemoteRank:
+            def make_rank(config: WorkerConfig) -> AnyRank:
                 place = by_rank[config.rank]
-                return hub.make_local_rank(config) if place is None else RemoteRank(config, place)
+                return hub.make_rank(config) if place is None else RemoteRank(config, place)
 
             self._group = WorkerGroup(configs, make_rank=make_rank)
             await self._group.run(**callbacks)

@@ -58,13 +58,13 @@ def make_key(secret: str | None) -> bytes:
 class Link:
     """An authenticated connection. One task receives; any may send."""
 
-    def __init__(self, stream: trio.abc.HalfCloseableStream, side: Side, send_key: bytes, receive_key: bytes) -> None:
+    def __init__(self, stream: trio.SocketStream, side: Side, send_key: bytes, receive_key: bytes) -> None:
         self._stream = stream
         self._decoder = _decoders[side]
         self._send_key, self._receive_key = send_key, receive_key
         self._sent = self._received = 0
         self._lock = trio.Lock()
-        self._torn = False  # a frame was sent in part, or nothing more is
+        self._torn = False  # a frame was sent in part
         self._ended = False
         self.heard = trio.current_time()  # when the other side last sent something
         self._buffer = bytearray()
@@ -79,10 +79,14 @@ class Link:
         await self._send(_FRAME + frame)
 
     async def ping(self) -> None:
-        """Tell the other side once a second that this one is there, until `send_eof`. Raises LinkLost."""
-        while not self._ended:
-            await self._send(_PING)
-            await trio.sleep(PING_INTERVAL)
+        """Tell the other side once a second that this one is there, until `end`. Raises LinkLost."""
+        try:
+            while True:
+                await self._send(_PING)
+                await trio.sleep(PING_INTERVAL)
+        except LinkLost:
+            if not self._ended:
+                raise
 
     async def receive(self, patience: float = float("inf")) -> FromHub | FromAgent | bytes:
         """The next message or, as bytes, frame; no pings, which only show that the other side is there.
@@ -101,22 +105,18 @@ class Link:
             if not isinstance(message, Ping):
                 return message
 
-    async def send_eof(self) -> None:
-        """Nothing more is sent."""
-        async with self._lock:
-            if not self._torn:
-                self._torn = self._ended = True
-                with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-                    await self._stream.send_eof()
+    def end(self) -> None:
+        """Nothing more is sent, not even the rest of what is being sent."""
+        self._ended = True
+        with suppress(OSError, trio.ClosedResourceError):
+            self._stream.socket.shutdown(trio.socket.SHUT_WR)
 
     async def aclose(self) -> None:
         await trio.aclose_forcefully(self._stream)
 
     async def _send(self, body: bytes) -> None:
         async with self._lock:
-            if self._ended and body == _PING:
-                return
-            if self._torn:
+            if self._torn or self._ended:
                 raise LinkLost("the connection is closed")
             length = _LENGTH.pack(len(body))
             mac = await _mac(self._send_key, self._sent, length, body)
@@ -155,7 +155,7 @@ class Link:
             self._buffer += data
 
 
-async def call(stream: trio.abc.HalfCloseableStream, key: bytes, node_rank: int) -> Link:
+async def call(stream: trio.SocketStream, key: bytes, node_rank: int) -> Link:
     """The agent's side of the handshake.
 
     Raises:
@@ -180,7 +180,7 @@ async def call(stream: trio.abc.HalfCloseableStream, key: bytes, node_rank: int)
     return Link(stream, "agent", to_hub, to_agent)
 
 
-async def answer_call(stream: trio.abc.HalfCloseableStream, key: bytes) -> tuple[int, Link]:
+async def answer_call(stream: trio.SocketStream, key: bytes) -> tuple[int, Link]:
     """The hub's side of the handshake: the node rank that the agent proved to have, and the link.
 
     Raises:
@@ -220,14 +220,14 @@ async def _mac(key: bytes, place: int, length: bytes | bytearray, body: bytes) -
     return await trio.to_thread.run_sync(hmac.digest, key, data, "sha256")
 
 
-async def _send_all(stream: trio.abc.Stream, data: bytes) -> None:
+async def _send_all(stream: trio.SocketStream, data: bytes) -> None:
     try:
         await stream.send_all(data)
     except trio.BrokenResourceError:
         raise LinkLost("the connection is closed") from None
 
 
-async def _receive_exactly(stream: trio.abc.Stream, size: int) -> bytes:
+async def _receive_exactly(stream: trio.SocketStream, size: int) -> bytes:
     """Never more than asked for: what follows belongs to whoever reads next."""
     data = b""
     while len(data) < size:
@@ -238,7 +238,7 @@ async def _receive_exactly(stream: trio.abc.Stream, size: int) -> bytes:
     return data
 
 
-async def _receive_some(stream: trio.abc.Stream, size: int | None = None) -> bytes:
+async def _receive_some(stream: trio.SocketStream, size: int | None = None) -> bytes:
     try:
         return bytes(await stream.receive_some(size))
     except (trio.BrokenResourceError, trio.ClosedResourceError):

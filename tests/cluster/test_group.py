@@ -83,6 +83,8 @@ async def test_the_end_of_a_rank_on_the_other_machine_is_told_and_another_can_st
                     await send_plans(group, 3)
                     await trio.sleep_forever()
             assert rank_processes() == []
+            if mode == "refuse":
+                break  # that ends a server
 
     assert mode != "die" or "rank 1 on machine 1: the fake rank's last words" in caplog.messages
 
