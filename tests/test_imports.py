@@ -42,7 +42,7 @@ PARENT: list[set[str]] = [
         "dashinfer.engine.scheduler",
     },
     {"dashinfer.worker", "dashinfer.worker.frames", "dashinfer.worker.supervisor"},
-    {"dashinfer.engine.engine"},
+    {"dashinfer.engine.engine", "dashinfer.cluster"},
     {"dashinfer.serving"},
 ]
 CHILD: list[set[str]] = [

@@ -10,6 +10,7 @@ import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -17,10 +18,11 @@ import trio
 
 from dashinfer import errors
 from dashinfer.cluster import network
-from dashinfer.cluster.link import HANDSHAKE_TIMEOUT, MAX_BODY, Link, answer_call
-from dashinfer.cluster.messages import Ended, Join, Line, Refusal, Welcome
+from dashinfer.cluster.link import HANDSHAKE_TIMEOUT, MAX_BODY, Link, answer_call, make_key
+from dashinfer.cluster.messages import Ended, Join, Line, Refusal, Welcome, fingerprint
+from dashinfer.config import ServerConfig
 from dashinfer.errors import LinkLost
-from dashinfer.types import FromParent, Ready, Start, WorkerConfig
+from dashinfer.types import FromParent, ModelFiles, Ready, Start, WorkerConfig
 from dashinfer.worker.frames import encode, parent_reader
 from dashinfer.worker.supervisor import AnyRank, OnMessage, Rank, WorkerGroup
 
@@ -96,6 +98,21 @@ class Hub:
         self._changed = trio.Event()  # a place has become free
         self._strangers = 0
         self._next_warning = -math.inf
+
+    @classmethod
+    def from_config(cls, config: ServerConfig, listener: socket.socket, files: ModelFiles) -> "Hub":
+        return cls(
+            listener,
+            key=make_key(config.cluster_secret),
+            master_addr=config.master_addr,
+            nnodes=config.nnodes,
+            ranks=config.num_ranks // config.nnodes,
+            model=config.model_name,
+            fingerprint=fingerprint(files),
+            interface=config.cluster_interface,
+            heartbeat_timeout=config.heartbeat_timeout,
+            make_rank=partial(Rank, heartbeat_timeout=config.heartbeat_timeout),
+        )
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Listen until cancelled."""
