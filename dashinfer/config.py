@@ -463,8 +463,8 @@ def environment_settings(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def torchrun_settings(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Settings that a process started by torchrun finds in its environment; none in any other process. The port is the one above
-    torchrun's, which it may hold itself.
+    """Settings that a process finds in its environment if torchrun started it; none in any other process. The port is the one
+    above torchrun's, which it may hold itself.
 
     Raises:
         ConfigurationError: a variable is missing or no number.
