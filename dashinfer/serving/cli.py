@@ -101,8 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse_arguments(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> ServerConfig:
-    """Settings from command-line arguments, from `DASHINFER_*` variables where there is no flag, and from torchrun's where there
-    is none either.
+    """Settings from command-line arguments, from `DASHINFER_*` variables where there is no flag, and from those of torchrun.
 
     Raises:
         ConfigurationError: an unknown flag or variable, a bad value, or no model.
