@@ -335,10 +335,10 @@ class ServerConfig:
     )
 
     def __post_init__(self) -> None:
+        self._check_machines()
         for name in ("tensor_parallel", "pipeline_parallel", "data_parallel"):
             if (size := getattr(self, name)) > 1:
                 raise ConfigurationError(f"{flag(name)} {size} is not supported yet: this version serves {flag(name)} 1")
-        self._check_machines()
         if self.quant_group_size is not None:
             if self.quant_group_size not in (32, 64, 128):
                 raise ConfigurationError(f"--quant-group-size {self.quant_group_size} is none of 32, 64 and 128")

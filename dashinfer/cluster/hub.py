@@ -45,6 +45,7 @@ class Place:
         self.port = join.port
         self.link = link
         self.free = True
+        self.over = False  # its rank has ended or is to end, so that the connection's end is no news
         self.closed = trio.Event()
         self.reason = ""  # why it was closed
         self.scope = trio.CancelScope()
@@ -52,10 +53,15 @@ class Place:
 
     async def release(self) -> None:
         """Have the rank ended, and wait for that."""
+        self.end()
         with trio.move_on_after(RELEASE_TIMEOUT, shield=True):
-            self.link.end()
             await self.closed.wait()
         self.scope.cancel()
+
+    def end(self) -> None:
+        """Have the rank ended."""
+        self.over = True
+        self.link.end()
 
 
 class Hub:
@@ -95,6 +101,7 @@ class Hub:
         self._patience = heartbeat_timeout
         self.make_rank = make_rank
         self._places: dict[int, list[Place]] = {node: [] for node in range(1, nnodes)}  # of each machine, oldest first
+        self._here: set[int] = set()  # machines that were told of
         self._changed = trio.Event()  # a place has become free
         self._strangers = 0
         self._next_warning = -math.inf
@@ -181,7 +188,8 @@ class Hub:
     async def _keep(self, place: Place) -> None:
         """Hold a place until its connection ends."""
         places = self._places[place.node]
-        if not places:
+        if place.node not in self._here:
+            self._here.add(place.node)
             logger.info("machine %d is here: %s", place.node, place.address)
         places.append(place)
         free = [each for each in places if each.free]
@@ -197,6 +205,7 @@ class Hub:
                         message = await place.link.receive(self._patience)
                         if place.free:
                             raise LinkLost("a message of a rank that was not started")
+                        place.over = place.over or isinstance(message, Ended)
                         with suppress(trio.BrokenResourceError):  # the group has ended, and the connection is about to
                             await place.to_rank.send(message)
         except* LinkLost as group:
@@ -205,7 +214,8 @@ class Hub:
             places.remove(place)
             place.closed.set()
             await place.link.aclose()
-            if not places:
+            if not places and not place.over:
+                self._here.discard(place.node)
                 logger.info("machine %d is gone%s", place.node, f": {place.reason}" if place.reason else "")
 
     # -- groups
@@ -289,7 +299,7 @@ class RemoteRank:
 
     def kill(self) -> None:
         """As `Rank.kill`: the agent kills it as soon as it sees the end of the connection."""
-        self._place.link.end()
+        self._place.end()
 
     def _error(self, kind: str, text: str) -> errors.DashInferError:
         known = getattr(errors, kind, None)
