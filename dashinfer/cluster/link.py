@@ -31,6 +31,7 @@ Side = Literal["agent", "hub"]
 
 PING_INTERVAL = 1.0  # seconds
 HANDSHAKE_TIMEOUT = 5.0  # seconds from the connection to the answer to `Join`
+LATE = 1.0  # seconds past a deadline: noticed later than that, it passed while this process itself was stopped
 MAX_BODY = MAX_FRAME_BYTES + 64
 MAX_MESSAGE = 64 * 1024  # bytes of a message of ours
 _SLOW = 1 << 20  # bytes whose MAC takes long enough to be left to a thread
@@ -92,7 +93,8 @@ class Link:
         """The next message or, as bytes, frame; no pings, which only show that the other side is there.
 
         Raises:
-            LinkLost: the connection ended, nothing came for `patience` seconds, or it was not the other side that sent it.
+            LinkLost: the connection ended, nothing came for `patience` seconds, or it was not the other side that sent it. Time
+                in which this process was stopped does not count.
         """
         while True:
             body = await self._receive_body(patience)
@@ -148,6 +150,8 @@ class Link:
             with trio.move_on_after(patience) as silence:
                 data = await _receive_some(self._stream)
             if silence.cancelled_caught:
+                if trio.current_time() > silence.deadline + LATE:
+                    continue
                 raise LinkLost(f"no sign of life for {patience:g} s")
             if not data:
                 raise LinkLost("the connection is closed")
