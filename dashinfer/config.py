@@ -336,7 +336,7 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         self._check_machines()
-        for name in ("tensor_parallel", "pipeline_parallel", "data_parallel"):
+        for name in ("tensor_parallel", "pipeline_parallel"):
             if (size := getattr(self, name)) > 1:
                 raise ConfigurationError(f"{flag(name)} {size} is not supported yet: this version serves {flag(name)} 1")
         if self.quant_group_size is not None:
