@@ -107,6 +107,7 @@ class Scheduler:
         """The number that the next plan has, if there is one."""
         return self._step if self.stages == 1 else max(self._step, min(self._wanted_from(), default=0))
 
+    @property
     def oldest_plan(self) -> tuple[list[Sequence], int]:
         """Sequences, and how many tokens, of the oldest plan without a result. There is one."""
         return self._planned[0].sequences, self._planned[0].tokens

@@ -43,7 +43,7 @@ class FakeWorkers:
         self._loading = loading
         self._send, self._receive = trio.open_memory_channel(100)
 
-    async def run(self, *, on_progress, on_result, on_encoded, task_status) -> None:
+    async def run(self, *, on_progress, on_result, on_encoded, on_memory, task_status) -> None:
         await trio.sleep(self._loading)
         if self.broken is not None:
             raise self.broken
@@ -75,8 +75,7 @@ def make(workers: list[FakeWorkers], **settings) -> Replicas:
     config = ServerConfig(model="fake", data_parallel=len(workers), **{"max_batch": 4, **settings})
     engines = []
     for number, each in enumerate(workers):
-        engine = Engine(config, FILES, replica=number)
-        engine._workers = each
+        engine = Engine(config, FILES, make_workers=lambda _, each=each: each, replica=number)
         engines.append(engine)
     return Replicas(engines, max_queue=config.max_queue, prefix_cache=not config.disable_prefix_cache)
 
@@ -281,8 +280,8 @@ async def test_one_that_cannot_load_ends_all(autojump_clock):
 
 
 async def test_one_that_fails_for_good_ends_all(autojump_clock):
-    workers = [FakeWorkers(), FakeWorkers(broken=None)]
-    replicas = make(workers)
+    workers = [FakeWorkers(), FakeWorkers()]
+    replicas = make(workers, max_restarts=0)
     told = []
 
     async def read(prompt: list[int]) -> None:
