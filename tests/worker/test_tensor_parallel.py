@@ -42,11 +42,12 @@ FAMILIES = {
     },
 }
 QUANT_TYPES = ("a16w4", "a16w8", "a8w8", "fp8")
+TOKENS = 7  # that each is continued with
 PROMPTS = [prompt(length, seed) for seed, length in enumerate((23, 37, 5))]
 SAMPLING = [
-    greedy(logprobs=5),
-    greedy(temperature=0.8, top_p=0.9, repetition_penalty=1.2, frequency_penalty=0.3, logprobs=3),
-    greedy(presence_penalty=0.5, logit_bias={7: 2.0}),
+    greedy(TOKENS, logprobs=5),
+    greedy(TOKENS, temperature=0.8, top_p=0.9, repetition_penalty=1.2, frequency_penalty=0.3, logprobs=3),
+    greedy(TOKENS, presence_penalty=0.5, logit_bias={7: 2.0}),
 ]
 
 
@@ -156,7 +157,7 @@ def test_a_sequence_has_the_same_bits_in_any_company(world_size: int, together) 
     single = chain.from_iterable(result.logprobs.values() for result in together["deterministic, alone", world_size][0].results)
     wanted = list(single)
 
-    assert len(wanted) == 12
+    assert len(wanted) == TOKENS
     assert [one for _, one in crowded if one in wanted] == wanted
 
 
