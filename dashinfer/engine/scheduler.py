@@ -2,7 +2,8 @@
 
 `schedule` makes a plan and may be called again before the plan's result is known: a rank feeds its own samples, so the next
 plan needs only the *number* of tokens, not their values. `apply` takes the results in order and says what became of each
-sequence; a sequence that ended meanwhile has its later samples dropped.
+sequence; a sequence that ended meanwhile has its later samples dropped. When ranks have lost what they knew, `recover` takes
+back the plans without a result, and all is computed again.
 
 Policy: running sequences are served first in, first out; a decode never waits for a prefill, whose chunks take what is left of
 the step's token budget. Waiting sequences enter in order as soon as a slot and the blocks for all their known tokens are there.
@@ -44,8 +45,22 @@ class Update(Struct, frozen=True):
     failed: bool = False
 
 
+class _Planned(Struct, frozen=True):
+    """A plan without a result."""
+
+    step: int
+    sequences: list[Sequence]
+    samplers: list[Sequence]
+    tokens: int
+
+
 class Scheduler:
-    """Schedules over `num_blocks` blocks of `block_size` tokens and `max_batch` slots, `max_step_tokens` tokens a step."""
+    """Schedules over `num_blocks` blocks of `block_size` tokens and `max_batch` slots, `max_step_tokens` tokens a step.
+
+    Attributes:
+        max_running: sequences that may run at once, up to `max_batch`; never more than `max_step_tokens`.
+        alone: the only sequence that is computed, or None. See `isolate`.
+    """
 
     def __init__(
         self,
@@ -62,7 +77,8 @@ class Scheduler:
         assert max_step_tokens >= max_batch, "every running sequence must be able to decode in every step"
         self.pool = BlockPool(num_blocks, prefix_cache=prefix_cache)
         self.block_size = block_size
-        self.max_batch = max_batch
+        self.max_batch = self.max_running = max_batch
+        self.alone: Sequence | None = None
         self.max_step_tokens = max_step_tokens
         self.prefix_cache = prefix_cache
         self.stages = stages
@@ -71,7 +87,7 @@ class Scheduler:
         self.preemptions = 0
         self._free_slots = list(range(max_batch))  # ascending
         self._usable_from = [0] * max_batch  # for each slot, the number of the first plan that may use it
-        self._planned: deque[tuple[int, list[Sequence]]] = deque()  # step and who samples, of plans without a result
+        self._planned: deque[_Planned] = deque()
         self._step = 0
         self._media_cache = media_cache
         self._media_full = False  # a sequence has found no room in this plan, and those after it must not take it
@@ -91,15 +107,20 @@ class Scheduler:
         """The number that the next plan has, if there is one."""
         return self._step if self.stages == 1 else max(self._step, min(self._wanted_from(), default=0))
 
+    @property
+    def oldest_plan(self) -> tuple[list[Sequence], int]:
+        """Sequences, and how many tokens, of the oldest plan without a result. There is one."""
+        return self._planned[0].sequences, self._planned[0].tokens
+
     def stuck(self) -> list[Sequence]:
         """The waiting sequences that the next plans cannot admit: slots or blocks are lacking, for them or one before them."""
-        admissible = self._num_admissible(sequence.length for sequence in self.waiting)
+        admissible = self._num_fitting(sequence.length for sequence in self.waiting)
         return list(islice(self.waiting, admissible, None))
 
     def can_admit(self, length: int) -> bool:
         """Whether the next plans can admit a new sequence of so many tokens, after all that wait. Media are not looked at."""
         lengths = chain((sequence.length for sequence in self.waiting), [length])
-        return self._num_admissible(lengths) > len(self.waiting)
+        return self.alone is None and self._num_fitting(lengths) > len(self.waiting)
 
     @property
     def num_tokens(self) -> int:
@@ -120,17 +141,17 @@ class Scheduler:
         """Plan the next step; None when there is nothing to compute, or nothing before an earlier plan has its result."""
         while (plan := self._plan()) is None:
             later = min((number for number in self._wanted_from() if number > self._step), default=None)
-            if later is None or (self._planned and later > self._planned[0][0] + self.stages):
+            if later is None or (self._planned and later > self._planned[0].step + self.stages):
                 return None
             self._step = later
         return plan
 
     def apply(self, result: StepResult) -> list[Update]:
         """Take the result of the oldest plan that has none."""
-        step, samplers = self._planned.popleft()
-        assert result.step == step and len(result.tokens) == len(samplers)
+        planned = self._planned.popleft()
+        assert result.step == planned.step and len(result.tokens) == len(planned.samplers)
         updates = []
-        for index, (sequence, token) in enumerate(zip(samplers, result.tokens, strict=True)):
+        for index, (sequence, token) in enumerate(zip(planned.samplers, result.tokens, strict=True)):
             if sequence.ended:
                 continue
             sequence.in_flight -= 1
@@ -150,19 +171,65 @@ class Scheduler:
             updates.append(Update(sequence, token, result.logprobs.get(index), finish))
         return updates
 
-    def _num_admissible(self, lengths: Iterable[int]) -> int:
+    def recover(self, *, media_lost: bool = True) -> list[Sequence]:
+        """The ranks have lost what they knew of sequences and blocks, and of media if `media_lost`. No plan made so far has a
+        result any more; what runs waits again, before what waited already.
+
+        Returns:
+            The sequences that the ranks were computing, or encoding media of.
+        """
+        computing = dict.fromkeys(sequence for plan in self._planned for sequence in plan.sequences if not sequence.ended)
+        if self._media_cache is not None and (encoding := self._media_cache.encoding()):
+            for sequence in (*self.running, *self.waiting):
+                if sequence.media is not None and any(medium.key in encoding for medium in sequence.media.media):
+                    computing[sequence] = None
+        if self.alone is not None:  # others have come to the ranks only before it
+            computing = {sequence: None for sequence in computing if sequence is self.alone}
+        self.alone = None
+        self._planned.clear()
+        self._usable_from = [0] * self.max_batch
+        for sequence in reversed(self.running.copy()):
+            self._leave(sequence)
+            self.waiting.appendleft(sequence)
+        for sequence in self.waiting:
+            sequence.in_flight = 0
+            self._release(sequence, sequence.held)
+        self.pool.reset()
+        if self._media_cache is not None and media_lost:
+            self._media_cache.reset()
+        return list(computing)
+
+    def isolate(self, sequence: Sequence | None) -> None:
+        """Compute this one alone from now on, and no other before `isolate(None)`. All plans have their results."""
+        assert not self._planned
+        self.alone = sequence
+        if sequence is None:
+            return
+        for other in reversed(self.running.copy()):
+            if other is not sequence:
+                self._leave(other)
+                self.waiting.appendleft(other)
+        if sequence.slot is None:
+            self.waiting.remove(sequence)
+            self.waiting.appendleft(sequence)
+
+    # -- planning
+
+    @property
+    def _num_admissible(self) -> int:
+        return min(len(self._free_slots), self.max_running - len(self.running))
+
+    def _num_fitting(self, lengths: Iterable[int]) -> int:
         """How many of the first of new sequences of such lengths the next plans can admit."""
-        slots, blocks, reserve = len(self._free_slots), self.pool.num_available, len(self.running)
+        slots, blocks, reserve = self._num_admissible, self.pool.num_available, len(self.running)
         admissible = 0
         for length in lengths:
             blocks -= self._blocks_for(length)
-            if admissible == slots or blocks < reserve:
+            if admissible >= slots or blocks < reserve:
                 break
             admissible += 1
             reserve += 1
         return admissible
-
-    # -- planning
 
     def _wanted_from(self) -> list[int]:
         """Of the slots that a plan could use, the numbers of the first plans that may."""
@@ -187,8 +254,9 @@ class Scheduler:
             return None
         # Decodes first: attention treats them apart. The order within each group stays that of admission.
         ordered = sorted(chunks.items(), key=lambda item: not (item[1].length == 1 and item[1].sample))
-        self._planned.append((self._step, [sequence for sequence, chunk in ordered if chunk.sample]))
         plan = StepPlan(step=self._step, enter=enter, chunks=[chunk for _, chunk in ordered])
+        samplers = [sequence for sequence, chunk in ordered if chunk.sample]
+        self._planned.append(_Planned(self._step, list(chunks), samplers, sum(chunk.length for chunk in plan.chunks)))
         self._step += 1
         return plan
 
@@ -207,8 +275,8 @@ class Scheduler:
             if sequence.media is None or self._reach(sequence, sequence.computed) > sequence.computed
         ]
         newcomers = 0
-        if self.waiting and self._free_slots:  # at least one: it may need fewer blocks than is thought
-            newcomers = max(1, self._num_admissible(sequence.length for sequence in self.waiting))
+        if self.waiting and self._num_admissible > 0:  # at least one: it may need fewer blocks than is thought
+            newcomers = max(1, self._num_fitting(sequence.length for sequence in self.waiting))
         returning = Counter(
             self._usable_from[sequence.slot]
             for sequence in self.running
@@ -254,9 +322,11 @@ class Scheduler:
         slots = [slot for slot in self._free_slots if self._usable(slot)]
         budget = self.max_step_tokens - sum(chunk.length for chunk in chunks.values())
         place = 0  # in the queue: those before it wait for their media
-        while place < len(self.waiting) and len(entered) < min(most, len(slots)) and budget > 0:
+        while place < len(self.waiting) and len(entered) < most and self._num_admissible > 0 and slots and budget > 0:
             sequence = self.waiting[place]
             if sequence.in_flight:  # preempted, and some of its tokens are still to come
+                break
+            if self.alone is not None and sequence is not self.alone:
                 break
             cached = self._cached_prefix(sequence)
             reach = len(sequence.tokens)
@@ -280,7 +350,7 @@ class Scheduler:
             if not sequence.admitted:
                 sequence.cached_tokens = sequence.computed
                 sequence.admitted = True
-            sequence.slot = slots[len(entered)]
+            sequence.slot = slots.pop(0)
             self._free_slots.remove(sequence.slot)
             self.running.append(sequence)
             if sequence.media is not None:

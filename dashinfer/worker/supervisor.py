@@ -20,10 +20,10 @@ from contextlib import ExitStack, contextmanager
 import trio
 
 from dashinfer import errors
-from dashinfer.types import Alive, Encoded, Failed, FromParent, Progress, Ready, Start, StepResult, WorkerConfig
+from dashinfer.types import Alive, Encoded, Failed, FromParent, OutOfMemory, Progress, Ready, Start, StepResult, WorkerConfig
 from dashinfer.worker.frames import encode, parent_reader
 
-OnMessage = Callable[[Progress | StepResult | Encoded], None]
+OnMessage = Callable[[Progress | StepResult | Encoded | OutOfMemory], None]
 
 logger = logging.getLogger("dashinfer.worker")
 
@@ -130,7 +130,7 @@ class Rank:
                         task_status.started(message)
                     case Failed():
                         raise self._failure(message)
-                    case Progress() | StepResult() | Encoded():
+                    case Progress() | StepResult() | Encoded() | OutOfMemory():
                         on_message(message)
 
     async def _receive(self, patience: float) -> bytes | None:
@@ -203,6 +203,7 @@ class WorkerGroup:
         on_progress: Callable[[Progress], None],
         on_result: Callable[[StepResult], None],
         on_encoded: Callable[[Encoded], None] = lambda message: None,
+        on_memory: Callable[[OutOfMemory], None] = lambda message: None,
         task_status: trio.TaskStatus[Ready] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Run all ranks; started, once every one is ready, with what the one with the fewest blocks found: no plan may name a
@@ -212,17 +213,19 @@ class WorkerGroup:
             StartupError, WorkerError: as `Rank.run`, of the first rank that failed.
         """
 
-        def from_leader(message: Progress | StepResult | Encoded) -> None:
+        def from_leader(message: Progress | StepResult | Encoded | OutOfMemory) -> None:
             match message:
                 case StepResult():
                     on_result(message)
                 case Encoded():
                     on_encoded(message)
+                case OutOfMemory():
+                    on_memory(message)
                 case Progress():
                     on_progress(message)
 
-        def from_follower(message: Progress | StepResult | Encoded) -> None:
-            if isinstance(message, StepResult | Encoded):
+        def from_follower(message: Progress | StepResult | Encoded | OutOfMemory) -> None:
+            if not isinstance(message, Progress):
                 raise errors.WorkerError("a rank other than 0 sent a result")
 
         ready: list[Ready] = []

@@ -211,7 +211,7 @@ class TimedPipeline:
         self._underway: set[int] = set()
         self._done = trio.Event()
 
-    async def run(self, *, on_progress, on_result, on_encoded, task_status) -> None:
+    async def run(self, *, on_progress, on_result, on_encoded, on_memory, task_status) -> None:
         rank = FakeRank(num_blocks=64, block_size=4, max_batch=8, max_step_tokens=32, stages=self.stages)
 
         async def stage(number: int) -> None:
@@ -244,8 +244,9 @@ class TimedPipeline:
 @asynccontextmanager
 async def running(stages: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ServerConfig, "__post_init__", lambda self: None)
-    engine = Engine(ServerConfig(model="m", max_batch=8, pipeline_parallel=stages), ModelFiles("m", "safetensors", (), {}))
-    engine._workers = workers = TimedPipeline(stages)
+    workers = TimedPipeline(stages)
+    config = ServerConfig(model="m", max_batch=8, pipeline_parallel=stages)
+    engine = Engine(config, ModelFiles("m", "safetensors", (), {}), make_workers=lambda configs: workers)
     async with trio.open_nursery() as nursery:
         await nursery.start(engine.run)
         yield engine, workers
