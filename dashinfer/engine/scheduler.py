@@ -114,13 +114,13 @@ class Scheduler:
 
     def stuck(self) -> list[Sequence]:
         """The waiting sequences that the next plans cannot admit: slots or blocks are lacking, for them or one before them."""
-        admissible = self._num_fitting(sequence.length for sequence in self.waiting)
+        admissible = self._num_admissible(sequence.length for sequence in self.waiting)
         return list(islice(self.waiting, admissible, None))
 
     def can_admit(self, length: int) -> bool:
         """Whether the next plans can admit a new sequence of so many tokens, after all that wait. Media are not looked at."""
         lengths = chain((sequence.length for sequence in self.waiting), [length])
-        return self.alone is None and self._num_fitting(lengths) > len(self.waiting)
+        return self.alone is None and self._num_admissible(lengths) > len(self.waiting)
 
     @property
     def num_tokens(self) -> int:
@@ -171,6 +171,19 @@ class Scheduler:
             updates.append(Update(sequence, token, result.logprobs.get(index), finish))
         return updates
 
+    def _num_admissible(self, lengths: Iterable[int]) -> int:
+        """How many of the first of new sequences of such lengths the next plans can admit."""
+        slots = min(len(self._free_slots), self.max_running - len(self.running))
+        blocks, reserve = self.pool.num_available, len(self.running)
+        admissible = 0
+        for length in lengths:
+            blocks -= self._blocks_for(length)
+            if admissible >= slots or blocks < reserve:
+                break
+            admissible += 1
+            reserve += 1
+        return admissible
+
     def recover(self, *, media_lost: bool = True) -> list[Sequence]:
         """The ranks have lost what they knew of sequences and blocks, and of media if `media_lost`. No plan made so far has a
         result any more; what runs waits again, before what waited already.
@@ -214,22 +227,6 @@ class Scheduler:
             self.waiting.appendleft(sequence)
 
     # -- planning
-
-    @property
-    def _num_admissible(self) -> int:
-        return min(len(self._free_slots), self.max_running - len(self.running))
-
-    def _num_fitting(self, lengths: Iterable[int]) -> int:
-        """How many of the first of new sequences of such lengths the next plans can admit."""
-        slots, blocks, reserve = self._num_admissible, self.pool.num_available, len(self.running)
-        admissible = 0
-        for length in lengths:
-            blocks -= self._blocks_for(length)
-            if admissible >= slots or blocks < reserve:
-                break
-            admissible += 1
-            reserve += 1
-        return admissible
 
     def _wanted_from(self) -> list[int]:
         """Of the slots that a plan could use, the numbers of the first plans that may."""
@@ -275,8 +272,10 @@ class Scheduler:
             if sequence.media is None or self._reach(sequence, sequence.computed) > sequence.computed
         ]
         newcomers = 0
-        if self.waiting and self._num_admissible > 0:  # at least one: it may need fewer blocks than is thought
-            newcomers = max(1, self._num_fitting(sequence.length for sequence in self.waiting))
+        if (
+            self.waiting and self._free_slots and len(self.running) < self.max_running
+        ):  # at least one: it may need fewer blocks than is thought
+            newcomers = max(1, self._num_admissible(sequence.length for sequence in self.waiting))
         returning = Counter(
             self._usable_from[sequence.slot]
             for sequence in self.running
@@ -320,9 +319,10 @@ class Scheduler:
         """Let waiting sequences in while there are slots, tokens and blocks."""
         entered: list[Enter] = []
         slots = [slot for slot in self._free_slots if self._usable(slot)]
+        most = min(most, len(slots), self.max_running - len(self.running))
         budget = self.max_step_tokens - sum(chunk.length for chunk in chunks.values())
         place = 0  # in the queue: those before it wait for their media
-        while place < len(self.waiting) and len(entered) < most and self._num_admissible > 0 and slots and budget > 0:
+        while place < len(self.waiting) and len(entered) < most and budget > 0:
             sequence = self.waiting[place]
             if sequence.in_flight:  # preempted, and some of its tokens are still to come
                 break
@@ -350,7 +350,7 @@ class Scheduler:
             if not sequence.admitted:
                 sequence.cached_tokens = sequence.computed
                 sequence.admitted = True
-            sequence.slot = slots.pop(0)
+            sequence.slot = slots[len(entered)]
             self._free_slots.remove(sequence.slot)
             self.running.append(sequence)
             if sequence.media is not None:
