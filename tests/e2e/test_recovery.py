@@ -67,7 +67,9 @@ def until(server: ServerProcess, status: str) -> None:
 
 
 def test_streams_outlive_their_worker(demo):
-    server = ServerProcess.start("--model", "demo", "--data-type", "float32", "--kv-cache-memory", "256MiB")
+    server = ServerProcess.start(
+        "--model", "demo", "--data-type", "float32", "--kv-cache-memory", "256MiB", "--max-length", "1024"
+    )
     threads, undisturbed = read_all(server)
     join(threads)
     begun = threading.Semaphore(0)
