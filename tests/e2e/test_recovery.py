@@ -12,7 +12,7 @@ from .conftest import ServerProcess
 
 PATIENCE = 60.0  # seconds
 REQUESTS = [
-    {"messages": [{"role": "user", "content": content}], "max_tokens": 60, "ignore_eos": True, **sampling}
+    {"messages": [{"role": "user", "content": content}], "max_tokens": 24, "ignore_eos": True, **sampling}
     for content, sampling in (
         ("Tell me a long story about a sailor.", {"temperature": 0}),
         ("What is the capital of France, and why?", {"temperature": 0, "logprobs": True}),
@@ -25,12 +25,12 @@ REQUESTS = [
 def read(
     server: ServerProcess, number: int, texts: dict[tuple[int, int], str], begun: threading.Semaphore | None = None
 ) -> None:
-    """Stream a request. `begun` is released at its twelfth token or so."""
+    """Stream a request. `begun` is released at its sixth token or so."""
     body = {"model": "demo", "stream": True, "stream_options": {"include_usage": True}, **REQUESTS[number]}
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=PATIENCE) as response:
         events = (line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: "))
         for count, event in enumerate(events):
-            if count == 12 and begun is not None:
+            if count == 6 and begun is not None:
                 begun.release()
             if event == "[DONE]":
                 texts[number, -1] = event
