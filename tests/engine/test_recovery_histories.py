@@ -114,7 +114,7 @@ class History:
             memory=geometry.block_size + geometry.memory,
             resets=geometry.resets,
         )
-        config = {"max_restarts": NEVER, "restart_window": 60.0, **config}
+        config = {"max_restarts": 100, "restart_window": 60.0, **config}
         batch = {"max_batch": geometry.max_batch, "max_queue": NEVER, "disable_prefix_cache": not geometry.prefix_cache}
         settings = ServerConfig(model="fake", step_timeout=10.0, **batch, **config)
         self.engine = Engine(settings, FILES, make_workers=self.chaos.make_workers)
