@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import msgspec
@@ -14,7 +15,7 @@ import pytest
 import trio
 
 from dashinfer.errors import InsufficientMemory, PeerLost, StartupError, UnsupportedModel, WorkerError
-from dashinfer.types import Chunk, Enter, ModelFiles, OutOfMemory, SamplingParams, StepPlan, WorkerConfig
+from dashinfer.types import Chunk, Enter, ModelFiles, OutOfMemory, Reset, SamplingParams, StepPlan, WorkerConfig
 from dashinfer.worker import supervisor
 from dashinfer.worker.supervisor import WorkerGroup
 
@@ -110,17 +111,38 @@ async def test_plans_go_out_and_results_come_back(mode, stages):
 
 
 @pytest.mark.parametrize(
-    ("mode", "error", "message"),
+    ("mode", "size", "error", "message"),
     [
-        ("refuse", UnsupportedModel, "this model is not supported"),
-        ("crash", WorkerError, "rank 0: RuntimeError: something broke"),
-        ("illegal", WorkerError, "rank 0: RuntimeError: CUDA error: an illegal memory access was encountered"),
-        ("exhausted", InsufficientMemory, "fake: memory ran out in a step"),
+        ("refuse", 1, UnsupportedModel, "this model is not supported"),
+        ("crash", 1, WorkerError, "rank 0: RuntimeError: something broke"),
+        ("illegal", 1, WorkerError, "rank 0: RuntimeError: CUDA error: an illegal memory access was encountered"),
+        ("exhausted", 2, InsufficientMemory, "fake: memory ran out in a step"),
     ],
 )
-async def test_a_rank_that_fails_says_why(mode, error, message):
+async def test_a_rank_that_fails_says_why(mode, size, error, message):
     with trio.fail_after(30), pytest.raises(error, match=message):
-        await run_steps(mode)
+        await run_steps(mode, size)
+
+
+async def test_a_lone_rank_without_memory_drops_plans_until_it_is_reset():
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            recorder = Recorder(group("exhausted"))
+            await recorder.start(nursery)
+            sent = list(islice(plans(), 4))
+            for plan in sent:
+                await recorder.group.send(plan)
+            while not recorder.memory:
+                await trio.sleep(0.01)
+            await recorder.group.send(Reset())
+            for plan in sent[:2]:
+                await recorder.group.send(msgspec.structs.replace(plan, step=plan.step + 4))
+            while len(recorder.results) < 3:
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+
+    assert [message.step for message in recorder.memory] == [2]
+    assert [result.step for result in recorder.results] == [0, 1, 4]
 
 
 @pytest.mark.parametrize(
