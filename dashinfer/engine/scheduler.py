@@ -120,7 +120,7 @@ class Scheduler:
     def can_admit(self, length: int) -> bool:
         """Whether the next plans can admit a new sequence of so many tokens, after all that wait. Media are not looked at."""
         lengths = chain((sequence.length for sequence in self.waiting), [length])
-        return self._num_admissible(lengths) > len(self.waiting)
+        return self.alone is None and self._num_admissible(lengths) > len(self.waiting)
 
     @property
     def num_tokens(self) -> int:
@@ -178,7 +178,7 @@ class Scheduler:
         admissible = 0
         for length in lengths:
             blocks -= self._blocks_for(length)
-            if admissible == slots or blocks < reserve:
+            if admissible >= slots or blocks < reserve:
                 break
             admissible += 1
             reserve += 1
@@ -272,7 +272,9 @@ class Scheduler:
             if sequence.media is None or self._reach(sequence, sequence.computed) > sequence.computed
         ]
         newcomers = 0
-        if self.waiting and self._free_slots:  # at least one: it may need fewer blocks than is thought
+        if (
+            self.waiting and self._free_slots and len(self.running) < self.max_running
+        ):  # at least one: it may need fewer blocks than is thought
             newcomers = max(1, self._num_admissible(sequence.length for sequence in self.waiting))
         returning = Counter(
             self._usable_from[sequence.slot]
