@@ -384,7 +384,7 @@ async def test_cancelling_reaps_the_process(children):
 
 @pytest.mark.parametrize("new_session", [False, True])
 @pytest.mark.parametrize(("mode", "stop"), [("good", False), ("loading", False), ("good", True), ("loading,good", True)])
-def test_no_rank_outlives_a_killed_parent(mode, stop, new_session):
+def test_no_rank_outlives_a_killed_parent(mode, stop, new_session, tmp_path):
     if stop and not new_session and os.getsid(1) == os.getsid(0):
         pytest.skip("the process that inherits orphans is in this session")
     program = f"""
@@ -401,7 +401,7 @@ async def main():
         await trio.sleep_forever()
 trio.run(main)
 """
-    with running(program, new_session) as parent:
+    with running(program, new_session, tmp_path) as parent:
         ranks = [int(pid) for pid in parent.stdout.readline().split()]
         if stop:
             os.kill(ranks[1], signal.SIGSTOP)
@@ -417,10 +417,14 @@ trio.run(main)
 
 
 @contextmanager
-def running(program: str, new_session: bool):
-    """A Python process with its output as a pipe."""
+def running(program: str, new_session: bool, directory: Path):
+    """A Python process with its output as a pipe, and what it leaves behind in a directory."""
     with subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, start_new_session=new_session
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=new_session,
+        env={**os.environ, "TMPDIR": str(directory)},
     ) as process:
         try:
             yield process
