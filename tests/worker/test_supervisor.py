@@ -171,8 +171,8 @@ async def test_a_rank_that_speaks_again_within_the_grace_goes_on(monkeypatch, ca
                 await recorder.group.send(plan)
             while "rank 0: no sign of life for 1 s" not in caplog.messages:
                 await trio.sleep(0.01)
-            os.kill(pids(recorder.group)[0], signal.SIGCONT)
             while len(recorder.results) < 3:
+                os.kill(pids(recorder.group)[0], signal.SIGCONT)
                 await trio.sleep(0.01)
             nursery.cancel_scope.cancel()
 
@@ -299,7 +299,7 @@ async def test_the_death_of_one_rank_ends_all_at_once(children):
                 left = children()
 
     assert left == []
-    assert elapsed < 0.5
+    assert elapsed < 2  # and not the time that a rank has to end by itself
 
 
 @pytest.mark.parametrize(
@@ -343,9 +343,9 @@ async def test_a_stopped_rank_that_takes_no_frames_keeps_none_from_others(monkey
     params = SamplingParams(max_tokens=50, seed=0, stop_token_ids=tuple(range(100, 200_000)))  # more than a socket's buffer
     large = StepPlan(0, [Enter(0, b"\x01\x00\x00\x00", 1, params)], [Chunk(0, 0, 1, True, tuple(range(16)))])
     answered = None
-    with trio.fail_after(30), pytest.raises(WorkerError, match="rank 0 hangs: no sign of life for 2 s"), supervisor.one_error():
+    with trio.fail_after(30), pytest.raises(WorkerError, match="rank 0 hangs: no sign of life for 3 s"), supervisor.one_error():
         async with trio.open_nursery() as nursery:
-            recorder = Recorder(group("good", 3, stages=3, heartbeat_timeout=2.0))
+            recorder = Recorder(group("good", 3, stages=3, heartbeat_timeout=3.0))
             await recorder.start(nursery)
             os.kill(pids(recorder.group)[0], signal.SIGSTOP)
             begun = trio.current_time()
@@ -355,8 +355,8 @@ async def test_a_stopped_rank_that_takes_no_frames_keeps_none_from_others(monkey
             answered = trio.current_time() - begun
             await trio.sleep_forever()
 
-    assert answered is not None and answered < 2
-    assert trio.current_time() - begun < 4
+    assert answered is not None and answered < 3
+    assert trio.current_time() - begun < 6
     assert children() == []
 
 
