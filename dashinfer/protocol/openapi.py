@@ -93,7 +93,7 @@ def openapi_document(*, title: str, version: str, api_keys: bool, model: str) ->
         "tags": ["health"],
         "responses": {
             "200": {"description": "Ready.", "content": _json("Health", example={"status": "ok", "mode": "llm"})},
-            "503": {"description": "Loading, draining or failed.", "content": _json("Health")},
+            "503": {"description": "Loading, recovering (requests wait), draining or failed.", "content": _json("Health")},
         },
     }
     document: dict[str, Any] = {

@@ -114,7 +114,7 @@ class Service:
         Raises:
             EngineUnavailable: loading, draining or failed.
         """
-        if (state := self.state) != "ready":
+        if (state := self.state) not in ("ready", "recovering"):
             raise EngineUnavailable(_WHY_NOT[state])
         assert self._engine is not None, "ready without an engine"
         assert self._text is not None, "ready without a tokenizer"

@@ -161,6 +161,10 @@ class Media:
             except StopIteration as end:
                 batch, self._batch = self._batch, None
                 self._keep(batch.pieces, end.value)
+            except BaseException:  # it cannot go on, and is begun anew if anybody asks
+                self._waiting.extendleft(filter(self._is_asked, reversed(self._batch.pieces)))
+                self._batch = None
+                raise
 
     def _next_batch(self) -> _Batch:
         pieces: list[_Piece] = []

@@ -9,7 +9,8 @@ from dashinfer.types import Chunk, Enter, StepPlan
 from dashinfer.worker import capacity
 from dashinfer.worker import runner as runner_module
 from dashinfer.worker.capacity import count_blocks, step_bytes
-from dashinfer.worker.runner import check_float8, costly_plan, select_device
+from dashinfer.worker.distributed import select_device
+from dashinfer.worker.runner import check_float8, costly_plan
 from tests.worker.toy import BLOCK_BYTES, MODEL, PaddedGraphs, generate, greedy, load, prompt
 
 MIB = 1 << 20
@@ -243,12 +244,24 @@ def test_too_little_memory_says_what_to_change(changes, message):
 
 @pytest.mark.parametrize(
     ("name", "has_cuda", "expected"),
-    [("auto", False, "cpu"), ("auto", True, "cuda"), ("cpu", True, "cpu"), ("cuda", True, "cuda")],
+    [("auto", False, "cpu"), ("auto", True, "cuda:0"), ("cpu", True, "cpu"), ("cuda", True, "cuda:0")],
 )
 def test_the_device(monkeypatch, name, has_cuda, expected):
+    chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA L4")
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
 
     assert select_device(name) == torch.device(expected)
+    assert chosen == ([torch.device(expected)] if expected != "cpu" else [])
+    if expected != "cpu":
+        assert select_device(name, 1, 2) == torch.device("cuda:1")
+        with pytest.raises(ConfigurationError) as caught:
+            select_device(name, 0, 3)
+        assert str(caught.value) == (
+            "3 ranks on this machine need a GPU each, and it has 2 (NVIDIA L4); split the model over 2, or use --device cpu"
+        )
 
 
 def test_a_device_that_is_not_there(monkeypatch):
