@@ -126,6 +126,9 @@ class QueuingRunner:
         self._last = step
         return step
 
+    def result(self, step: QueuedStep) -> StepResult:
+        return step.result()
+
 
 def serve(connection: worker.Connection) -> None:
     global MODE

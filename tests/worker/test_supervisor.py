@@ -110,17 +110,17 @@ async def test_plans_go_out_and_results_come_back(mode, stages):
 
 
 @pytest.mark.parametrize(
-    ("mode", "error", "message"),
+    ("mode", "size", "error", "message"),
     [
-        ("refuse", UnsupportedModel, "this model is not supported"),
-        ("crash", WorkerError, "rank 0: RuntimeError: something broke"),
-        ("illegal", WorkerError, "rank 0: RuntimeError: CUDA error: an illegal memory access was encountered"),
-        ("exhausted", InsufficientMemory, "fake: memory ran out in a step"),
+        ("refuse", 1, UnsupportedModel, "this model is not supported"),
+        ("crash", 1, WorkerError, "rank 0: RuntimeError: something broke"),
+        ("illegal", 1, WorkerError, "rank 0: RuntimeError: CUDA error: an illegal memory access was encountered"),
+        ("exhausted", 2, InsufficientMemory, "fake: memory ran out in a step"),
     ],
 )
-async def test_a_rank_that_fails_says_why(mode, error, message):
+async def test_a_rank_that_fails_says_why(mode, size, error, message):
     with trio.fail_after(30), pytest.raises(error, match=message):
-        await run_steps(mode)
+        await run_steps(mode, size)
 
 
 @pytest.mark.parametrize(
