@@ -107,6 +107,7 @@ class Scheduler:
         """The number that the next plan has, if there is one."""
         return self._step if self.stages == 1 else max(self._step, min(self._wanted_from(), default=0))
 
+    @property
     def oldest_plan(self) -> tuple[list[Sequence], int]:
         """Sequences, and how many tokens, of the oldest plan without a result. There is one."""
         return self._planned[0].sequences, self._planned[0].tokens
@@ -119,7 +120,7 @@ class Scheduler:
     def can_admit(self, length: int) -> bool:
         """Whether the next plans can admit a new sequence of so many tokens, after all that wait. Media are not looked at."""
         lengths = chain((sequence.length for sequence in self.waiting), [length])
-        return self._num_admissible(lengths) > len(self.waiting)
+        return self.alone is None and self._num_admissible(lengths) > len(self.waiting)
 
     @property
     def num_tokens(self) -> int:
@@ -177,7 +178,7 @@ class Scheduler:
         admissible = 0
         for length in lengths:
             blocks -= self._blocks_for(length)
-            if admissible == slots or blocks < reserve:
+            if admissible >= slots or blocks < reserve:
                 break
             admissible += 1
             reserve += 1
@@ -271,7 +272,9 @@ class Scheduler:
             if sequence.media is None or self._reach(sequence, sequence.computed) > sequence.computed
         ]
         newcomers = 0
-        if self.waiting and self._free_slots:  # at least one: it may need fewer blocks than is thought
+        if (
+            self.waiting and self._free_slots and len(self.running) < self.max_running
+        ):  # at least one: it may need fewer blocks than is thought
             newcomers = max(1, self._num_admissible(sequence.length for sequence in self.waiting))
         returning = Counter(
             self._usable_from[sequence.slot]

@@ -76,6 +76,7 @@ class FakeWorkers:
         self._come = trio.Event()
         self._passed = 0  # message boundaries
         self._exhausted = False
+        self._told: set[bytes] = set()  # keys that the parent has been told are encoded
         self._seeds: dict[int, int] = {}  # by slot
         self._computing: deque[list[int]] = deque()  # seeds of each plan without a result
 
@@ -118,7 +119,9 @@ class FakeWorkers:
         if key in self._chaos.sick:
             raise WorkerError("a sick image")
         await self._boundary(lambda: self._on_encoded(Encoded([key])))
-        self._on_encoded(Encoded(self._rank.encode(1)))
+        keys = self._rank.encode(1)
+        self._told.update(keys)
+        self._on_encoded(Encoded(keys))
 
     async def _step(self, plan: StepPlan) -> None:
         chaos = self._chaos
@@ -130,7 +133,7 @@ class FakeWorkers:
             await self._run_out(plan)
             return
         # What was forgotten, and asked for again before the parent knew that it had been there, is waited for.
-        result = self._rank.execute(plan, finish=True)
+        result = self._rank.execute(plan, finish=self._told)
         self._on_encoded(Encoded(list(self._rank.encoded)))
         for seed, chunk in zip(self._computing[0], plan.chunks, strict=True):
             if chunk.start <= chaos.poison.get(seed, -1) < chunk.start + chunk.length:
