@@ -24,6 +24,7 @@ from dashinfer.worker.supervisor import Rank, one_error
 logger = logging.getLogger("dashinfer.cluster")
 
 FIRST_WAIT, LONGEST_WAIT = 0.1, 2.0  # seconds until machine 0 is dialled again; doubled each time
+MOST_WAITING = 1000  # messages for machine 0 beyond which lines of a rank's output are left out
 FAREWELL = 3.0  # seconds for machine 0 to read why a rank ended
 
 MakeRank = Callable[..., Rank]  # (config, *, on_line)
@@ -109,8 +110,10 @@ class Agent:
 
     async def _dial(self) -> trio.SocketStream:
         host, port = self._master
-        local = None if self._interface is None else network.address_of(self._interface, host)
         with trio.move_on_after(HANDSHAKE_TIMEOUT):
+            local = None
+            if self._interface is not None:
+                local = await trio.to_thread.run_sync(network.address_of, self._interface, host, abandon_on_cancel=True)
             stream = await trio.open_tcp_stream(host, port, local_address=local)
             stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return stream
@@ -147,6 +150,11 @@ class Agent:
         # whatever a rank does not read.
         to_rank, from_hub = trio.open_memory_channel[bytes](float("inf"))
         to_hub, from_rank = trio.open_memory_channel[Any](float("inf"))
+
+        def tell(message: Any) -> None:
+            if not isinstance(message, Line) or to_hub.statistics().current_buffer_used < MOST_WAITING:
+                to_hub.send_nowait(message)
+
         ended = None
         try:
             with one_error():
@@ -157,8 +165,8 @@ class Agent:
                     meeting.close()
                     nursery.start_soon(self._send, link, from_rank)
                     config = msgspec.structs.replace(start.config, files=self._files, interface=interface)
-                    ended = await self._run_rank(config, from_hub, to_hub.send_nowait)
-                    to_hub.send_nowait(ended)
+                    ended = await self._run_rank(config, from_hub, tell)
+                    tell(ended)
                     await trio.sleep(FAREWELL)  # less, as machine 0 closes the connection once it has read that
                     nursery.cancel_scope.cancel()
         except LinkLost:

@@ -243,6 +243,27 @@ async def test_silence_and_the_end():
             nursery.cancel_scope.cancel()
 
 
+async def test_time_in_which_this_process_was_stopped_is_no_silence(mock_clock):
+    one, other = stream_pair()
+    async with one, other, trio.open_nursery() as nursery:
+        sender, receiver = Link(other, "agent", KEY, KEY), Link(one, "hub", KEY, KEY)
+        received = []
+
+        async def receive() -> None:
+            received.append(await receiver.receive(3))
+            with pytest.raises(LinkLost, match="no sign of life for 3 s"):
+                await receiver.receive(3)
+
+        nursery.start_soon(receive)
+        await trio.testing.wait_all_tasks_blocked()
+        mock_clock.jump(3 + 100)
+        await trio.testing.wait_all_tasks_blocked()
+        await sender.send(Line("hello"))
+        await trio.testing.wait_all_tasks_blocked()
+        assert received == [Line("hello")]
+        mock_clock.jump(3.5)
+
+
 @pytest.mark.parametrize("greeting", [b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n", b""])
 async def test_something_else_that_answers_is_no_hub(greeting):
     agent, other = stream_pair()
