@@ -140,7 +140,8 @@ class FakeWorkers:
             return
         # What was forgotten, and asked for again before the parent knew that it had been there, is waited for.
         result = self._rank.execute(plan, finish=self._told)
-        self._on_encoded(Encoded(list(self._rank.encoded)))
+        if self._rank.encoded:
+            self._on_encoded(Encoded(list(self._rank.encoded)))
         for seed, chunk in zip(self._computing[0], plan.chunks, strict=True):
             if chunk.start <= chaos.poison.get(seed, -1) < chunk.start + chunk.length:
                 chaos.kills[seed] += 1

@@ -236,7 +236,7 @@ geometries = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink])
+@settings(max_examples=2000, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink])
 @given(arrivals=some_arrivals, faults=some_faults, geometry=geometries)
 def test_nothing_is_lost_or_doubled_in_any_history(arrivals, faults, geometry):
     history = History(arrivals, faults, geometry).play()
