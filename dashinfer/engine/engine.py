@@ -24,6 +24,7 @@ from dashinfer.engine.generation import SequenceGroup
 from dashinfer.engine.media import MediaCache
 from dashinfer.engine.pace import Pace
 from dashinfer.engine.recovery import Recovery, StepLimits
+from dashinfer.engine.routing import Outlook
 from dashinfer.engine.scheduler import Scheduler
 from dashinfer.engine.sequence import Sequence
 from dashinfer.errors import (
@@ -52,7 +53,6 @@ from dashinfer.worker.supervisor import WorkerGroup, one_error
 
 logger = logging.getLogger("dashinfer.engine")
 
-PLANS_AHEAD = 2  # one that runs, one that follows
 LOAD_TIMEOUT = 3600.0  # seconds until every rank is ready
 FAREWELL = 2.0  # seconds that requests have to report a failure to their clients
 LONG_STEP = 30.0  # seconds after which a step that still runs is worth a warning
@@ -75,16 +75,18 @@ class Engine:
         on_progress: Callable[[Progress], None] = lambda progress: None,
         make_workers: Callable[[Many[WorkerConfig]], Workers] = WorkerGroup,
         pixel_values: bytes = b"",
+        replica: int = 0,
     ) -> None:
         """`make_workers` is called at each start. `pixel_values`: see `dashinfer.types.WorkerConfig`; without them the model is
-        served without its vision tower."""
+        served without its vision tower. `replica`: which of the `data_parallel` copies of the model this is."""
         self.state: EngineState = "loading"
         self.info: Ready | None = None
         self._config = config
         self._on_progress = on_progress
         self._make_workers = make_workers
         self._worker_configs = [
-            worker_config(config, files, rank, config.tensor_parallel, pixel_values) for rank in range(config.tensor_parallel)
+            worker_config(config, files, rank, replica=replica, pixel_values=pixel_values)
+            for rank in range(config.tensor_parallel * config.pipeline_parallel)
         ]
         self._scheduler: Scheduler | None = None
         self._media_cache: MediaCache | None = None
@@ -143,7 +145,17 @@ class Engine:
         """See `dashinfer.engine.api.EngineAPI.submit`."""
         if self.state not in ("ready", "recovering"):
             raise EngineUnavailable(f"the server is {self.state}")
+        self.check(prompt)
         assert self._scheduler is not None and self.info is not None
+        if (queued := self.num_queued) >= self._config.max_queue:
+            raise QueueFull(f"{queued} of at most {self._config.max_queue} requests are waiting already; try again later")
+        assert media is None or self._media_cache is not None, "the model sees nothing"
+        assert all(len(prompt) + each.max_tokens <= self.info.max_length for each in params)
+        return SequenceGroup(prompt, params, media, on_enter=self._enter, on_exit=self._exit, on_stop=self._end)
+
+    def check(self, prompt: list[int]) -> None:
+        """Raises ContextLengthExceeded and InvalidRequest as `submit` does."""
+        assert self.info is not None, "not loaded yet"
         if not prompt:
             raise InvalidRequest("the prompt has no tokens", param="messages")
         if len(prompt) >= self.info.max_length:
@@ -153,12 +165,17 @@ class Engine:
             )
         if max(prompt) >= self.info.vocab_size or min(prompt) < 0:
             raise InvalidRequest(f"a token id is outside of the vocabulary of {self.info.vocab_size}", param="messages")
-        queued = self._num_queued(self._scheduler)
-        if queued >= self._config.max_queue:
-            raise QueueFull(f"{queued} of at most {self._config.max_queue} requests are waiting already; try again later")
-        assert media is None or self._media_cache is not None, "the model sees nothing"
-        assert all(len(prompt) + each.max_tokens <= self.info.max_length for each in params)
-        return SequenceGroup(prompt, params, media, on_enter=self._enter, on_exit=self._exit, on_stop=self._end)
+
+    def outlook(self, prompt: list[int], hashes: list[bytes]) -> Outlook:
+        """See `dashinfer.engine.replicas.Replica`."""
+        scheduler = self._scheduler
+        assert scheduler is not None, "not loaded yet"
+        return Outlook(
+            cached_blocks=len(scheduler.pool.match(hashes)),
+            admits=scheduler.can_admit(len(prompt)),
+            sequences=len(scheduler.running) + len(scheduler.waiting),
+            tokens=scheduler.num_tokens,
+        )
 
     def stats(self) -> EngineStats:
         scheduler = self._scheduler
@@ -175,9 +192,11 @@ class Engine:
             generated_tokens=self._generated_tokens,
         )
 
-    def _num_queued(self, scheduler: Scheduler) -> int:
+    @property
+    def num_queued(self) -> int:
         """Requests of which nothing has run yet, and nothing can before others end. Preempted ones have run."""
-        groups = {id(group): group for group in map(self._groups.__getitem__, scheduler.stuck())}
+        stuck = self._scheduler.stuck() if self._scheduler is not None else []
+        groups = {id(group): group for group in map(self._groups.__getitem__, stuck)}
         return sum(not any(sequence.admitted for sequence in group.sequences) for group in groups.values())
 
     # -- the workers' lives
@@ -251,6 +270,7 @@ class Engine:
             max_step_tokens=info.max_step_tokens,
             prefix_cache=not self._config.disable_prefix_cache,
             media_cache=self._media_cache,
+            stages=self._config.pipeline_parallel,
         )
 
     def _recover(self, life: "_Life", error: WorkerError | StartupError) -> float:
@@ -304,8 +324,13 @@ class Engine:
             if self._take(life):
                 await life.workers.send(Reset())
             due = math.inf  # when there may be something to plan
-            while scheduler.num_planned < PLANS_AHEAD and self._isolated(scheduler):
-                if steps and (due := steps[0].begun + self._pace.delay(steps[0].tokens)) > trio.current_time():
+            # a plan that runs in each stage, one that follows
+            while scheduler.num_planned <= scheduler.stages and self._isolated(scheduler):
+                if (
+                    steps
+                    and scheduler.next_step >= steps[0].number + scheduler.stages  # no stage wants for it yet
+                    and (due := steps[0].entered + self._pace.delay(steps[0].tokens)) > trio.current_time()
+                ):
                     break
                 plan = scheduler.schedule()
                 if plan is not None:
@@ -315,7 +340,8 @@ class Engine:
                 if plan is None:
                     due = math.inf
                     break
-                steps.append(_RunningStep(plan.step, sum(chunk.length for chunk in plan.chunks), trio.current_time()))
+                now = trio.current_time()
+                steps.append(_RunningStep(plan.step, sum(chunk.length for chunk in plan.chunks), now, now))
                 due = math.inf
             if not life.said:
                 await self._wait(steps[0] if steps else None, due)
@@ -337,9 +363,12 @@ class Engine:
             self._set_limits()
             ended, now = steps.popleft(), trio.current_time()
             life.busy_at = now
-            self._pace.observe(ended.tokens, now - ended.begun)
+            self._pace.observe(ended.tokens, now - ended.entered)
             if steps:  # the next step has only begun
                 steps[0].begun = now
+            for step in steps:
+                if step.number >= ended.number + self._scheduler.stages:
+                    step.entered = now
         return False
 
     def _make_smaller(self, scheduler: Scheduler) -> None:
@@ -456,6 +485,7 @@ class _RunningStep:
     number: int
     tokens: int
     begun: float  # trio's time at which the workers had nothing before it to do
+    entered: float  # and at which the first stage could begin it
     warned: bool = False
 
 
@@ -500,9 +530,11 @@ def _compare(again: Ready, first: Ready) -> None:
 
 
 def worker_config(
-    config: ServerConfig, files: ModelFiles, rank: int, world_size: int, pixel_values: bytes = b""
+    config: ServerConfig, files: ModelFiles, rank: int, *, replica: int = 0, pixel_values: bytes = b""
 ) -> WorkerConfig:
-    """What rank `rank` is told."""
+    """What rank `rank` of a replica is told. All ranks of all replicas are dealt over the machines in order."""
+    world_size = config.tensor_parallel * config.pipeline_parallel
+    local_size = config.data_parallel * world_size // config.nnodes
     return WorkerConfig(
         rank=rank,
         world_size=world_size,
@@ -527,4 +559,7 @@ def worker_config(
         vision=bool(pixel_values),
         vision_engine=config.vision_engine,
         pixel_values=pixel_values,
+        pipeline_parallel=config.pipeline_parallel,
+        local_rank=(replica * world_size + rank) % local_size,
+        local_size=local_size,
     )

@@ -12,12 +12,19 @@ computed again from its tokens ("preemption by recompute"); what the prefix cach
 
 A sequence with images or videos is computed up to the first that the ranks have not encoded yet. It does not enter before they
 have what it begins with, and those behind it in the queue do not wait for that.
+
+With a pipeline of M stages, M plans are computed at a time, each by another stage, and the first stage has the tokens of plan j
+only when it begins plan j + M. So what plan j samples in a slot, no plan before j + M uses that slot, for the same sequence or
+another one. Sequences are split evenly over M plans, which take turns. Where there are fewer sequences than that, numbers of
+plans are left out: the first stage then waits for the tokens, and nobody for the parent.
 """
 
-import heapq
+import math
 from array import array
-from collections import deque
-from itertools import islice
+from bisect import insort
+from collections import Counter, deque
+from collections.abc import Iterable
+from itertools import chain, islice
 
 from msgspec import Struct
 
@@ -64,8 +71,9 @@ class Scheduler:
         max_step_tokens: int,
         prefix_cache: bool = True,
         media_cache: MediaCache | None = None,
+        stages: int = 1,
     ) -> None:
-        """`media_cache` where sequences may have media."""
+        """`media_cache` where sequences may have media; `stages` of the pipeline."""
         assert max_step_tokens >= max_batch, "every running sequence must be able to decode in every step"
         self.pool = BlockPool(num_blocks, prefix_cache=prefix_cache)
         self.block_size = block_size
@@ -73,10 +81,12 @@ class Scheduler:
         self.alone: Sequence | None = None
         self.max_step_tokens = max_step_tokens
         self.prefix_cache = prefix_cache
+        self.stages = stages
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
         self.preemptions = 0
-        self._free_slots = list(range(max_batch))  # a heap
+        self._free_slots = list(range(max_batch))  # ascending
+        self._usable_from = [0] * max_batch  # for each slot, the number of the first plan that may use it
         self._planned: deque[_Planned] = deque()
         self._step = 0
         self._media_cache = media_cache
@@ -93,21 +103,29 @@ class Scheduler:
         return len(self._free_slots)
 
     @property
+    def next_step(self) -> int:
+        """The number that the next plan has, if there is one."""
+        return self._step if self.stages == 1 else max(self._step, min(self._wanted_from(), default=0))
+
+    @property
     def oldest_plan(self) -> tuple[list[Sequence], int]:
         """Sequences, and how many tokens, of the oldest plan without a result. There is one."""
         return self._planned[0].sequences, self._planned[0].tokens
 
     def stuck(self) -> list[Sequence]:
         """The waiting sequences that the next plans cannot admit: slots or blocks are lacking, for them or one before them."""
-        slots, blocks, reserve = self._num_admissible, self.pool.num_available, len(self.running)
-        admissible = 0
-        for sequence in self.waiting:
-            blocks -= self._blocks_for(sequence.length)
-            if admissible == slots or blocks < reserve:
-                break
-            admissible += 1
-            reserve += 1
+        admissible = self._num_admissible(sequence.length for sequence in self.waiting)
         return list(islice(self.waiting, admissible, None))
+
+    def can_admit(self, length: int) -> bool:
+        """Whether the next plans can admit a new sequence of so many tokens, after all that wait. Media are not looked at."""
+        lengths = chain((sequence.length for sequence in self.waiting), [length])
+        return self.alone is None and self._num_admissible(lengths) > len(self.waiting)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are still to compute, as far as is known: one for a sequence that decodes."""
+        return sum(max(1, sequence.num_to_compute) for sequence in chain(self.running, self.waiting))
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence, which must fit into the pool at its full length."""
@@ -120,23 +138,12 @@ class Scheduler:
             self._end(sequence)
 
     def schedule(self) -> StepPlan | None:
-        """Plan the next step; None when there is nothing to compute."""
-        chunks: dict[Sequence, Chunk] = {}
-        enter: list[Enter] = []
-        self._media_released = True
-        # What a sequence gives up may be the room that one before it has not found; no event would tell that one.
-        while not chunks and self._media_released:
-            self._media_full = self._media_released = False
-            preempted = self._plan_running(chunks)
-            enter = [] if preempted else self._admit(chunks)
-        if not chunks:
-            return None
-        # Decodes first: attention treats them apart. The order within each group stays that of admission.
-        ordered = sorted(chunks.items(), key=lambda item: not (item[1].length == 1 and item[1].sample))
-        plan = StepPlan(step=self._step, enter=enter, chunks=[chunk for _, chunk in ordered])
-        samplers = [sequence for sequence, chunk in ordered if chunk.sample]
-        self._planned.append(_Planned(self._step, list(chunks), samplers, sum(chunk.length for chunk in plan.chunks)))
-        self._step += 1
+        """Plan the next step; None when there is nothing to compute, or nothing before an earlier plan has its result."""
+        while (plan := self._plan()) is None:
+            later = min((number for number in self._wanted_from() if number > self._step), default=None)
+            if later is None or (self._planned and later > self._planned[0].step + self.stages):
+                return None
+            self._step = later
         return plan
 
     def apply(self, result: StepResult) -> list[Update]:
@@ -164,6 +171,19 @@ class Scheduler:
             updates.append(Update(sequence, token, result.logprobs.get(index), finish))
         return updates
 
+    def _num_admissible(self, lengths: Iterable[int]) -> int:
+        """How many of the first of new sequences of such lengths the next plans can admit."""
+        slots = min(len(self._free_slots), self.max_running - len(self.running))
+        blocks, reserve = self.pool.num_available, len(self.running)
+        admissible = 0
+        for length in lengths:
+            blocks -= self._blocks_for(length)
+            if admissible >= slots or blocks < reserve:
+                break
+            admissible += 1
+            reserve += 1
+        return admissible
+
     def recover(self, *, media_lost: bool = True) -> list[Sequence]:
         """The ranks have lost what they knew of sequences and blocks, and of media if `media_lost`. No plan made so far has a
         result any more; what runs waits again, before what waited already.
@@ -180,6 +200,7 @@ class Scheduler:
             computing = {sequence: None for sequence in computing if sequence is self.alone}
         self.alone = None
         self._planned.clear()
+        self._usable_from = [0] * self.max_batch
         for sequence in reversed(self.running.copy()):
             self._leave(sequence)
             self.waiting.appendleft(sequence)
@@ -207,18 +228,76 @@ class Scheduler:
 
     # -- planning
 
-    @property
-    def _num_admissible(self) -> int:
-        return min(len(self._free_slots), self.max_running - len(self.running))
+    def _wanted_from(self) -> list[int]:
+        """Of the slots that a plan could use, the numbers of the first plans that may."""
+        slots = [sequence.slot for sequence in self.running if sequence.num_to_compute]
+        return [self._usable_from[slot] for slot in chain(slots, self._free_slots if self.waiting else ()) if slot is not None]
 
-    def _plan_running(self, chunks: dict[Sequence, Chunk]) -> bool:
-        """Give every running sequence its share. True when blocks ran out and a sequence had to leave."""
-        decodes = sum(sequence.num_to_compute == 1 for sequence in self.running)
+    def _usable(self, slot: int | None) -> bool:
+        return slot is not None and self._usable_from[slot] <= self._step
+
+    def _plan(self) -> StepPlan | None:
+        """The plan of this number; None when it would be empty."""
+        chunks: dict[Sequence, Chunk] = {}
+        enter: list[Enter] = []
+        self._media_released = True
+        # What a sequence gives up may be the room that one before it has not found; no event would tell that one.
+        while not chunks and self._media_released:
+            self._media_full = self._media_released = False
+            turn, newcomers = self._take_turns()
+            preempted = self._plan_running(turn, chunks)
+            enter = [] if preempted else self._admit(newcomers, chunks)
+        if not chunks:
+            return None
+        # Decodes first: attention treats them apart. The order within each group stays that of admission.
+        ordered = sorted(chunks.items(), key=lambda item: not (item[1].length == 1 and item[1].sample))
+        plan = StepPlan(step=self._step, enter=enter, chunks=[chunk for _, chunk in ordered])
+        samplers = [sequence for sequence, chunk in ordered if chunk.sample]
+        self._planned.append(_Planned(self._step, list(chunks), samplers, sum(chunk.length for chunk in plan.chunks)))
+        self._step += 1
+        return plan
+
+    def _take_turns(self) -> tuple[list[Sequence], int]:
+        """The running sequences whose turn it is, in order of admission, and how many waiting ones may enter.
+
+        With a pipeline, all that could be computed are dealt over this plan and the next ones as evenly as those are filled by
+        the sequences that return there. Decodes come first, and of those the ones that were computed the longest ago.
+        """
+        able = [sequence for sequence in self.running if sequence.num_to_compute and self._usable(sequence.slot)]
+        if self.stages == 1:
+            return able, len(self.waiting)
+        able = [
+            sequence
+            for sequence in able
+            if sequence.media is None or self._reach(sequence, sequence.computed) > sequence.computed
+        ]
+        newcomers = 0
+        if (
+            self.waiting and self._free_slots and len(self.running) < self.max_running
+        ):  # at least one: it may need fewer blocks than is thought
+            newcomers = max(1, self._num_admissible(sequence.length for sequence in self.waiting))
+        returning = Counter(
+            self._usable_from[sequence.slot]
+            for sequence in self.running
+            if sequence.slot is not None and sequence.num_to_compute and not self._usable(sequence.slot)
+        )
+        loads = [returning[self._step + offset] for offset in range(self.stages)]
+        total = len(able) + newcomers
+        share = total // self.stages  # the height to which this plan and the next ones are filled
+        while sum(max(0, share - load) for load in loads) < total:
+            share += 1
+        able.sort(key=lambda sequence: self._usable_from[sequence.slot] if sequence.num_to_compute == 1 else math.inf)
+        chosen = set(able[:share])
+        return [sequence for sequence in self.running if sequence in chosen], share - len(chosen)
+
+    def _plan_running(self, turn: list[Sequence], chunks: dict[Sequence, Chunk]) -> bool:
+        """Give each running sequence whose turn it is its share. True when blocks ran out and a sequence had to leave."""
+        decodes = sum(sequence.num_to_compute == 1 for sequence in turn)
         budget = self.max_step_tokens - decodes  # for chunks longer than one token
         preempted = False
-        for sequence in list(self.running):
+        for sequence in turn:
             remaining = sequence.num_to_compute
-            if sequence.slot is None or remaining == 0:
+            if sequence.slot is None:
                 continue
             length = 1 if remaining == 1 else min(remaining, budget)
             if sequence.media is not None:
@@ -236,12 +315,14 @@ class Scheduler:
             chunks[sequence] = self._compute(sequence, length, needed)
         return preempted
 
-    def _admit(self, chunks: dict[Sequence, Chunk]) -> list[Enter]:
+    def _admit(self, most: int, chunks: dict[Sequence, Chunk]) -> list[Enter]:
         """Let waiting sequences in while there are slots, tokens and blocks."""
-        entered = []
+        entered: list[Enter] = []
+        slots = [slot for slot in self._free_slots if self._usable(slot)]
+        most = min(most, len(slots), self.max_running - len(self.running))
         budget = self.max_step_tokens - sum(chunk.length for chunk in chunks.values())
         place = 0  # in the queue: those before it wait for their media
-        while place < len(self.waiting) and self._num_admissible > 0 and budget > 0:
+        while place < len(self.waiting) and len(entered) < most and budget > 0:
             sequence = self.waiting[place]
             if sequence.in_flight:  # preempted, and some of its tokens are still to come
                 break
@@ -269,7 +350,8 @@ class Scheduler:
             if not sequence.admitted:
                 sequence.cached_tokens = sequence.computed
                 sequence.admitted = True
-            sequence.slot = heapq.heappop(self._free_slots)
+            sequence.slot = slots[len(entered)]
+            self._free_slots.remove(sequence.slot)
             self.running.append(sequence)
             if sequence.media is not None:
                 self._reach(sequence, sequence.computed)  # what was wanted is pinned
@@ -334,7 +416,9 @@ class Scheduler:
         start = sequence.computed
         sequence.computed += length
         sample = sequence.computed == sequence.length
-        sequence.in_flight += sample
+        if sample:
+            sequence.in_flight += 1
+            self._usable_from[sequence.slot] = self._step + self.stages
         self._register(sequence)
         return Chunk(sequence.slot, start, length, sample, tuple(new_blocks))
 
@@ -378,7 +462,7 @@ class Scheduler:
         self._release(sequence, sequence.held)
         self.running.remove(sequence)
         self.pool.release(sequence.blocks)
-        heapq.heappush(self._free_slots, sequence.slot)
+        insort(self._free_slots, sequence.slot)
         sequence.slot = None
         sequence.blocks = []
         sequence.computed = sequence.registered = 0

@@ -3,6 +3,8 @@
 What steps need of the sequences lives on the device: token histories and sampling parameters (`SamplingState`), block tables.
 A step brings a few numbers a sequence in one copy, finds its token ids where earlier steps wrote them, and is queued behind the
 step before; its tokens are read back while the next one runs. On a GPU, steps that only decode are replayed from CUDA graphs.
+
+Of several ranks the first samples, and the others are told the tokens: they could not differ if they tried.
 """
 
 from collections.abc import Callable
@@ -44,6 +46,7 @@ class Executor:
         media: Media | None = None,
     ) -> None:
         self._model = model
+        self._group = model.group
         self._media = media
         self._placements = None if media is None else Placements(max_batch, max_length, device)
         self._device = device
@@ -79,6 +82,10 @@ class Executor:
         with torch.inference_mode():
             warm_up_sampling(self._state)
 
+    def reset(self) -> None:
+        """No slot has a sequence, and nothing of a step that failed matters. The caches stay."""
+        self._num_blocks = [0] * len(self._num_blocks)
+
     def launch(self, plan: StepPlan) -> "LaunchedStep":
         """Queue a step behind those before it. Call it, and read results, in the order of the plans."""
         with torch.inference_mode():
@@ -92,11 +99,22 @@ class Executor:
                 decodes = not any(map(self._placements.has_positions, plan.chunks))
             run = self._replay if decodes and self._graphs is not None else self._run
             logits, slots, positions = run(plan.chunks)
-            if logits is None:
+            if not len(slots):
                 return LaunchedStep(plan.step, [], None)
+            if self._group.rank > 0:
+                self._hear_tokens(slots, positions)
+                return LaunchedStep(plan.step, [], None)
+            assert logits is not None
             needs = [self._state.needs[chunk.slot] for chunk in plan.chunks if chunk.sample]
             sampled = sample(logits, self._state, SamplingBatch(slots, positions, reduce(or_, needs)))
+            if self._group.world_size > 1:
+                self._group.broadcast(sampled.tokens)
             return LaunchedStep(plan.step, [each.top_logprobs for each in needs], sampled)
+
+    def _hear_tokens(self, slots: Tensor, positions: Tensor) -> None:
+        """Have the tokens that rank 0 samples written to the history; of a row that failed, too, whose sequence ends."""
+        tokens = torch.empty(len(slots), dtype=torch.int64, device=self._device)
+        self._state.history.index_put_((slots.long(), positions.long()), self._group.broadcast(tokens).int())
 
     def _take_blocks(self, chunks: list[Chunk]) -> np.ndarray:
         """Slot, column and number of each block that a step adds to the tables, [3, blocks] int32."""
@@ -117,8 +135,8 @@ class Executor:
     # -- any step
 
     def _run(self, chunks: list[Chunk]) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Logits of the chunks that sample, [rows, vocabulary] or None where none does, their slots, and the positions of the
-        tokens to sample."""
+        """Logits of the chunks that sample, [rows, vocabulary], on rank 0 and where any does, else None; their slots, and the
+        positions of the tokens to sample."""
         slots = np.array([chunk.slot for chunk in chunks])
         starts = np.array([chunk.start for chunk in chunks], dtype=np.int64)
         lengths = np.array([chunk.length for chunk in chunks], dtype=np.int64)
@@ -180,7 +198,7 @@ class Executor:
 
     # -- steps that only decode, from graphs
 
-    def _replay(self, chunks: list[Chunk]) -> tuple[Tensor, Tensor, Tensor]:
+    def _replay(self, chunks: list[Chunk]) -> tuple[Tensor | None, Tensor, Tensor]:
         """As `_run`."""
         assert self._graphs is not None
         columns = np.empty((5, len(chunks)), dtype=np.int32)
@@ -192,9 +210,9 @@ class Executor:
         logits, inputs = self._graphs(columns, self._staging)
         return logits, inputs[_SLOT], inputs[_CONTEXT]
 
-    def _decode(self, inputs: Tensor) -> Tensor:
-        """What graphs record: logits [rows, vocabulary] of `inputs`, int32 [5, rows]. A row without a sequence has slot -1 and
-        no tokens."""
+    def _decode(self, inputs: Tensor) -> Tensor | None:
+        """What graphs record: logits [rows, vocabulary] of `inputs`, int32 [5, rows], None on other ranks than 0. A row without
+        a sequence has slot -1 and no tokens."""
         slot, context = inputs[_SLOT], inputs[_CONTEXT]
         self._add_blocks(*inputs[_TABLE:])
         rows, positions = slot.clamp(min=0).long(), (context - 1).clamp(min=0).long()
@@ -246,7 +264,7 @@ class LaunchedStep:
     """A step on its way. `wanted` says how many of the likeliest tokens each row asked for, None for no log-probabilities."""
 
     def __init__(self, number: int, wanted: list[int | None], sampled: Sampled | None) -> None:
-        self._number = number
+        self.number = number
         self._wanted = wanted
         self._download = None
         if sampled is not None:
@@ -259,7 +277,7 @@ class LaunchedStep:
     def result(self) -> StepResult:
         """What the step produced, once it has."""
         if self._download is None:
-            return StepResult(self._number, [])
+            return StepResult(self.number, [])
         tokens, failed, *logprobs = (each.tolist() for each in self._download.wait())
         failures = [row for row, each in enumerate(failed) if each]
         found = {}
@@ -267,4 +285,4 @@ class LaunchedStep:
             for row, (count, chosen, ids, values) in enumerate(zip(self._wanted, *logprobs, strict=True)):
                 if count is not None and not failed[row]:
                     found[row] = TokenLogprobs(chosen, tuple(ids[:count]), tuple(values[:count]))
-        return StepResult(self._number, tokens, found, failures)
+        return StepResult(self.number, tokens, found, failures)

@@ -6,6 +6,7 @@ a later plan will write, shows at once.
 
 import zlib
 from array import array
+from collections import deque
 from collections.abc import Collection
 
 from dashinfer.engine.api import Medium, PromptMedia
@@ -64,6 +65,7 @@ class FakeRank:
     Args:
         poison: a token; after it the "model" gives no finite logits.
         media_tokens: of which embeddings are held at most, but for a single medium.
+        stages: of a pipeline. The first has the tokens of plan k when it begins plan k + `stages`, not sooner.
     """
 
     def __init__(
@@ -75,7 +77,10 @@ class FakeRank:
         max_step_tokens: int,
         poison: int | None = None,
         media_tokens: int = 0,
+        stages: int = 1,
     ) -> None:
+        self.stages = stages
+        self.late: deque[tuple[int, int, int, int]] = deque()  # step, slot, position and token
         self.media_tokens = media_tokens
         self.media: dict[bytes, int] = {}  # tokens of what is held or about to be
         self.encoded: set[bytes] = set()
@@ -108,11 +113,15 @@ class FakeRank:
     def reset(self) -> None:
         """As after `dashinfer.types.Reset`; what the blocks hold counts no more, either."""
         self.cache.clear()
+        self.late.clear()
         for slot in range(len(self.tables)):
             self.tokens[slot], self.tables[slot] = {}, []
 
     def execute(self, plan: StepPlan, *, finish: Collection[bytes] = ()) -> StepResult:
         """`finish`: media that are encoded first if they are needed."""
+        while self.late and self.late[0][0] + self.stages <= plan.step:
+            _, slot, position, token = self.late.popleft()
+            self.tokens[slot][position] = token
         for enter in plan.enter:
             self.tokens[enter.slot] = dict(enumerate(seen(list(array("i", enter.tokens)), enter.media)))
             self.tables[enter.slot] = []
@@ -147,8 +156,8 @@ class FakeRank:
             if chunk.sample:
                 if prefix[-1] == self.poison:
                     failed.append(len(tokens))
-                self.tokens[chunk.slot][end] = next_token(prefix, self.seeds[chunk.slot])
-                tokens.append(self.tokens[chunk.slot][end])
+                tokens.append(next_token(prefix, self.seeds[chunk.slot]))
+                self.late.append((plan.step, chunk.slot, end, tokens[-1]))
         return StepResult(plan.step, tokens, failed=failed)
 
     def _place(self, slot: int, position: int) -> tuple[int, int]:
