@@ -120,7 +120,8 @@ class Engine:
             while True:
                 life = _Life(self._make_workers(self._worker_configs))
                 try:
-                    await self._live(life, task_status)
+                    with _cancelled_first():
+                        await self._live(life, task_status)
                 except (WorkerError, StartupError) as error:
                     if self._scheduler is None:
                         raise
@@ -334,9 +335,8 @@ class Engine:
                 await life.workers.send(Reset())
             await self._send_masks(life)
             due = math.inf  # when there may be something to plan
-            while scheduler.num_planned <= scheduler.stages and self._isolated(
-                scheduler
-            ):  # one in each stage, one that follows
+            # a plan that runs in each stage, one that follows
+            while scheduler.num_planned <= scheduler.stages and self._isolated(scheduler):
                 if (
                     steps
                     and scheduler.next_step >= steps[0].number + scheduler.stages  # no stage wants for it yet
@@ -565,6 +565,18 @@ def can_jump(sequence: Sequence) -> bool:
     params = sequence.params
     penalised = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
     return params.logprobs is None and not penalised
+
+
+@contextmanager
+def _cancelled_first() -> Iterator[None]:
+    """Whoever is cancelled while workers fail is cancelled."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        cancelled, others = group.split(trio.Cancelled)
+        if cancelled is None or (others is not None and others.split((WorkerError, StartupError))[1] is not None):
+            raise
+        raise cancelled from None
 
 
 def _compare(again: Ready, first: Ready) -> None:

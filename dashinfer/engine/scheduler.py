@@ -122,7 +122,7 @@ class Scheduler:
     def can_admit(self, length: int) -> bool:
         """Whether the next plans can admit a new sequence of so many tokens, after all that wait. Media are not looked at."""
         lengths = chain((sequence.length for sequence in self.waiting), [length])
-        return self._num_admissible(lengths) > len(self.waiting)
+        return self.alone is None and self._num_admissible(lengths) > len(self.waiting)
 
     @property
     def num_tokens(self) -> int:
@@ -215,7 +215,7 @@ class Scheduler:
         admissible = 0
         for length in lengths:
             blocks -= self._blocks_for(length)
-            if admissible == slots or blocks < reserve:
+            if admissible >= slots or blocks < reserve:
                 break
             admissible += 1
             reserve += 1
@@ -306,16 +306,19 @@ class Scheduler:
         With a pipeline, all that could be computed are dealt over this plan and the next ones as evenly as those are filled by
         the sequences that return there. Decodes come first, and of those the ones that were computed the longest ago.
         """
-        able = [sequence for sequence in self.running if sequence.num_to_compute and self._usable(sequence.slot)]
         if self.stages == 1:
-            return able, len(self.waiting)
+            return self.running.copy(), len(self.waiting)
         able = [
             sequence
-            for sequence in able
-            if sequence.media is None or self._reach(sequence, sequence.computed) > sequence.computed
+            for sequence in self.running
+            if sequence.num_to_compute
+            and self._usable(sequence.slot)
+            and (sequence.media is None or self._reach(sequence, sequence.computed) > sequence.computed)
         ]
         newcomers = 0
-        if self.waiting and self._free_slots:  # at least one: it may need fewer blocks than is thought
+        if (
+            self.waiting and self._free_slots and len(self.running) < self.max_running
+        ):  # at least one: it may need fewer blocks than is thought
             newcomers = max(1, self._num_admissible(sequence.length for sequence in self.waiting))
         returning = Counter(
             self._usable_from[sequence.slot]
@@ -338,7 +341,7 @@ class Scheduler:
         preempted = False
         for sequence in turn:
             remaining = sequence.num_to_compute
-            if sequence.slot is None:
+            if sequence.slot is None or remaining == 0:
                 continue
             length = 1 if remaining == 1 else min(remaining, budget)
             if sequence.media is not None:

@@ -46,6 +46,8 @@ class Application:
         assert message["type"] == "lifespan.startup", "the first event of a lifespan"
         try:
             settings = configuration.from_environment(os.environ)
+            if settings.nnodes > 1:
+                raise ConfigurationError("DASHINFER_NNODES: several machines are served by the command dashinfer_serve alone")
         except ConfigurationError as error:
             await send({"type": "lifespan.startup.failed", "message": str(error)})
             return

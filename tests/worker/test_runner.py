@@ -177,6 +177,25 @@ def test_memory_that_runs_out_in_a_step_is_one_line(runner, monkeypatch, error):
         runner.execute(plan)
 
 
+def test_after_a_step_without_memory_all_begins_anew(runner, monkeypatch):
+    tokens = prompt(20, 7)
+    (expected,) = generate(runner, [tokens], [greedy()])
+    forward, steps = runner._executor._model.forward, []
+
+    def fail_once(*arguments, **options):
+        steps.append(None)
+        if len(steps) == 3:
+            raise MemoryError
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(runner._executor._model, "forward", fail_once)
+    with pytest.raises(InsufficientMemory):
+        generate(runner, [prompt(30, 8), tokens], [greedy(), greedy()])
+    runner.reset()
+
+    assert generate(runner, [tokens], [greedy()]) == [expected]
+
+
 def test_another_error_of_torch_is_not_hidden(runner, monkeypatch):
     def forward(*_):
         raise RuntimeError("shapes do not match")
