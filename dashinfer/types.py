@@ -203,7 +203,8 @@ class Enter(Struct, frozen=True, array_like=True):
 class Chunk(Struct, frozen=True, array_like=True):
     """One sequence's share of a step: positions [start, start + length) of its slot are computed.
 
-    Their token ids are in the slot already: from `Enter`, or written there by the rank itself when it sampled them.
+    Their token ids are in the slot already, from `Enter` or written there by the rank itself when it sampled them, but for the
+    last ones where `tokens` has them.
     """
 
     slot: int
@@ -211,6 +212,7 @@ class Chunk(Struct, frozen=True, array_like=True):
     length: int
     sample: bool  # sample the token at position start + length
     new_blocks: tuple[int, ...]  # appended to the slot's block table before the step; Enter empties the table
+    tokens: bytes = b""  # int32 little endian: of the last positions, in place of what the slot has there
 
 
 class StepPlan(Struct, tag="plan", frozen=True):
@@ -222,6 +224,16 @@ class StepPlan(Struct, tag="plan", frozen=True):
     step: int
     enter: list[Enter]
     chunks: list[Chunk]
+    masked: bool = False  # `Masks` of this step follow; sampling waits for them
+
+
+class Masks(Struct, tag="masks", frozen=True):
+    """Parent to rank: what the chunks that sample in a step may sample. Comes once for each plan that says so, as soon as the
+    results of the steps before it are applied, so while the step already runs."""
+
+    step: int
+    rows: tuple[int, ...]  # among the chunks that sample, in the plan's order; any other takes every token
+    words: bytes  # int32 little endian [len(rows), ceil(vocab / 32)], a bit 1 for each token that is allowed, lowest first
 
 
 class TokenLogprobs(Struct, frozen=True, array_like=True):
@@ -241,5 +253,5 @@ class StepResult(Struct, tag="result", frozen=True):
     failed: list[int] = []  # indexes into `tokens` of those that mean nothing: the model gave no finite logits for them
 
 
-FromParent = Start | StepPlan | Encode | Forget | Reset
+FromParent = Start | StepPlan | Masks | Encode | Forget | Reset
 FromWorker = Progress | Ready | Failed | Alive | StepResult | OutOfMemory | Encoded

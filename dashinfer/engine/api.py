@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 import trio
 from msgspec import Struct
 
+from dashinfer.guidance.guide import Grammar
 from dashinfer.types import (
     Encoded,
     FinishReason,
@@ -93,6 +94,7 @@ class Generation(Protocol):
         """All outputs that are ready, at least one. An empty list once every choice has finished or was stopped.
 
         Raises:
+            InvalidRequest: the request's grammar turned out to be too much work.
             InternalError: the engine lost the request, or the model gave no finite logits for it.
             EngineUnavailable: the server shut down before the request was done.
         """
@@ -108,9 +110,14 @@ class EngineAPI(Protocol):
     info: Ready | None  # the model, once it is loaded
 
     def submit(
-        self, prompt: list[int], params: list[SamplingParams], media: PromptMedia | None = None
+        self,
+        prompt: list[int],
+        params: list[SamplingParams],
+        media: PromptMedia | None = None,
+        grammar: Grammar | None = None,
     ) -> AbstractContextManager[Generation]:
-        """Queue one request with a choice for each of `params` (they may differ in their seeds).
+        """Queue one request with a choice for each of `params` (they may differ in their seeds), each of which follows the
+        grammar if there is one.
 
         Raises, at once and not on entering:
             EngineUnavailable: loading, draining or failed.

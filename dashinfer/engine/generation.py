@@ -7,13 +7,21 @@ the reader has not taken yet is a list, which never holds more than the tokens t
 from collections.abc import Callable
 from types import TracebackType
 
+import msgspec
 import trio
 
 from dashinfer.engine.api import PromptMedia, TokenOutput
 from dashinfer.engine.scheduler import Update
 from dashinfer.engine.sequence import Sequence
 from dashinfer.errors import RequestError
+from dashinfer.guidance.guide import Grammar
 from dashinfer.types import SamplingParams
+
+
+def _guided(params: SamplingParams, grammar: Grammar) -> SamplingParams:
+    """The grammar says when the end may come, and that it must."""
+    ends = tuple(sorted({*params.stop_token_ids, *grammar.ends}))
+    return msgspec.structs.replace(params, stop_token_ids=ends, min_tokens=0)
 
 
 class SequenceGroup:
@@ -30,12 +38,18 @@ class SequenceGroup:
         prompt: list[int],
         params: list[SamplingParams],
         media: PromptMedia | None = None,
+        grammar: Grammar | None = None,
         *,
         on_enter: Callable[["SequenceGroup"], None],
         on_exit: Callable[["SequenceGroup"], None],
         on_stop: Callable[[Sequence], None],
     ) -> None:
-        self.sequences = [Sequence(len(prompt), list(prompt), each, media) for each in params]
+        guides = [None if grammar is None else grammar.guide(each.min_tokens) for each in params]
+        if grammar is not None:
+            params = [_guided(each, grammar) for each in params]
+        self.sequences = [
+            Sequence(len(prompt), list(prompt), each, media, guide) for each, guide in zip(params, guides, strict=True)
+        ]
         self._index = {sequence: index for index, sequence in enumerate(self.sequences)}
         self._open = set(range(len(params)))  # choices that the reader still expects something of
         self._on_enter = on_enter

@@ -51,6 +51,7 @@ class _Planned(Struct, frozen=True):
     step: int
     sequences: list[Sequence]
     samplers: list[Sequence]
+    positions: list[int]  # that they sample
     tokens: int
 
 
@@ -88,6 +89,7 @@ class Scheduler:
         self._free_slots = list(range(max_batch))  # ascending
         self._usable_from = [0] * max_batch  # for each slot, the number of the first plan that may use it
         self._planned: deque[_Planned] = deque()
+        self._unmasked: deque[_Planned] = deque()  # those of them whose masks are still to be computed
         self._step = 0
         self._media_cache = media_cache
         self._media_full = False  # a sequence has found no room in this plan, and those after it must not take it
@@ -146,30 +148,65 @@ class Scheduler:
             self._step = later
         return plan
 
+    def masks_due(self) -> tuple[int, dict[int, Sequence]] | None:
+        """A step whose masks can be computed: its number, and the sequences that follow a grammar by their places among who
+        samples. Each step with such sequences comes once, in order, as soon as all their tokens before it are known."""
+        if not self._unmasked:
+            return None
+        planned = self._unmasked[0]
+        guided = {
+            row: sequence
+            for row, sequence in enumerate(planned.samplers)
+            if sequence.guide is not None and not sequence.ended and planned.positions[row] >= len(sequence.tokens)
+        }
+        guided_sequences = set(guided.values())
+        for earlier in self._planned:
+            if earlier is planned:
+                break
+            if not guided_sequences.isdisjoint(earlier.samplers):
+                return None
+        self._unmasked.popleft()
+        return planned.step, guided
+
     def apply(self, result: StepResult) -> list[Update]:
         """Take the result of the oldest plan that has none."""
         planned = self._planned.popleft()
         assert result.step == planned.step and len(result.tokens) == len(planned.samplers)
         updates = []
         for index, (sequence, token) in enumerate(zip(planned.samplers, result.tokens, strict=True)):
-            if sequence.ended:
+            if sequence.ended or planned.positions[index] < len(sequence.tokens):  # what was forced stands there
                 continue
             sequence.in_flight -= 1
             if index in result.failed:
                 self._end(sequence)
                 updates.append(Update(sequence, token, None, None, failed=True))
                 continue
-            sequence.tokens.append(token)
-            finish: FinishReason | None = None
-            if token in sequence.params.stop_token_ids:
-                finish = "stop"
-            elif sequence.num_output >= sequence.params.max_tokens:
-                finish = "length"
-            self._register(sequence)
-            if finish:
-                self._end(sequence)
-            updates.append(Update(sequence, token, result.logprobs.get(index), finish))
+            updates.append(self._append(sequence, token, result.logprobs.get(index)))
         return updates
+
+    def force(self, sequence: Sequence, tokens: list[int]) -> list[Update]:
+        """Append tokens that can be no others, in place of those in flight. The next plan computes them together."""
+        assert not sequence.ended and sequence.in_flight <= len(tokens)
+        sequence.in_flight = 0
+        sequence.told = len(sequence.tokens)  # what ranks sample in their place is not masked, and nothing
+        updates = []
+        for token in tokens:
+            updates.append(self._append(sequence, token, None))
+            if sequence.ended:
+                break
+        return updates
+
+    def _append(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> Update:
+        sequence.tokens.append(token)
+        finish: FinishReason | None = None
+        if token in sequence.params.stop_token_ids:
+            finish = "stop"
+        elif sequence.num_output >= sequence.params.max_tokens:
+            finish = "length"
+        self._register(sequence)
+        if finish:
+            self._end(sequence)
+        return Update(sequence, token, logprobs, finish)
 
     def _num_admissible(self, lengths: Iterable[int]) -> int:
         """How many of the first of new sequences of such lengths the next plans can admit."""
@@ -200,6 +237,7 @@ class Scheduler:
             computing = {sequence: None for sequence in computing if sequence is self.alone}
         self.alone = None
         self._planned.clear()
+        self._unmasked.clear()
         self._usable_from = [0] * self.max_batch
         for sequence in reversed(self.running.copy()):
             self._leave(sequence)
@@ -251,9 +289,14 @@ class Scheduler:
             return None
         # Decodes first: attention treats them apart. The order within each group stays that of admission.
         ordered = sorted(chunks.items(), key=lambda item: not (item[1].length == 1 and item[1].sample))
-        plan = StepPlan(step=self._step, enter=enter, chunks=[chunk for _, chunk in ordered])
         samplers = [sequence for sequence, chunk in ordered if chunk.sample]
-        self._planned.append(_Planned(self._step, list(chunks), samplers, sum(chunk.length for chunk in plan.chunks)))
+        positions = [sequence.computed for sequence in samplers]
+        masked = any(sequence.guide is not None for sequence in samplers)
+        plan = StepPlan(step=self._step, enter=enter, chunks=[chunk for _, chunk in ordered], masked=masked)
+        tokens = sum(chunk.length for chunk in plan.chunks)
+        self._planned.append(_Planned(self._step, list(chunks), samplers, positions, tokens))
+        if masked:
+            self._unmasked.append(self._planned[-1])
         self._step += 1
         return plan
 
@@ -366,6 +409,7 @@ class Scheduler:
     def _enter(self, sequence: Sequence) -> Enter:
         assert sequence.slot is not None
         tokens, media = array("i", sequence.tokens).tobytes(), sequence.media
+        sequence.told = len(sequence.tokens)
         if media is None:
             return Enter(sequence.slot, tokens, sequence.prompt_length, sequence.params)
         return Enter(sequence.slot, tokens, sequence.prompt_length, sequence.params, media.spans, media.positions, media.delta)
@@ -417,11 +461,14 @@ class Scheduler:
         start = sequence.computed
         sequence.computed += length
         sample = sequence.computed == sequence.length
+        untold = sequence.tokens[sequence.told : sequence.computed]
+        sequence.told = max(sequence.told, sequence.computed + sample)
         if sample:
             sequence.in_flight += 1
             self._usable_from[sequence.slot] = self._step + self.stages
         self._register(sequence)
-        return Chunk(sequence.slot, start, length, sample, tuple(new_blocks))
+        tokens = array("i", untold).tobytes() if untold else b""
+        return Chunk(sequence.slot, start, length, sample, tuple(new_blocks), tokens)
 
     def _cached_prefix(self, sequence: Sequence) -> list[int]:
         """Blocks of the sequence's prefix that the pool knows. The last token is always computed: its logits are needed."""

@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_va
 from pydantic_core import PydanticCustomError
 
 from dashinfer.protocol.base import RequestModel
+from dashinfer.protocol.constraints import ConstrainedRequest
 from dashinfer.protocol.messages import Message, forget_media, has_media, message_media, template_message
 from dashinfer.types import FinishReason
 from dashinfer.vision.request import MediumRequest
@@ -71,7 +72,7 @@ class StreamOptions(RequestModel):
     include_obfuscation: bool = Field(default=False, description="ignored: nothing is added to chunks")
 
 
-class ChatCompletionRequest(RequestModel):
+class ChatCompletionRequest(ConstrainedRequest):
     """A chat. A null stands for a field that is left out; an unknown field is refused."""
 
     messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1, max_length=MAX_MESSAGES)
@@ -117,7 +118,6 @@ class ChatCompletionRequest(RequestModel):
     prompt_cache_key: str | None = Field(default=None, description="ignored: the prefix cache needs no key")
     prompt_cache_retention: str | None = Field(default=None, description="ignored")
     parallel_tool_calls: bool | None = Field(default=None, description="ignored: tools are not supported yet")
-    response_format: dict[str, Any] | None = Field(default=None, description='{"type": "text"} only, so far')
     modalities: list[Literal["text"]] | None = Field(default=None, description='["text"] only')
     tools: list[Any] | None = Field(default=None, max_length=0, description="not supported yet: must be empty")
     tool_choice: Literal["none", "auto"] | None = None

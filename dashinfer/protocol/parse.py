@@ -102,10 +102,6 @@ def _refuse_unsupported(fields: Mapping[str, Any]) -> None:
         raise _unsupported("`tools` are not supported yet", "tools")
     if fields.get("tool_choice") not in (None, "none", "auto"):
         raise InvalidRequest("`tool_choice` needs `tools`, which are not supported yet", param="tool_choice")
-    response_format = fields.get("response_format")
-    if isinstance(response_format, dict) and response_format != {"type": "text"}:
-        kind = response_format.get("type")
-        raise _unsupported(f'`response_format.type` is {_shown(kind)}; only "text" is supported so far', "response_format")
     modalities = fields.get("modalities")
     if isinstance(modalities, list) and modalities != ["text"]:
         raise _unsupported('`modalities` other than ["text"] are not supported', "modalities")

@@ -20,6 +20,7 @@ import trio
 
 from dashinfer.engine.api import EngineAPI, Generation, PromptMedia, TokenOutput
 from dashinfer.errors import InvalidRequest, ModelNotServed, QueueFull, RequestError
+from dashinfer.guidance.spec import Constraint
 from dashinfer.protocol import stream
 from dashinfer.protocol.chat import ChatCompletionRequest
 from dashinfer.protocol.parse import parse_chat_request
@@ -55,6 +56,7 @@ class Prepared:
     stop: list[StopString]
     media: PromptMedia | None = None
     media_tokens: dict[str, int] | None = None
+    constraint: Constraint | None = None
 
 
 def _new_seed() -> int:
@@ -115,7 +117,8 @@ def prepare(engine: EngineAPI, text: TextModel, request: ChatCompletionRequest, 
         max_length=max_length,
         new_seed=_new_seed,
     )
-    return Prepared(request, prompt, params, [StopString(text) for text in request.stop], media, media_tokens)
+    stop = [StopString(text) for text in request.stop]
+    return Prepared(request, prompt, params, stop, media, media_tokens, request.constraint())
 
 
 class _Choice:
@@ -296,7 +299,8 @@ async def start(service: Service, body: Buffer, stack: ExitStack, account: "Medi
         seen = await _see(service, engine, request.media(), stack, account)
         request.drop_media()
         prepared = await _off_the_loop(service, size, partial(prepare, engine, text, request, seen))
-    generation = stack.enter_context(engine.submit(prepared.prompt, prepared.params, prepared.media))
+    grammar = None if prepared.constraint is None else await service.compile(prepared.constraint)
+    generation = stack.enter_context(engine.submit(prepared.prompt, prepared.params, prepared.media, grammar))
     return ChatCompletion(service, text, prepared, generation)
 
 

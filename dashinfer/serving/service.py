@@ -15,6 +15,9 @@ import trio
 from dashinfer.config import ServerConfig
 from dashinfer.engine.api import EngineAPI, EngineState
 from dashinfer.errors import EngineUnavailable
+from dashinfer.guidance.compiler import Compiler
+from dashinfer.guidance.guide import Grammar
+from dashinfer.guidance.spec import Constraint
 
 if TYPE_CHECKING:
     from dashinfer.text.chat_template import ChatTemplate
@@ -65,6 +68,7 @@ class Service:
         self.intake: Intake | None = None
         self._engine: EngineAPI | None = None
         self._text: TextModel | None = None
+        self._compiler: Compiler | None = None
         self._draining = False
         self._idle = trio.Event()
         self._idle.set()
@@ -74,6 +78,7 @@ class Service:
         """From now on requests are served."""
         assert engine.info is not None, "an engine that is ready knows its model"
         self._engine, self._text = engine, text
+        self._compiler = Compiler(text.tokenizer, engine.info.vocab_size, max_waiting=self.config.max_queue)
         if text.vision is not None:
             self.intake = _make_intake(self.config, text.vision)
         info = engine.info
@@ -119,6 +124,16 @@ class Service:
         assert self._engine is not None, "ready without an engine"
         assert self._text is not None, "ready without a tokenizer"
         return self._engine, self._text
+
+    async def compile(self, constraint: Constraint) -> Grammar:
+        """What the engine takes for it.
+
+        Raises:
+            InvalidRequest: it cannot be followed.
+            QueueFull: too many requests wait for their grammars.
+        """
+        assert self._compiler is not None, "ready without a tokenizer"
+        return await self._compiler.compile(constraint)
 
     @contextmanager
     def request(self) -> Iterator[None]:

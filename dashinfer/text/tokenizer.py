@@ -126,6 +126,10 @@ class Tokenizer:
         text = b"".join([self.token_bytes(token) for token in ids if token not in skipped]).decode("utf-8", "replace")
         return text.removeprefix(" ") if self.drops_first_space else text
 
+    def to_json(self) -> str:
+        """As a tokenizer.json, with the tokens that were added to the file's own."""
+        return self._tokenizer.to_str()
+
     def token_text(self, token: int) -> tuple[str, list[int]]:
         """One token as OpenAI's logprobs show it: its text (U+FFFD for half a character) and its bytes."""
         raw = self.token_bytes(token)

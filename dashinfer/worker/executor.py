@@ -3,6 +3,7 @@
 What steps need of the sequences lives on the device: token histories and sampling parameters (`SamplingState`), block tables.
 A step brings a few numbers a sequence in one copy, finds its token ids where earlier steps wrote them, and is queued behind the
 step before; its tokens are read back while the next one runs. On a GPU, steps that only decode are replayed from CUDA graphs.
+What a grammar allows is known last: the thread waits for it when all of a step but sampling is queued.
 
 Of several ranks the first samples, and the others are told the tokens: they could not differ if they tried.
 """
@@ -20,6 +21,7 @@ from dashinfer.models.decoder import DecoderLM, InputEmbeddings
 from dashinfer.models.kv_cache import KVCache
 from dashinfer.types import Chunk, Enter, StepPlan, StepResult, TokenLogprobs
 from dashinfer.worker.graphs import DecodeGraphs
+from dashinfer.worker.masks import MaskInbox
 from dashinfer.worker.media import Media
 from dashinfer.worker.placements import Placements, Shown
 from dashinfer.worker.staging import Download, Staging
@@ -58,6 +60,7 @@ class Executor:
         self._num_blocks = [0] * max_batch  # in each slot's table
         self._staging = Staging(device)
         self._graphs: DecodeGraphs | None = None
+        self.masks = MaskInbox()
 
     def use_caches(self, kv_caches: list[KVCache]) -> None:
         """Each layer's cache, as `allocate_kv_cache` makes them. Graphs recorded over others are dropped."""
@@ -94,6 +97,7 @@ class Executor:
                 enter_slot(self._state, enter)
                 if self._placements is not None:
                     self._placements.enter(enter)
+            self._write_tokens(plan.chunks)
             decodes = all(chunk.length == 1 and chunk.sample and len(chunk.new_blocks) <= 1 for chunk in plan.chunks)
             if decodes and self._placements is not None:
                 decodes = not any(map(self._placements.has_positions, plan.chunks))
@@ -106,7 +110,8 @@ class Executor:
                 return LaunchedStep(plan.step, [], None)
             assert logits is not None
             needs = [self._state.needs[chunk.slot] for chunk in plan.chunks if chunk.sample]
-            sampled = sample(logits, self._state, SamplingBatch(slots, positions, reduce(or_, needs)))
+            masks = self._take_masks(plan.step, len(slots)) if plan.masked else (None, None)
+            sampled = sample(logits, self._state, SamplingBatch(slots, positions, reduce(or_, needs), *masks))
             if self._group.world_size > 1:
                 self._group.broadcast(sampled.tokens)
             return LaunchedStep(plan.step, [each.top_logprobs for each in needs], sampled)
@@ -115,6 +120,30 @@ class Executor:
         """Have the tokens that rank 0 samples written to the history; of a row that failed, too, whose sequence ends."""
         tokens = torch.empty(len(slots), dtype=torch.int64, device=self._device)
         self._state.history.index_put_((slots.long(), positions.long()), self._group.broadcast(tokens).int())
+
+    def _write_tokens(self, chunks: list[Chunk]) -> None:
+        """Token ids that the chunks bring, into the history."""
+        written = [chunk for chunk in chunks if chunk.tokens]
+        if not written:
+            return
+        tokens = [np.frombuffer(chunk.tokens, "<i4") for chunk in written]
+        lengths = np.array([len(each) for each in tokens])
+        ends = np.array([chunk.start + chunk.length for chunk in written])
+        positions = np.arange(lengths.sum()) + np.repeat(ends - lengths.cumsum(), lengths)
+        slots = np.repeat([chunk.slot for chunk in written], lengths)
+        slot, position, token = self._staging.upload([slots, positions, np.concatenate(tokens)])
+        self._state.history.index_put_((slot.long(), position.long()), token)
+
+    def _take_masks(self, step: int, count: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """The masks of a step, [masks, words], and which of them each of `count` rows takes. Waits for them, and a GPU goes on
+        with the step meanwhile."""
+        masks = self.masks.take(step)
+        if not masks.rows:
+            return None, None
+        mask_rows = np.full(count, -1, dtype=np.int32)
+        mask_rows[list(masks.rows)] = np.arange(len(masks.rows))
+        words, rows = self._staging.upload([np.frombuffer(masks.words, "<i4"), mask_rows])
+        return words.view(len(masks.rows), -1), rows
 
     def _take_blocks(self, chunks: list[Chunk]) -> np.ndarray:
         """Slot, column and number of each block that a step adds to the tables, [3, blocks] int32."""

@@ -29,6 +29,7 @@ from dashinfer.errors import (
     QueueFull,
     WorkerError,
 )
+from dashinfer.guidance.guide import Grammar
 from dashinfer.serving.service import TextModel
 from dashinfer.sources import ModelSource, ReportProgress, TokenizerFiles
 from dashinfer.text.chat_template import ChatTemplate
@@ -201,7 +202,9 @@ class FakeEngine:
         self._changed.set()
         self._changed = trio.Event()
 
-    def submit(self, prompt: list[int], params: list[SamplingParams], media: PromptMedia | None = None) -> Any:
+    def submit(
+        self, prompt: list[int], params: list[SamplingParams], media: PromptMedia | None = None, grammar: Grammar | None = None
+    ) -> Any:
         if self.refusal is not None:
             raise self.refusal
         if self.state not in ("ready", "recovering"):
