@@ -18,6 +18,8 @@ from dashinfer.errors import ConfigurationError
 from dashinfer.types import DataType, KVCacheDtype, QuantType, VisionEngine
 
 Mode = Literal["auto", "llm", "vlm"]
+ToolParserName = Literal["auto", "none", "hermes", "llama3_json", "mistral", "pythonic", "qwen3_coder"]
+ReasoningParserName = Literal["auto", "none", "qwen3", "deepseek_r1", "mistral"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LoadFormat = Literal["auto", "dummy"]
 Device = Literal["auto", "cuda", "cpu"]
@@ -226,6 +228,14 @@ class ServerConfig:
         group=_SERVER,
         parse=_seconds,
         metavar="SECONDS",
+    )
+    tool_call_parser: ToolParserName = _setting(
+        "auto", "how the model writes calls of tools; auto finds out from its chat template and vocabulary", group=_SERVER
+    )
+    reasoning_parser: ReasoningParserName = _setting(
+        "auto",
+        "how the model marks its thinking; auto finds out from its chat template and vocabulary, none leaves it in the answer",
+        group=_SERVER,
     )
 
     device: Device = _setting("auto", "where the model runs; auto takes CUDA if there is a GPU", group=_ENGINE)

@@ -14,11 +14,10 @@ from dashinfer.errors import InvalidRequest
 from dashinfer.protocol.chat import ChatCompletionRequest
 from dashinfer.protocol.media import URL_TAGS
 from dashinfer.protocol.messages import CONTENT_TAGS, PART_KINDS, ROLES
+from dashinfer.protocol.tools import CHOICE_TAGS
 
 # Fields of OpenAI's API that change an answer and that this server does not know: never ignored.
-UNSUPPORTED = frozenset(
-    {"functions", "function_call", "audio", "prediction", "web_search_options", "reasoning_effort", "verbosity"}
-)
+UNSUPPORTED = frozenset({"functions", "function_call", "audio", "prediction", "web_search_options", "verbosity"})
 
 _LONE_SURROGATE = re.compile(rb"\\u[dD](?:[89aAbB]..(?!\\u[dD][c-fC-F])|[c-fC-F])")
 _JSON_NAMES = {str: "a string", bool: "a boolean", int: "a number", float: "a number", list: "an array", dict: "an object"}
@@ -98,10 +97,6 @@ def _unsupported(message: str, param: str) -> InvalidRequest:
 
 
 def _refuse_unsupported(fields: Mapping[str, Any]) -> None:
-    if fields.get("tools"):
-        raise _unsupported("`tools` are not supported yet", "tools")
-    if fields.get("tool_choice") not in (None, "none", "auto"):
-        raise InvalidRequest("`tool_choice` needs `tools`, which are not supported yet", param="tool_choice")
     modalities = fields.get("modalities")
     if isinstance(modalities, list) and modalities != ["text"]:
         raise _unsupported('`modalities` other than ["text"] are not supported', "modalities")
@@ -139,7 +134,8 @@ def _param(location: tuple[str | int, ...]) -> str:
         is_content_kind = step in CONTENT_TAGS and before == "content"
         is_part_kind = step in PART_KINDS and isinstance(before, int) and i > 3
         is_url_kind = step in URL_TAGS and before in ("image_url", "video_url", "video")
-        if not (is_role or is_content_kind or is_part_kind or is_url_kind or step == "[key]"):
+        is_choice_kind = step in CHOICE_TAGS and before == "tool_choice"
+        if not (is_role or is_content_kind or is_part_kind or is_url_kind or is_choice_kind or step == "[key]"):
             shown.append(str(step))
     param = ".".join(shown)
     param = param if len(param) <= _LONGEST_PARAM else param[:_LONGEST_PARAM] + "..."

@@ -21,7 +21,9 @@ from dashinfer.guidance.spec import Constraint
 
 if TYPE_CHECKING:
     from dashinfer.text.chat_template import ChatTemplate
+    from dashinfer.text.reasoning import ReasoningFormat
     from dashinfer.text.tokenizer import Tokenizer
+    from dashinfer.text.tools.formats import ToolFormat
     from dashinfer.vision.intake import Intake
     from dashinfer.vision.model import VisionModel
 
@@ -38,12 +40,16 @@ class TextModel:
 
     Attributes:
         vision: how it sees; None where it is served without that.
+        tools: how it writes calls; None where that is not known.
+        reasoning: how it marks its thinking; None where it does not think, or nobody wants to know.
     """
 
     tokenizer: "Tokenizer"
     template: "ChatTemplate"
     generation_config: Mapping[str, Any]
     vision: "VisionModel | None" = None
+    tools: "ToolFormat | None" = None
+    reasoning: "ReasoningFormat | None" = None
 
 
 class Service:

@@ -130,6 +130,11 @@ class Tokenizer:
         """As a tokenizer.json, with the tokens that were added to the file's own."""
         return self._tokenizer.to_str()
 
+    def marker_id(self, text: str) -> int | None:
+        """The token that a text is by itself, among those added to the vocabulary: a marker, never spelled otherwise."""
+        token = self._tokenizer.token_to_id(text)
+        return token if token in self._added else None
+
     def token_text(self, token: int) -> tuple[str, list[int]]:
         """One token as OpenAI's logprobs show it: its text (U+FFFD for half a character) and its bytes."""
         raw = self.token_bytes(token)
