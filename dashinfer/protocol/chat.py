@@ -263,7 +263,7 @@ class ModelList(BaseModel):
 
 
 class Health(BaseModel):
-    status: Literal["ok", "loading", "draining", "failed"]
+    status: Literal["ok", "loading", "recovering", "draining", "failed"]
     mode: Literal["llm", "vlm"] | None = Field(description="null until the model is loaded")
 
 

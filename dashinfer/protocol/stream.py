@@ -148,10 +148,18 @@ def completion_body(
     )
 
 
+def _model(model: str, created: int, max_length: int) -> dict[str, Any]:
+    return {"id": model, "object": "model", "created": created, "owned_by": "dashinfer", "max_model_len": max_length}
+
+
+def model_body(*, model: str, created: int, max_length: int) -> bytes:
+    """JSON of a Model. `max_length` in tokens."""
+    return _encode(_model(model, created, max_length))
+
+
 def model_list_body(*, model: str, created: int, max_length: int) -> bytes:
     """JSON of a ModelList with the one model there is. `max_length` in tokens."""
-    entry = {"id": model, "object": "model", "created": created, "owned_by": "dashinfer", "max_model_len": max_length}
-    return _encode({"object": "list", "data": [entry]})
+    return _encode({"object": "list", "data": [_model(model, created, max_length)]})
 
 
 def health_body(status: str, mode: str | None) -> bytes:

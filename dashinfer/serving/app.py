@@ -19,8 +19,8 @@ from werkzeug.exceptions import HTTPException
 
 from dashinfer.errors import InvalidRequest, MethodNotAllowed, NotFound, PayloadTooLarge, RequestError
 from dashinfer.protocol.openapi import openapi_document
-from dashinfer.protocol.stream import KEEP_ALIVE, error_body, health_body, model_list_body
-from dashinfer.serving import chat, docs
+from dashinfer.protocol.stream import KEEP_ALIVE, error_body
+from dashinfer.serving import chat, docs, status, tokens
 from dashinfer.serving.auth import KeyRing
 from dashinfer.serving.edge import SCOPE_KEY, Edge, RequestRecord, Scope, error_headers, internal_error
 from dashinfer.serving.service import Service
@@ -37,7 +37,9 @@ MAX_OTHER_BODY = 16 * 1024  # bytes that are kept of a body nobody reads
 BODY_TIMEOUT = 120  # seconds a client may take to send its body
 
 CHAT_PATH = "/v1/chat/completions"
-OPEN_PATHS = ("/", "/health", "/openapi.json", *docs.OPEN_PATHS)
+TOKENIZE_PATH, DETOKENIZE_PATH = "/tokenize", "/detokenize"
+BODY_PATHS = (CHAT_PATH, TOKENIZE_PATH, DETOKENIZE_PATH)  # that take more than a small body
+OPEN_PATHS = ("/", "/openapi.json", *status.OPEN_PATHS, *docs.OPEN_PATHS)
 
 _JSON = {"content-type": "application/json"}
 _EVENTS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -55,9 +57,9 @@ class _Body(TrioRequest.body_class):
         return data
 
 
-def max_body(service: Service, *, declared: bool) -> int:
-    """Most bytes of a chat's body. `declared`: it says its length at once, so that memory can be had before it is read."""
-    if service.intake is None or not declared:
+def max_body(service: Service, path: str, *, declared: bool) -> int:
+    """Most bytes of a body for a path. `declared`: it says its length at once, so that memory can be had before it is read."""
+    if path != CHAT_PATH or service.intake is None or not declared:
         return MAX_BODY
     return MAX_BODY + INLINE_MEDIA * (service.config.max_media_bytes * 4 // 3)
 
@@ -69,8 +71,8 @@ class _Request(TrioRequest):
     service: Service
 
     def __init__(self, method: str, scheme: str, path: str, query: bytes, headers: Headers, *rest: Any, **named: Any) -> None:
-        if (method, path) == ("POST", CHAT_PATH):
-            named["max_content_length"] = max_body(self.service, declared="content-length" in headers)
+        if method == "POST" and path in BODY_PATHS:
+            named["max_content_length"] = max_body(self.service, path, declared="content-length" in headers)
         else:
             named["max_content_length"] = MAX_OTHER_BODY
         super().__init__(method, scheme, path, query, headers, *rest, **named)
@@ -96,7 +98,7 @@ def _http_error(service: Service, error: HTTPException) -> Response:
             response.headers["allow"] = allowed
             return response
         case 413:
-            most = max_body(service, declared="content-length" in request.headers) // 2**20
+            most = max_body(service, request.path, declared="content-length" in request.headers) // 2**20
             return error_response(PayloadTooLarge(f"the body is larger than {most} MiB"))
     return error_response(InvalidRequest(error.description or error.name), status=error.code)
 
@@ -116,7 +118,7 @@ async def _admit(service: Service, scope: Scope, record: RequestRecord) -> None:
         return
     declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
     length = int(declared) if declared.isdigit() else 0
-    if not PAID_BODY <= length <= max_body(service, declared=True):
+    if not PAID_BODY <= length <= max_body(service, CHAT_PATH, declared=True):
         return
     account = record.account = record.stack.enter_context(service.intake.budget.open())
 
@@ -147,18 +149,7 @@ def create_app(service: Service) -> QuartTrio:
     async def index() -> Response:
         return Response(b"", 307, headers={"location": "docs"})
 
-    @app.get("/health")
-    async def health() -> Response:
-        if (state := service.state) == "ready":
-            return Response(health_body("ok", service.mode), headers=_JSON)
-        return Response(health_body(state, service.mode), 503, headers=_JSON)
-
-    @app.get("/v1/models")
-    async def models() -> Response:
-        engine, _ = service.require()
-        assert engine.info is not None, "an engine that is ready knows its model"
-        body = model_list_body(model=service.config.model_name, created=service.created, max_length=engine.info.max_length)
-        return Response(body, headers=_JSON)
+    status.add_routes(app, service)
 
     @app.post(CHAT_PATH)
     async def chat_completions() -> Response:
@@ -172,6 +163,16 @@ def create_app(service: Service) -> QuartTrio:
             record.keep_alive = KEEP_ALIVE
             return response
         return Response(await completion.body(), headers=_JSON)
+
+    @app.post(TOKENIZE_PATH)
+    async def tokenize() -> Response:
+        service.require()
+        return Response(await tokens.tokenize(service, await request.get_data()), headers=_JSON)
+
+    @app.post(DETOKENIZE_PATH)
+    async def detokenize() -> Response:
+        service.require()
+        return Response(await tokens.detokenize(service, await request.get_data()), headers=_JSON)
 
     @app.get("/openapi.json")
     async def openapi() -> Response:

@@ -10,6 +10,8 @@ from typing import TextIO
 
 from dashinfer.errors import DashInferError
 
+PROBES = frozenset({"/health", "/health/live", "/health/ready", "/ping", "/metrics"})
+
 access = logging.getLogger("dashinfer.access")
 notices = logging.getLogger("dashinfer.notice")  # what is told at any --log-level: the address, for one
 
@@ -65,9 +67,9 @@ def configure(level: str, *, libraries: bool = True) -> None:
 def log_access(method: str, target: bytes, status: int, seconds: float, note: str) -> None:
     """One request that ended. `target` is the path as it came, still percent-encoded, so it cannot break the line.
 
-    Health probes are logged at debug level: they come every second and say nothing.
+    Probes are logged at debug level: they come every second and say nothing.
     """
     path = target.decode("latin-1")
     path = path if len(path) <= 200 else path[:200] + "..."
-    level = logging.DEBUG if path == "/health" else logging.INFO
+    level = logging.DEBUG if path in PROBES else logging.INFO
     access.log(level, "%s %s %d %.0f ms%s", method, path, status, seconds * 1000, f" ({note})" if note else "")

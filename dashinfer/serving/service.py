@@ -5,22 +5,26 @@ One object a process. Owns the answer to "can a request be served now?"; knows n
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
 from dashinfer.config import ServerConfig
 from dashinfer.engine.api import EngineAPI, EngineState
-from dashinfer.errors import EngineUnavailable
+from dashinfer.errors import EngineUnavailable, ModelNotServed, QueueFull
 
 if TYPE_CHECKING:
     from dashinfer.text.chat_template import ChatTemplate
     from dashinfer.text.tokenizer import Tokenizer
     from dashinfer.vision.intake import Intake
     from dashinfer.vision.model import VisionModel
+
+T = TypeVar("T")
+
+INLINE_BYTES = 4096  # a body up to this size is prepared on the event loop, in about a millisecond
 
 _WHY_NOT = {
     "loading": "the model is still loading",
@@ -114,11 +118,33 @@ class Service:
         Raises:
             EngineUnavailable: loading, draining or failed.
         """
-        if (state := self.state) != "ready":
+        if (state := self.state) not in ("ready", "recovering"):
             raise EngineUnavailable(_WHY_NOT[state])
         assert self._engine is not None, "ready without an engine"
         assert self._text is not None, "ready without a tokenizer"
         return self._engine, self._text
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ModelNotServed where a request names another model than the one that is served; None names none."""
+        if name not in (None, self.config.model_name, self.config.model):
+            raise ModelNotServed(
+                f"the model {name[:200]!r} is not served here; this server has {self.config.model_name!r}", param="model"
+            )
+
+    async def off_the_loop(self, size: int, work: Callable[[], T]) -> T:
+        """Runs what may take long, in a thread if it does.
+
+        Args:
+            size: of the request's body, in bytes.
+
+        Raises:
+            QueueFull: as many requests wait for a thread as may.
+        """
+        if size <= INLINE_BYTES:
+            return work()
+        if (waiting := self.thread_limiter.statistics().tasks_waiting) >= self.config.max_queue:
+            raise QueueFull(f"{waiting} long requests are waiting already; try again later")
+        return await trio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=self.thread_limiter)
 
     @contextmanager
     def request(self) -> Iterator[None]:
