@@ -157,7 +157,7 @@ class ServerConfig:
     )
     data_type: DataType = _setting("bfloat16", "type of weights and activations")
     api_keys: tuple[str, ...] = _setting(
-        (), "comma-separated keys; requests under /v1 must carry one", parse=_keys, metavar="KEYS"
+        (), "comma-separated keys; requests must carry one, but for probes and the documentation", parse=_keys, metavar="KEYS"
     )
     log_level: LogLevel = _setting("info", "how much to log")
 

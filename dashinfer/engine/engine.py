@@ -155,7 +155,7 @@ class Engine:
         return SequenceGroup(prompt, params, media, on_enter=self._enter, on_exit=self._exit, on_stop=self._end)
 
     def stats(self) -> EngineStats:
-        scheduler = self._scheduler
+        scheduler, media = self._scheduler, self._media_cache
         if scheduler is None:
             return EngineStats(0, 0, 0, 0, 0, 0, 0, 0)
         return EngineStats(
@@ -167,6 +167,8 @@ class Engine:
             preemptions=scheduler.preemptions,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
+            media_queries=media.hits + media.misses if media is not None else 0,
+            media_hits=media.hits if media is not None else 0,
         )
 
     def _num_queued(self, scheduler: Scheduler) -> int:
@@ -209,6 +211,7 @@ class Engine:
                     break
                 plan = scheduler.schedule()
                 if plan is not None:
+                    self._note_admissions(scheduler.running[len(scheduler.running) - len(plan.enter) :])
                     await self._workers.send(plan)
                 for message in cache.take_messages() if cache is not None else ():
                     await self._workers.send(message)
@@ -251,6 +254,10 @@ class Engine:
             await self._wake.wait()
         if not self._wake.is_set() and trio.current_time() <= end + LATE:
             raise WorkerError(f"the workers hang: no image or video encoded for {self._config.step_timeout:g} s")
+
+    def _note_admissions(self, sequences: Many[Sequence]) -> None:
+        for sequence in sequences:
+            self._groups[sequence].admitted()
 
     def _apply(self, scheduler: Scheduler, result: StepResult) -> None:
         for update in scheduler.apply(result):

@@ -38,6 +38,8 @@ class SequenceGroup:
         self.sequences = [Sequence(len(prompt), list(prompt), each, media) for each in params]
         self._index = {sequence: index for index, sequence in enumerate(self.sequences)}
         self._open = set(range(len(params)))  # choices that the reader still expects something of
+        self.queue_time: float | None = None
+        self._entered = 0.0  # trio's time
         self._on_enter = on_enter
         self._on_exit = on_exit
         self._on_stop = on_stop
@@ -50,8 +52,14 @@ class SequenceGroup:
         return self.sequences[0].cached_tokens
 
     def __enter__(self) -> "SequenceGroup":
+        self._entered = trio.current_time()
         self._on_enter(self)
         return self
+
+    def admitted(self) -> None:
+        """One of the sequences runs."""
+        if self.queue_time is None:
+            self.queue_time = trio.current_time() - self._entered
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._on_exit(self)

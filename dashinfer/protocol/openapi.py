@@ -137,6 +137,7 @@ _ROUTES = (
     _health("/health/ready", "ready", "Whether requests should be sent here"),
     _health("/ping", "ping", "As /health/ready"),
     _health("/ping", "pingPost", "As /health/ready", method="post"),
+    _Route("get", "/metrics", "metrics", "Counts and latencies", "health", {200: ("In Prometheus' format.", "text/plain")}),
     _Route("get", "/version", "version", "The server's version", "health", {200: ("The version.", Version)}, open=True),
 )
 

@@ -189,6 +189,7 @@ def create_app(service: Service) -> QuartTrio:
         content = await trio.Path(file.path).read_bytes()
         return Response(content, headers={"content-type": file.content_type, **docs.FILE_HEADERS})
 
+    service.metrics.routes = frozenset(rule.rule for rule in app.url_map.iter_rules())
     app.register_error_handler(RequestError, error_response)
     app.register_error_handler(HTTPException, partial(_http_error, service))
     app.register_error_handler(Exception, _unexpected)

@@ -20,6 +20,7 @@ from dashinfer.errors import InternalError, RequestError
 from dashinfer.protocol.stream import error_body
 from dashinfer.serving.auth import KeyRing
 from dashinfer.serving.log import log_access
+from dashinfer.serving.metrics import arrival
 from dashinfer.serving.service import Service
 
 if TYPE_CHECKING:
@@ -185,6 +186,7 @@ class Edge:
         scope[SCOPE_KEY] = record
         exchange = _Exchange(receive, send, record)
         began = time.monotonic()
+        arrival.set(began)
         with self._service.request():
             try:
                 with record.stack:
@@ -194,7 +196,9 @@ class Edge:
                 notes = [record.describe()] if record.describe is not None else []
                 if exchange.status and not exchange.complete:
                     notes.append("cut short")
-                log_access(scope["method"], target, exchange.status or CLIENT_GONE, time.monotonic() - began, "; ".join(notes))
+                status = exchange.status or CLIENT_GONE
+                log_access(scope["method"], target, status, time.monotonic() - began, "; ".join(notes))
+                self._service.metrics.answered(scope["method"], _mounted_path(scope), status)
 
     async def _answer(self, scope: Scope, exchange: _Exchange) -> None:
         try:

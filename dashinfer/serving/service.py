@@ -15,6 +15,7 @@ import trio
 from dashinfer.config import ServerConfig
 from dashinfer.engine.api import EngineAPI, EngineState
 from dashinfer.errors import EngineUnavailable, ModelNotServed, QueueFull
+from dashinfer.serving.metrics import Metrics
 
 if TYPE_CHECKING:
     from dashinfer.text.chat_template import ChatTemplate
@@ -55,6 +56,7 @@ class Service:
         created: when the server started, in seconds since 1970.
         in_flight: requests that are being answered.
         failure: what ended the engine, as one line, or None.
+        metrics: what is measured.
         intake: takes images and videos; None before the model is loaded, and for one that sees none.
     """
 
@@ -73,11 +75,13 @@ class Service:
         self._idle = trio.Event()
         self._idle.set()
         self.system_fingerprint = ""
+        self.metrics = Metrics(config.model_name)
 
     def ready(self, engine: EngineAPI, text: TextModel) -> None:
         """From now on requests are served."""
         assert engine.info is not None, "an engine that is ready knows its model"
-        self._engine, self._text = engine, text
+        self._engine = self.metrics.measure(engine, prefix_cache=not self.config.disable_prefix_cache)
+        self._text = text
         if text.vision is not None:
             self.intake = _make_intake(self.config, text.vision)
         info = engine.info

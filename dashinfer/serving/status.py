@@ -6,7 +6,7 @@ workers start again after a failure it is alive, and not ready.
 
 from typing import Any
 
-from quart import Response
+from quart import Response, request
 from quart_trio import QuartTrio
 
 from dashinfer.protocol.status import version_body
@@ -39,6 +39,11 @@ def add_routes(app: QuartTrio, service: Service) -> None:
     @app.get("/version")
     async def version() -> Response:
         return Response(version_body(service.version), headers=_JSON)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        body, content_type = service.metrics.exposition(request.headers.get("accept", ""))
+        return Response(body, headers={"content-type": content_type})
 
     @app.get("/v1/models")
     async def models() -> Response:

@@ -76,6 +76,7 @@ def make_text(folder: Path) -> TextModel:
 class FakeGeneration:
     def __init__(self, engine: "FakeEngine", prompt: list[int], params: list[SamplingParams]) -> None:
         self.cached_tokens = len(prompt) // 16 * 16
+        self.queue_time = 0.25
         self._engine = engine
         self._params = params
         command = bytes(token for token in prompt if token < 256).decode().rsplit(": ", 1)[-1]
