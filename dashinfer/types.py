@@ -39,6 +39,7 @@ class SamplingParams(Struct, frozen=True, omit_defaults=True):
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()  # includes the model's end-of-sequence ids unless the request ignores them
     logprobs: int | None = None  # None: off; k: the chosen token's and the k likeliest ones'
+    prompt_logprobs: int | None = None  # the same of the prompt's tokens, which are then all computed
 
 
 class ModelFiles(Struct, frozen=True):
@@ -229,6 +230,15 @@ class TokenLogprobs(Struct, frozen=True, array_like=True):
     top_logprobs: tuple[float, ...]
 
 
+class PromptLogprobs(Struct, frozen=True, array_like=True):
+    """Of the tokens at positions start + 1, start + 2, ... of a prompt, where a chunk begins at start; as `TokenLogprobs`."""
+
+    chosen: bytes  # float32 little endian [positions]
+    count: int  # of the likeliest tokens
+    top_tokens: bytes  # int32 little endian [positions, count]
+    top_logprobs: bytes  # float32 little endian [positions, count]
+
+
 class StepResult(Struct, tag="result", frozen=True):
     """What a step produced: one token for each chunk that sampled, in the plan's order."""
 
@@ -236,6 +246,7 @@ class StepResult(Struct, tag="result", frozen=True):
     tokens: list[int]
     logprobs: dict[int, TokenLogprobs] = {}  # by index into `tokens`, for those that asked
     failed: list[int] = []  # indexes into `tokens` of those that mean nothing: the model gave no finite logits for them
+    prompt_logprobs: dict[int, PromptLogprobs] = {}  # by index of the plan's chunk, for sequences that asked
 
 
 FromParent = Start | StepPlan | Encode | Forget | Reset

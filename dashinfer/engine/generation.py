@@ -13,7 +13,7 @@ from dashinfer.engine.api import PromptMedia, TokenOutput
 from dashinfer.engine.scheduler import Update
 from dashinfer.engine.sequence import Sequence
 from dashinfer.errors import RequestError
-from dashinfer.types import SamplingParams
+from dashinfer.types import SamplingParams, TokenLogprobs
 
 
 class SequenceGroup:
@@ -50,6 +50,10 @@ class SequenceGroup:
     @property
     def cached_tokens(self) -> int:
         return self.sequences[0].cached_tokens
+
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprobs]:
+        return self.sequences[0].prompt_logprobs
 
     def __enter__(self) -> "SequenceGroup":
         self._entered = trio.current_time()

@@ -24,7 +24,7 @@ from dashinfer.engine.api import Medium
 from dashinfer.engine.blocks import BlockPool, extend_hashes
 from dashinfer.engine.media import MediaCache
 from dashinfer.engine.sequence import Sequence
-from dashinfer.types import Chunk, Enter, FinishReason, StepPlan, StepResult, TokenLogprobs
+from dashinfer.types import Chunk, Enter, FinishReason, PromptLogprobs, StepPlan, StepResult, TokenLogprobs
 
 
 class Update(Struct, frozen=True):
@@ -61,7 +61,8 @@ class Scheduler:
         self.running: list[Sequence] = []  # in order of admission
         self.preemptions = 0
         self._free_slots = list(range(max_batch))  # a heap
-        self._planned: deque[tuple[int, list[Sequence]]] = deque()  # step and who samples, of plans without a result
+        self._planned: deque[tuple[int, list[Sequence], dict[int, tuple[Sequence, int]]]] = deque()  # step, who samples,
+        # and whose prompts are scored from where, of plans without a result
         self._step = 0
         self._media_cache = media_cache
         self._media_full = False  # a sequence has found no room in this plan, and those after it must not take it
@@ -112,15 +113,18 @@ class Scheduler:
             return None
         # Decodes first: attention treats them apart. The order within each group stays that of admission.
         ordered = sorted(chunks.items(), key=lambda item: not (item[1].length == 1 and item[1].sample))
-        self._planned.append((self._step, [sequence for sequence, chunk in ordered if chunk.sample]))
+        starts = {index: (sequence, chunk.start) for index, (sequence, chunk) in enumerate(ordered) if _scored(sequence)}
+        self._planned.append((self._step, [sequence for sequence, chunk in ordered if chunk.sample], starts))
         plan = StepPlan(step=self._step, enter=enter, chunks=[chunk for _, chunk in ordered])
         self._step += 1
         return plan
 
     def apply(self, result: StepResult) -> list[Update]:
         """Take the result of the oldest plan that has none."""
-        step, samplers = self._planned.popleft()
+        step, samplers, starts = self._planned.popleft()
         assert result.step == step and len(result.tokens) == len(samplers)
+        for index, logprobs in result.prompt_logprobs.items():
+            _add_prompt_logprobs(*starts[index], logprobs)
         updates = []
         for index, (sequence, token) in enumerate(zip(samplers, result.tokens, strict=True)):
             if sequence.ended:
@@ -271,7 +275,7 @@ class Scheduler:
 
     def _cached_prefix(self, sequence: Sequence) -> list[int]:
         """Blocks of the sequence's prefix that the pool knows. The last token is always computed: its logits are needed."""
-        if not self.prefix_cache:
+        if not self.prefix_cache or sequence.params.prompt_logprobs is not None:
             return []
         extend_hashes(sequence.hashes, sequence.tokens, self.block_size, sequence.media)
         return self.pool.match(sequence.hashes[: (len(sequence.tokens) - 1) // self.block_size])
@@ -316,3 +320,16 @@ class Scheduler:
 
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
+
+
+def _scored(sequence: Sequence) -> bool:
+    return sequence.params.prompt_logprobs is not None
+
+
+def _add_prompt_logprobs(sequence: Sequence, start: int, logprobs: PromptLogprobs) -> None:
+    """Add what a chunk from `start` on gave, but for what is known from before a preemption."""
+    known = sequence.prompt_logprobs
+    chosen, tokens, values = array("f", logprobs.chosen), array("i", logprobs.top_tokens), array("f", logprobs.top_logprobs)
+    for place in range(len(known) - start, len(chosen)):
+        top = slice(place * logprobs.count, (place + 1) * logprobs.count)
+        known.append(TokenLogprobs(chosen[place], tuple(tokens[top]), tuple(values[top])))

@@ -6,7 +6,7 @@ Plain state that the scheduler alone changes. All positions count from the first
 from dataclasses import dataclass, field
 
 from dashinfer.engine.api import PromptMedia
-from dashinfer.types import SamplingParams
+from dashinfer.types import SamplingParams, TokenLogprobs
 
 
 @dataclass(eq=False, slots=True)
@@ -25,6 +25,7 @@ class Sequence:
     in_flight: int = 0  # tokens that plans made so far will sample
     cached_tokens: int = 0  # of the prompt, taken from the prefix cache at the first admission
     admitted: bool = False  # ran at least once
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the second token of the prompt, and so on
     held: set[bytes] = field(default_factory=set)  # keys of media that it pins, or wants while it waits
     ended: bool = False
 

@@ -18,6 +18,7 @@ from dashinfer.protocol.chat import (
     Model,
     ModelList,
 )
+from dashinfer.protocol.completions import Completion, CompletionRequest
 from dashinfer.protocol.status import Version
 from dashinfer.protocol.tokens import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 
@@ -83,6 +84,18 @@ _ROUTES = (
             "max_tokens": 256,
         },
         events=ChatCompletionChunk,
+        errors=_WORK,
+    ),
+    _Route(
+        "post",
+        "/v1/completions",
+        "createCompletion",
+        "Completion of text, whole or streamed",
+        "completions",
+        {200: ("The completion; with `stream` its events are of the same shape, closed by `[DONE]`.", Completion)},
+        request=CompletionRequest,
+        example={"prompt": "The capital of France is", "max_tokens": 16, "temperature": 0},
+        events=Completion,
         errors=_WORK,
     ),
     _Route(

@@ -178,4 +178,9 @@ def error_body(error: RequestError) -> bytes:
 
 def error_event(error: RequestError) -> bytes:
     """The same as a server-sent event, for a stream that fails after it began."""
-    return b"data: " + _escape_line_ends(_encode(_error(error))) + b"\n\n"
+    return event(_error(error))
+
+
+def event(value: Any) -> bytes:
+    """Anything that becomes JSON, as a server-sent event."""
+    return b"data: " + _escape_line_ends(_encode(value)) + b"\n\n"

@@ -20,7 +20,7 @@ from werkzeug.exceptions import HTTPException
 from dashinfer.errors import InvalidRequest, MethodNotAllowed, NotFound, PayloadTooLarge, RequestError
 from dashinfer.protocol.openapi import openapi_document
 from dashinfer.protocol.stream import KEEP_ALIVE, error_body
-from dashinfer.serving import chat, docs, status, tokens
+from dashinfer.serving import chat, completions, docs, status, tokens
 from dashinfer.serving.auth import KeyRing
 from dashinfer.serving.edge import SCOPE_KEY, Edge, RequestRecord, Scope, error_headers, internal_error
 from dashinfer.serving.service import Service
@@ -37,8 +37,9 @@ MAX_OTHER_BODY = 16 * 1024  # bytes that are kept of a body nobody reads
 BODY_TIMEOUT = 120  # seconds a client may take to send its body
 
 CHAT_PATH = "/v1/chat/completions"
+COMPLETIONS_PATH = "/v1/completions"
 TOKENIZE_PATH, DETOKENIZE_PATH = "/tokenize", "/detokenize"
-BODY_PATHS = (CHAT_PATH, TOKENIZE_PATH, DETOKENIZE_PATH)  # that take more than a small body
+BODY_PATHS = (CHAT_PATH, COMPLETIONS_PATH, TOKENIZE_PATH, DETOKENIZE_PATH)  # that take more than a small body
 OPEN_PATHS = ("/", "/openapi.json", *status.OPEN_PATHS, *docs.OPEN_PATHS)
 
 _JSON = {"content-type": "application/json"}
@@ -151,18 +152,26 @@ def create_app(service: Service) -> QuartTrio:
 
     status.add_routes(app, service)
 
+    async def answer(accepted: chat.ChatCompletion | completions.Completions) -> Response:
+        record = _record()
+        record.describe = lambda: accepted.summary
+        if accepted.request.stream:
+            response = Response(accepted.events(), headers=_EVENTS)
+            response.timeout = None
+            record.keep_alive = KEEP_ALIVE
+            return response
+        return Response(await accepted.body(), headers=_JSON)
+
     @app.post(CHAT_PATH)
     async def chat_completions() -> Response:
         service.require()  # before the body is read: it may be large
         record = _record()
-        completion = await chat.start(service, await request.get_data(), record.stack, record.account)
-        record.describe = lambda: completion.summary
-        if completion.request.stream:
-            response = Response(completion.events(), headers=_EVENTS)
-            response.timeout = None
-            record.keep_alive = KEEP_ALIVE
-            return response
-        return Response(await completion.body(), headers=_JSON)
+        return await answer(await chat.start(service, await request.get_data(), record.stack, record.account))
+
+    @app.post(COMPLETIONS_PATH)
+    async def text_completions() -> Response:
+        service.require()
+        return await answer(await completions.start(service, await request.get_data(), _record().stack))
 
     @app.post(TOKENIZE_PATH)
     async def tokenize() -> Response:

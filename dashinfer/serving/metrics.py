@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from dashinfer.engine.api import EngineAPI, EngineState, EngineStats, Generation, TokenOutput
-from dashinfer.types import Ready, SamplingParams
+from dashinfer.types import Ready, SamplingParams, TokenLogprobs
 
 if TYPE_CHECKING:
     from prometheus_client.registry import Metric
@@ -205,6 +205,10 @@ class MeasuredGeneration:
     @property
     def cached_tokens(self) -> int:
         return self._generation.cached_tokens
+
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprobs]:
+        return self._generation.prompt_logprobs
 
     @property
     def queue_time(self) -> float | None:

@@ -20,6 +20,7 @@ from dashinfer.types import Chunk, Enter, StepPlan, StepResult, TokenLogprobs
 from dashinfer.worker.graphs import DecodeGraphs
 from dashinfer.worker.media import Media
 from dashinfer.worker.placements import Placements, Shown
+from dashinfer.worker.prompt_scores import LaunchedScores, PromptScores
 from dashinfer.worker.staging import Download, Staging
 from dashinfer_kernels import PagedBatch, Sampled, SamplingBatch, SamplingState, sample, warm_up_sampling
 from dashinfer_kernels.dispatch import use_triton
@@ -54,6 +55,8 @@ class Executor:
         self._block_tables = torch.zeros(max_batch + 1, -(-max_length // block_size), dtype=torch.int32, device=device)
         self._num_blocks = [0] * max_batch  # in each slot's table
         self._staging = Staging(device)
+        self._scores = PromptScores()
+        self._launched_scores: LaunchedScores | None = None  # of the step that is being launched
         self._graphs: DecodeGraphs | None = None
 
     def use_caches(self, kv_caches: list[KVCache]) -> None:
@@ -85,18 +88,21 @@ class Executor:
             for enter in plan.enter:
                 self._num_blocks[enter.slot] = 0
                 enter_slot(self._state, enter)
+                self._scores.enter(enter)
                 if self._placements is not None:
                     self._placements.enter(enter)
             decodes = all(chunk.length == 1 and chunk.sample and len(chunk.new_blocks) <= 1 for chunk in plan.chunks)
             if decodes and self._placements is not None:
                 decodes = not any(map(self._placements.has_positions, plan.chunks))
+            self._launched_scores = None
             run = self._replay if decodes and self._graphs is not None else self._run
             logits, slots, positions = run(plan.chunks)
+            scores = self._launched_scores
             if logits is None:
-                return LaunchedStep(plan.step, [], None)
+                return LaunchedStep(plan.step, [], None, scores)
             needs = [self._state.needs[chunk.slot] for chunk in plan.chunks if chunk.sample]
             sampled = sample(logits, self._state, SamplingBatch(slots, positions, reduce(or_, needs)))
-            return LaunchedStep(plan.step, [each.top_logprobs for each in needs], sampled)
+            return LaunchedStep(plan.step, [each.top_logprobs for each in needs], sampled, scores)
 
     def _take_blocks(self, chunks: list[Chunk]) -> np.ndarray:
         """Slot, column and number of each block that a step adds to the tables, [3, blocks] int32."""
@@ -162,6 +168,7 @@ class Executor:
         if shown is not None:
             seen["images"] = self._embeddings(shown, uploaded[-1].long())
         hidden = self._model.forward(self._state.history[owner, position].long(), batch, self._kv_caches, **seen)
+        self._launched_scores = self._scores.compute(chunks, hidden, self._state.history, self._model.logits)
         if not len(samplers):
             return None, sampled_slots, sampled_positions
         if len(samplers) < len(hidden):
@@ -245,8 +252,11 @@ def enter_slot(state: SamplingState, enter: Enter) -> None:
 class LaunchedStep:
     """A step on its way. `wanted` says how many of the likeliest tokens each row asked for, None for no log-probabilities."""
 
-    def __init__(self, number: int, wanted: list[int | None], sampled: Sampled | None) -> None:
+    def __init__(
+        self, number: int, wanted: list[int | None], sampled: Sampled | None, scores: LaunchedScores | None = None
+    ) -> None:
         self._number = number
+        self._scores = scores
         self._wanted = wanted
         self._download = None
         if sampled is not None:
@@ -258,8 +268,9 @@ class LaunchedStep:
 
     def result(self) -> StepResult:
         """What the step produced, once it has."""
+        scores = self._scores.result() if self._scores is not None else {}
         if self._download is None:
-            return StepResult(self._number, [])
+            return StepResult(self._number, [], prompt_logprobs=scores)
         tokens, failed, *logprobs = (each.tolist() for each in self._download.wait())
         failures = [row for row, each in enumerate(failed) if each]
         found = {}
@@ -267,4 +278,4 @@ class LaunchedStep:
             for row, (count, chosen, ids, values) in enumerate(zip(self._wanted, *logprobs, strict=True)):
                 if count is not None and not failed[row]:
                     found[row] = TokenLogprobs(chosen, tuple(ids[:count]), tuple(values[:count]))
-        return StepResult(self._number, tokens, found, failures)
+        return StepResult(self._number, tokens, found, failures, scores)

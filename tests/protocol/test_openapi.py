@@ -6,6 +6,7 @@ import pytest
 
 from dashinfer.protocol.base import RequestModel
 from dashinfer.protocol.chat import ChatCompletionRequest
+from dashinfer.protocol.completions import CompletionRequest
 from dashinfer.protocol.openapi import openapi_document
 from dashinfer.protocol.parse import parse_request
 from dashinfer.protocol.tokens import DetokenizeRequest, TokenizeRequest
@@ -55,7 +56,12 @@ def test_routes(document: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("path", "kind"),
-    [("/v1/chat/completions", ChatCompletionRequest), ("/tokenize", TokenizeRequest), ("/detokenize", DetokenizeRequest)],
+    [
+        ("/v1/chat/completions", ChatCompletionRequest),
+        ("/v1/completions", CompletionRequest),
+        ("/tokenize", TokenizeRequest),
+        ("/detokenize", DetokenizeRequest),
+    ],
 )
 def test_the_example_is_a_request(document: dict[str, Any], path: str, kind: type[RequestModel]) -> None:
     body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]

@@ -77,6 +77,12 @@ class FakeGeneration:
     def __init__(self, engine: "FakeEngine", prompt: list[int], params: list[SamplingParams]) -> None:
         self.cached_tokens = len(prompt) // 16 * 16
         self.queue_time = 0.25
+        asked = params[0].prompt_logprobs
+        self.prompt_logprobs: list[TokenLogprobs] = []
+        if asked is not None:
+            self.prompt_logprobs = [
+                TokenLogprobs(-float(place), tuple(range(65, 65 + asked)), (-0.25,) * asked) for place in range(1, len(prompt))
+            ]
         self._engine = engine
         self._params = params
         command = bytes(token for token in prompt if token < 256).decode().rsplit(": ", 1)[-1]
