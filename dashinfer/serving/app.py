@@ -137,13 +137,11 @@ def create_app(service: Service) -> QuartTrio:
     app.request_class = type("_Request", (_Request,), {"service": service})
     app.config.update(BODY_TIMEOUT=BODY_TIMEOUT, RESPONSE_TIMEOUT=None)
     app.url_map.merge_slashes = False
-    document = msgspec.json.encode(
-        openapi_document(
-            title="DashInfer",
-            version=service.version,
-            api_keys=bool(service.config.api_keys),
-            model=service.config.model_name,
-        )
+    document = openapi_document(
+        title="DashInfer",
+        version=service.version,
+        api_keys=bool(service.config.api_keys or service.config.api_keys_file),
+        model=service.config.model_name,
     )
 
     @app.get("/")
@@ -185,7 +183,8 @@ def create_app(service: Service) -> QuartTrio:
 
     @app.get("/openapi.json")
     async def openapi() -> Response:
-        return Response(document, headers=_JSON)
+        servers = {"servers": [{"url": request.root_path}]} if request.root_path else {}
+        return Response(msgspec.json.encode({**document, **servers}), headers=_JSON)
 
     @app.get("/docs")
     async def documentation() -> Response:

@@ -49,7 +49,7 @@ class Application:
         except ConfigurationError as error:
             await send({"type": "lifespan.startup.failed", "message": str(error)})
             return
-        log.configure(settings.log_level, libraries=False)
+        log.configure(settings.log_level, settings.log_format, libraries=False)
         service = Service(settings, version=version())
         self._app = create_app(service)
         async with trio.open_nursery() as nursery:

@@ -8,20 +8,19 @@ those of vLLM's metrics where the meaning is the same, with the prefix `dashinfe
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from contextvars import ContextVar
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from dashinfer.engine.api import EngineAPI, EngineState, EngineStats, Generation, TokenOutput
+from dashinfer.serving.context import arrival
 from dashinfer.types import Ready, SamplingParams, TokenLogprobs
 
 if TYPE_CHECKING:
     from prometheus_client.registry import Metric
 
 PREFIX = "dashinfer:"
-arrival: ContextVar[float] = ContextVar("arrival")  # of the request that is being answered, in time.monotonic's seconds
 
 
 def _steps(first: float, last: float) -> tuple[float, ...]:
@@ -72,10 +71,12 @@ class Metrics:
         self._model = model
         self._engine: EngineAPI | None = None
 
-    def measure(self, engine: EngineAPI, *, prefix_cache: bool) -> "MeasuredEngine":
-        """The engine, with all that goes through it measured. Its own counts are told from now on."""
+    def measure(
+        self, engine: EngineAPI, *, prefix_cache: bool, on_prompt: Callable[[list[int]], None] | None = None
+    ) -> "MeasuredEngine":
+        """The engine, with all that goes through it measured, and shown to `on_prompt`. Its own counts are told from now on."""
         self._engine = engine
-        return MeasuredEngine(engine, self, prefix_cache=prefix_cache)
+        return MeasuredEngine(engine, self, prefix_cache=prefix_cache, on_prompt=on_prompt)
 
     def answered(self, method: str, path: str, status: int) -> None:
         """Count an HTTP request that ended. `path` is as the application sees it."""
@@ -153,8 +154,10 @@ class Metrics:
 class MeasuredEngine:
     """Implements `dashinfer.engine.api.EngineAPI` by another engine."""
 
-    def __init__(self, engine: EngineAPI, metrics: Metrics, *, prefix_cache: bool) -> None:
-        self._engine, self._metrics, self._prefix_cache = engine, metrics, prefix_cache
+    def __init__(
+        self, engine: EngineAPI, metrics: Metrics, *, prefix_cache: bool, on_prompt: Callable[[list[int]], None] | None
+    ) -> None:
+        self._engine, self._metrics, self._prefix_cache, self._on_prompt = engine, metrics, prefix_cache, on_prompt
 
     @property
     def state(self) -> EngineState:
@@ -170,6 +173,8 @@ class MeasuredEngine:
     def submit(self, prompt: list[int], params: list[SamplingParams], *rest: Any, **named: Any) -> "MeasuredGeneration":
         """As the engine's own."""
         life = self._engine.submit(prompt, params, *rest, **named)
+        if self._on_prompt is not None:
+            self._on_prompt(prompt)
         return MeasuredGeneration(self._metrics, life, len(prompt), len(params), prefix_cache=self._prefix_cache)
 
 

@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import traceback
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,7 @@ def run(config: ServerConfig, backend: Backend | None = None) -> int:
     Raises:
         StartupError: the server could not start.
     """
-    log.configure(config.log_level)
+    log.configure(config.log_level, config.log_format)
     server = Server(config, backend or ModelBackend())
     try:
         trio.run(server.serve)
@@ -95,17 +96,24 @@ class Server:
         watchdog = threading.Timer(WATCHDOG, self._end_hard)
         watchdog.daemon = True
         try:
-            with listen.bind(self._config.host, self._config.port) as sockets, make_display() as display:
+            with self._bind() as sockets, make_display() as display:
                 # Signals are taken to the very end, or one that comes while the workers stop would kill this process instead.
                 async with trio.open_nursery() as outside:
                     await outside.start(self._watch_signals)
                     async with trio.open_nursery() as self._root:
                         self._root.start_soon(self._arm_when_cancelled, watchdog)
-                        self._root.start_soon(self._load, display, listen.url(sockets))
+                        url = listen.url(sockets, tls=self._config.ssl_certfile is not None)
+                        self._root.start_soon(self._load, display, url)
                         self._root.start_soon(self._serve_http, sockets)
                     outside.cancel_scope.cancel()
         finally:
             watchdog.cancel()
+
+    def _bind(self) -> AbstractContextManager[list[socket.socket]]:
+        config = self._config
+        if config.ssl_certfile is not None and config.ssl_keyfile is not None:
+            listen.check_certificate(config.ssl_certfile, config.ssl_keyfile)
+        return listen.bind(config.host, config.port) if config.uds is None else listen.bind_unix(config.uds)
 
     async def _load(self, display: Display, url: str) -> None:
         logger.info("taking %s; loading %s", url, self._config.model)
@@ -153,7 +161,13 @@ class Server:
 
         from dashinfer.serving.app import create_app
 
-        settings = listen.hypercorn_config(sockets, graceful_timeout=self._config.drain_timeout + 2 * FAREWELL)
+        settings = listen.hypercorn_config(
+            sockets,
+            graceful_timeout=self._config.drain_timeout + 2 * FAREWELL,
+            certificate=self._config.ssl_certfile,
+            key=self._config.ssl_keyfile,
+            root_path=self._config.root_path,
+        )
         return create_app(self._service), settings
 
     async def _watch_signals(self, *, task_status: trio.TaskStatus[None]) -> None:
@@ -215,8 +229,9 @@ class Server:
 
 def _announce(config: ServerConfig, url: str, info: Ready) -> None:
     """Tells that the server is ready, and with what."""
+    base = url + config.root_path if config.uds is None else config.root_path
     rows = {
-        "address": url if config.host in url else f"{url} (bound to {config.host})",
+        "address": url if config.host in url or config.uds is not None else f"{url} (bound to {config.host})",
         "model": f"{config.model_name} ({info.architecture}, mode {info.mode})",
         "device": f"{info.device}, {info.data_type}",
         "memory": f"{info.weight_bytes / 2**20:,.0f} MiB of weights, {info.activation_bytes / 2**20:,.0f} MiB for activations"
@@ -230,8 +245,8 @@ def _announce(config: ServerConfig, url: str, info: Ready) -> None:
             if info.mode == "vlm"
             else {}
         ),
-        "API": f"{url}/v1{', with a key' if config.api_keys else ''}",
-        "docs": f"{url}/docs",
+        "API": f"{base}/v1{', with a key' if config.api_keys else ''}",
+        "docs": f"{base}/docs",
     }
     log.notices.info("ready")
     for name, value in rows.items():

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
@@ -15,6 +16,8 @@ import trio
 from dashinfer.config import ServerConfig
 from dashinfer.engine.api import EngineAPI, EngineState
 from dashinfer.errors import EngineUnavailable, ModelNotServed, QueueFull
+from dashinfer.serving import log
+from dashinfer.serving.context import request_id
 from dashinfer.serving.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -80,7 +83,11 @@ class Service:
     def ready(self, engine: EngineAPI, text: TextModel) -> None:
         """From now on requests are served."""
         assert engine.info is not None, "an engine that is ready knows its model"
-        self._engine = self.metrics.measure(engine, prefix_cache=not self.config.disable_prefix_cache)
+        self._engine = self.metrics.measure(
+            engine,
+            prefix_cache=not self.config.disable_prefix_cache,
+            on_prompt=partial(_log_prompt, text) if self.config.log_prompts else None,
+        )
         self._text = text
         if text.vision is not None:
             self.intake = _make_intake(self.config, text.vision)
@@ -167,6 +174,10 @@ class Service:
         """Returns once no request is being answered."""
         while self.in_flight:
             await self._idle.wait()
+
+
+def _log_prompt(text: TextModel, prompt: list[int]) -> None:
+    log.log_prompt(request_id.get(), text.tokenizer.decode(prompt, skip_special_tokens=False))
 
 
 def _make_intake(config: ServerConfig, vision: "VisionModel") -> "Intake":

@@ -343,7 +343,7 @@ async def test_access_log_has_no_contents(run_server: RunServer, caplog: pytest.
 
     lines = [record.getMessage() for record in caplog.records if record.name == "dashinfer.access"]
     assert lines[0].startswith("POST /v1/chat/completions 200 ")
-    assert lines[0].endswith("ms (18 tokens in, 8 out)")
+    assert " ms (18 tokens in, 8 out) req-" in lines[0]
     assert lines[1].startswith("GET /v1/%0aforged%20line 401 ")
     assert "whisper" not in caplog.text
     assert "sk-private" not in caplog.text

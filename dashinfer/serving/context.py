@@ -1,0 +1,6 @@
+"""What belongs to the HTTP request that a task answers, for those who are not handed it."""
+
+from contextvars import ContextVar
+
+arrival: ContextVar[float] = ContextVar("arrival")  # in time.monotonic's seconds
+request_id: ContextVar[str] = ContextVar("request_id", default="-")
