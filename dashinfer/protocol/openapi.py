@@ -27,7 +27,7 @@ _ERRORS = {
     401: "The API key is missing or wrong.",
     404: "No such model.",
     413: "The body is too large.",
-    429: "The queue is full; `Retry-After` says when to try again.",
+    429: "The queue is full, or the key has used what it may; `Retry-After` says when to try again.",
     500: "The server failed.",
     503: "The model is loading, or the server is shutting down.",
 }

@@ -23,6 +23,7 @@ from dashinfer.protocol.stream import KEEP_ALIVE, error_body
 from dashinfer.serving import chat, completions, docs, status, tokens
 from dashinfer.serving.auth import KeyRing
 from dashinfer.serving.edge import SCOPE_KEY, Edge, RequestRecord, Scope, error_headers, internal_error
+from dashinfer.serving.limits import Limits
 from dashinfer.serving.service import Service
 
 logger = logging.getLogger(__name__)
@@ -132,7 +133,11 @@ async def _admit(service: Service, scope: Scope, record: RequestRecord) -> None:
 
 
 def create_app(service: Service) -> QuartTrio:
-    """The ASGI application. It serves from the first moment: `/health` tells whether there is a model yet."""
+    """The ASGI application. It serves from the first moment: `/health` tells whether there is a model yet.
+
+    Raises:
+        ConfigurationError: the file with the keys cannot be used.
+    """
     app = QuartTrio(__name__, static_folder=None)
     app.request_class = type("_Request", (_Request,), {"service": service})
     app.config.update(BODY_TIMEOUT=BODY_TIMEOUT, RESPONSE_TIMEOUT=None)
@@ -201,6 +206,13 @@ def create_app(service: Service) -> QuartTrio:
     app.register_error_handler(RequestError, error_response)
     app.register_error_handler(HTTPException, partial(_http_error, service))
     app.register_error_handler(Exception, _unexpected)
-    keys = KeyRing(service.config.api_keys, open_paths=OPEN_PATHS)
-    app.asgi_app = Edge(app.asgi_app, service, keys, partial(_admit, service))
+    config = service.config
+    keys = KeyRing(
+        config.api_keys,
+        open_paths=OPEN_PATHS,
+        file=config.api_keys_file,
+        limits=Limits(config.rate_limit_requests, config.rate_limit_tokens, config.rate_limit_concurrent),
+    )
+    app.asgi_app = edge = Edge(app.asgi_app, service, keys, partial(_admit, service))
+    service.reload_keys = edge.reload_keys
     return app

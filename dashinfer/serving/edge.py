@@ -1,8 +1,9 @@
 """The ASGI layer around the application: what every request passes, whatever route it takes or fails to take.
 
-It gives each request an id, checks its key, counts it, logs it when it ends, and ends the request's generation then at the
-latest. While an answer is sent it watches the clock: for clients that do not read, and for silences in which a proxy would cut
-the connection. Looks at `scope["path"]` only, never at an address rebuilt from headers. Knows nothing of routes and bodies.
+It gives each request an id, checks its key and what that may use, counts it, logs it when it ends, and ends the request's
+generation then at the latest. While an answer is sent it watches the clock: for clients that do not read, and for silences in which
+a proxy would cut the connection. Looks at `scope["path"]` only, never at an address rebuilt from headers. Knows nothing of routes and
+bodies.
 """
 
 import logging
@@ -12,15 +13,17 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import trio
 
-from dashinfer.errors import InternalError, RequestError
+from dashinfer.errors import ConfigurationError, InternalError, RateLimitExceeded, RequestError
 from dashinfer.protocol.stream import error_body
 from dashinfer.serving.auth import KeyRing
-from dashinfer.serving.context import arrival, request_id
+from dashinfer.serving.context import arrival, charge, request_id
 from dashinfer.serving.cors import Cors, Headers
+from dashinfer.serving.limits import Limiter, Limits
 from dashinfer.serving.log import log_access
 from dashinfer.serving.service import Service
 
@@ -73,6 +76,8 @@ def error_headers(error: RequestError) -> dict[str, str]:
         headers["retry-after"] = str(error.retry_after)
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
+    if isinstance(error, RateLimitExceeded):
+        headers |= error.headers
     return headers
 
 
@@ -180,6 +185,7 @@ class Edge:
 
     def __init__(self, app: ASGIApp, service: Service, keys: KeyRing, admit: Admit = _admit_all) -> None:
         self._app, self._service, self._keys, self._admit = app, service, keys, admit
+        self._limiter = Limiter(time.monotonic)
         self._cors = Cors(service.config.cors_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -221,7 +227,7 @@ class Edge:
                     nursery.cancel_scope.cancel()
                     return
                 try:
-                    self._keys.check(_mounted_path(scope), scope["headers"])
+                    self._let_in(scope, scope[SCOPE_KEY])
                     await self._admit(scope, scope[SCOPE_KEY])
                 except RequestError as error:
                     await exchange.refuse(error)
@@ -230,6 +236,28 @@ class Edge:
                 nursery.cancel_scope.cancel()
         except* trio.TooSlowError:
             logger.warning("request %s: the client stopped reading; gave it up", scope[SCOPE_KEY].id)
+
+    def _let_in(self, scope: Scope, record: RequestRecord) -> None:
+        """Check the key, and what it may use. Raises AuthenticationFailed, RateLimitExceeded."""
+        path = _mounted_path(scope)
+        name = self._keys.check(path, scope["headers"])
+        limits = self._keys.limits_of(name)
+        if scope["method"] != "POST" or self._keys.is_open(path) or limits == Limits():
+            return
+        quota, headers = self._limiter.admit(name, limits)
+        record.stack.callback(self._limiter.release, quota)
+        record.headers += [(key.encode(), value.encode()) for key, value in headers.items()]
+        charge.set(partial(self._limiter.charge, quota))
+
+    def reload_keys(self) -> None:
+        """Read the file with the keys again, if there is one. What is wrong with it is logged, and the keys stay."""
+        try:
+            count = self._keys.reload()
+        except ConfigurationError as error:
+            logger.error("the keys stay as they are: %s", error)
+            return
+        self._limiter.keep(self._keys.names)
+        logger.info("%d API keys", count)
 
 
 def _mount(scope: Scope, root: str) -> None:

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from dashinfer.engine.api import EngineAPI, EngineState, EngineStats, Generation, TokenOutput
-from dashinfer.serving.context import arrival
+from dashinfer.serving.context import arrival, charge
 from dashinfer.types import Ready, SamplingParams, TokenLogprobs
 
 if TYPE_CHECKING:
@@ -194,6 +194,7 @@ class MeasuredGeneration:
         self._prompt_tokens = prompt_tokens
         self._prefix_cache = prefix_cache
         self._arrival = arrival.get(time.monotonic())
+        self._charge = charge.get()
         self._last = dict.fromkeys(range(choices), 0.0)  # when open choices had their last token; 0: none yet
         self._tokens = [0] * choices
         self._begun = self._failed = False
@@ -201,10 +202,14 @@ class MeasuredGeneration:
     def __enter__(self) -> "MeasuredGeneration":
         self._generation = self._life.__enter__()
         self._metrics.prompt_lengths.observe(self._prompt_tokens)
+        if self._charge is not None:
+            self._charge(self._prompt_tokens)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._metrics.ended["error" if self._failed else "abort"] += len(self._last)
+        if self._charge is not None:
+            self._charge(sum(self._tokens))
         self._life.__exit__(kind, error, traceback)
 
     @property

@@ -171,9 +171,13 @@ class Server:
         return create_app(self._service), settings
 
     async def _watch_signals(self, *, task_status: trio.TaskStatus[None]) -> None:
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        reloading = [signal.SIGHUP] if self._config.api_keys_file is not None else []
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, *reloading) as signals:
             task_status.started()
             async for number in signals:
+                if number in reloading:
+                    self._service.reload_keys()
+                    continue
                 if self.exit_code is not None:
                     continue  # it is ending, and the watchdog sees to it
                 if self._service.state == "loading":
@@ -245,7 +249,7 @@ def _announce(config: ServerConfig, url: str, info: Ready) -> None:
             if info.mode == "vlm"
             else {}
         ),
-        "API": f"{base}/v1{', with a key' if config.api_keys else ''}",
+        "API": f"{base}/v1{', with a key' if config.api_keys or config.api_keys_file else ''}",
         "docs": f"{base}/docs",
     }
     log.notices.info("ready")

@@ -60,6 +60,7 @@ class Service:
         in_flight: requests that are being answered.
         failure: what ended the engine, as one line, or None.
         metrics: what is measured.
+        reload_keys: reads the file with the keys again.
         intake: takes images and videos; None before the model is loaded, and for one that sees none.
     """
 
@@ -79,6 +80,7 @@ class Service:
         self._idle.set()
         self.system_fingerprint = ""
         self.metrics = Metrics(config.model_name)
+        self.reload_keys: Callable[[], None] = lambda: None
 
     def ready(self, engine: EngineAPI, text: TextModel) -> None:
         """From now on requests are served."""
