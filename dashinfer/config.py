@@ -397,7 +397,7 @@ class ServerConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("tensor_parallel", "pipeline_parallel", "data_parallel", "nnodes"):
+        for name in ("pipeline_parallel", "nnodes"):
             if (size := getattr(self, name)) > 1:
                 raise ConfigurationError(f"{flag(name)} {size} is not supported yet: this version serves {flag(name)} 1")
         if self.quant_group_size is not None:

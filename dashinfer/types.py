@@ -215,7 +215,10 @@ class Chunk(Struct, frozen=True, array_like=True):
 
 
 class StepPlan(Struct, tag="plan", frozen=True):
-    """One forward pass. `chunks` with length 1 and `sample` come first."""
+    """One forward pass. `chunks` with length 1 and `sample` come first.
+
+    Numbers ascend. With M stages some are left out, so that what plan j samples in a slot, no plan before j + M uses that slot.
+    """
 
     step: int
     enter: list[Enter]

@@ -38,11 +38,12 @@ PARENT: list[set[str]] = [
         "dashinfer.engine.api",
         "dashinfer.engine.blocks",
         "dashinfer.engine.pace",
+        "dashinfer.engine.routing",
         "dashinfer.engine.sequence",
         "dashinfer.engine.scheduler",
     },
     {"dashinfer.worker", "dashinfer.worker.frames", "dashinfer.worker.supervisor"},
-    {"dashinfer.engine.engine"},
+    {"dashinfer.engine.engine", "dashinfer.engine.replicas"},
     {"dashinfer.serving"},
 ]
 CHILD: list[set[str]] = [

@@ -1,16 +1,30 @@
-"""What the HTTP layer sees of the engine, and nothing else.
+"""What the HTTP layer sees of the engine, and the engine of its ranks; nothing else.
 
 `Generation` is a request's handle. It is used in a `with` block, and leaving the block for any reason ends the request: the
 engine drops its sequences and frees their blocks in the next step.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import trio
 from msgspec import Struct
 
-from dashinfer.types import FinishReason, Grid, MediaSpan, Ready, SamplingParams, TokenLogprobs
+from dashinfer.types import (
+    Encoded,
+    FinishReason,
+    FromParent,
+    Grid,
+    MediaSpan,
+    OutOfMemory,
+    Progress,
+    Ready,
+    SamplingParams,
+    StepResult,
+    TokenLogprobs,
+)
 
 EngineState = Literal["loading", "ready", "recovering", "draining", "failed"]  # recovering: ranks start again; requests wait
 
@@ -104,7 +118,7 @@ class EngineAPI(Protocol):
         """Queue one request with a choice for each of `params` (they may differ in their seeds).
 
         Raises, at once and not on entering:
-            EngineUnavailable: not ready, draining or failed.
+            EngineUnavailable: loading, draining or failed.
             QueueFull: `max_queue` requests wait already, none of which can start before others end.
             ContextLengthExceeded: the prompt leaves no room for one token.
             InvalidRequest: an empty prompt, or a token id outside of the vocabulary.
@@ -112,3 +126,31 @@ class EngineAPI(Protocol):
         ...
 
     def stats(self) -> EngineStats: ...
+
+
+class Workers(Protocol):
+    """A group of ranks that hold one model."""
+
+    async def run(
+        self,
+        *,
+        on_progress: Callable[[Progress], None],
+        on_result: Callable[[StepResult], None],
+        on_encoded: Callable[[Encoded], None],
+        on_memory: Callable[[OutOfMemory], None],
+        task_status: trio.TaskStatus[Ready],
+    ) -> None:
+        """The group's one life, until it fails or is cancelled; started once all ranks are ready.
+
+        Raises:
+            StartupError, WorkerError: what ended it. No rank is left then.
+        """
+        ...
+
+    async def send(self, message: FromParent) -> None:
+        """To every rank.
+
+        Raises:
+            WorkerError: one is gone.
+        """
+        ...

@@ -121,6 +121,14 @@ class BlockPool:
                 else:
                     self._cached[block] = None
 
+    def reset(self) -> None:
+        """Every content is lost. No block is used."""
+        assert self.num_used == 0
+        for block in self._cached:
+            self._forget(block)
+            heapq.heappush(self._free, block)
+        self._cached.clear()
+
     def _forget(self, block: int) -> None:
         digest = self._hash_of[block]
         assert digest is not None

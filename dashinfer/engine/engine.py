@@ -2,27 +2,35 @@
 
 Owns the worker group, the scheduler and the open requests, and the one loop that moves work between them. While there is work,
 the workers have their next plan before a step ends. Knows no HTTP and no text.
+
+When workers fail, others start in their place, and what was not finished is computed again from the tokens that are known:
+requests wait meanwhile, and lose nothing.
 """
 
 import logging
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Many
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import msgspec
 import trio
 
 from dashinfer.config import ServerConfig
-from dashinfer.engine.api import EngineState, EngineStats, PromptMedia
+from dashinfer.engine.api import EngineState, EngineStats, PromptMedia, Workers
 from dashinfer.engine.generation import SequenceGroup
 from dashinfer.engine.media import MediaCache
 from dashinfer.engine.pace import Pace
+from dashinfer.engine.recovery import Recovery, StepLimits
+from dashinfer.engine.routing import Outlook
 from dashinfer.engine.scheduler import Scheduler
 from dashinfer.engine.sequence import Sequence
 from dashinfer.errors import (
     ContextLengthExceeded,
     EngineUnavailable,
+    InsufficientMemory,
     InternalError,
     InvalidRequest,
     QueueFull,
@@ -30,16 +38,26 @@ from dashinfer.errors import (
     StartupError,
     WorkerError,
 )
-from dashinfer.types import Encoded, ModelFiles, Progress, Ready, SamplingParams, StepResult, WorkerConfig
-from dashinfer.worker.supervisor import COMMAND, WorkerGroup, one_error
+from dashinfer.types import (
+    Encoded,
+    ModelFiles,
+    OutOfMemory,
+    Progress,
+    Ready,
+    Reset,
+    SamplingParams,
+    StepResult,
+    WorkerConfig,
+)
+from dashinfer.worker.supervisor import WorkerGroup, one_error
 
 logger = logging.getLogger("dashinfer.engine")
 
-PLANS_AHEAD = 2  # one that runs, one that follows
 LOAD_TIMEOUT = 3600.0  # seconds until every rank is ready
 FAREWELL = 2.0  # seconds that requests have to report a failure to their clients
 LONG_STEP = 30.0  # seconds after which a step that still runs is worth a warning
 LATE = 1.0  # seconds past a deadline: noticed later than that, it passed while this process itself was stopped
+SIZES = ("vocab_size", "max_length", "max_step_tokens", "num_blocks", "media_cache_bytes")  # that workers must have again
 
 
 class Engine:
@@ -55,64 +73,55 @@ class Engine:
         files: ModelFiles,
         *,
         on_progress: Callable[[Progress], None] = lambda progress: None,
-        worker_command: Many[str] = COMMAND,
+        make_workers: Callable[[Many[WorkerConfig]], Workers] = WorkerGroup,
         pixel_values: bytes = b"",
+        replica: int = 0,
     ) -> None:
-        """`pixel_values`: see `dashinfer.types.WorkerConfig`; without them the model is served without its vision tower."""
+        """`make_workers` is called at each start. `pixel_values`: see `dashinfer.types.WorkerConfig`; without them the model is
+        served without its vision tower. `replica`: which of the `data_parallel` copies of the model this is."""
         self.state: EngineState = "loading"
         self.info: Ready | None = None
         self._config = config
         self._on_progress = on_progress
-        self._workers = WorkerGroup(
-            [
-                worker_config(config, files, rank, config.tensor_parallel, pixel_values)
-                for rank in range(config.tensor_parallel)
-            ],
-            command=worker_command,
-        )
+        self._make_workers = make_workers
+        self._worker_configs = [
+            worker_config(config, files, rank, replica=replica, pixel_values=pixel_values)
+            for rank in range(config.tensor_parallel * config.pipeline_parallel)
+        ]
         self._scheduler: Scheduler | None = None
         self._media_cache: MediaCache | None = None
+        self._limits: StepLimits | None = None
+        self._recovery: Recovery[Sequence] = Recovery(max_restarts=config.max_restarts, window=config.restart_window)
+        self._failed_at = 0.0  # trio's time of the first failure since workers were ready
+        self._pace = Pace()
         self._groups: dict[Sequence, SequenceGroup] = {}  # of every sequence that has not ended
-        self._results: deque[StepResult] = deque()
         self._wake = trio.Event()  # work or results have come
         self._idle = trio.Event()  # set whenever no request is open
         self._idle.set()
         self._open = 0
         self._prompt_tokens = 0
         self._generated_tokens = 0
+        self._restarts = 0  # of workers, that were ready again
 
     async def run(self, *, task_status: trio.TaskStatus[Ready] = trio.TASK_STATUS_IGNORED) -> None:
         """Load the model, then serve until cancelled; started with what was loaded.
 
         Raises:
             StartupError: the model cannot be served.
-            WorkerError: a rank died or hung.
+            WorkerError: a rank died or hung before it was loaded, or too often.
 
         Whatever ends it, every open request has been told.
         """
         try:
-            with one_error():
-                async with trio.open_nursery() as nursery:
-                    with trio.move_on_after(LOAD_TIMEOUT) as loading:
-                        self.info = await nursery.start(self._run_workers)
-                    if loading.cancelled_caught:
-                        raise StartupError(f"the model did not load within {LOAD_TIMEOUT:.0f} s")
-                    if self.info.mode == "vlm":
-                        self._media_cache = MediaCache(
-                            capacity=self.info.media_cache_bytes, token_bytes=self.info.media_token_bytes
-                        )
-                    self._scheduler = Scheduler(
-                        num_blocks=self.info.num_blocks,
-                        block_size=self.info.block_size,
-                        max_batch=self._config.max_batch,
-                        max_step_tokens=self.info.max_step_tokens,
-                        prefix_cache=not self._config.disable_prefix_cache,
-                        media_cache=self._media_cache,
-                    )
-                    if self.state == "loading":
-                        self.state = "ready"
-                    task_status.started(self.info)
-                    await self._drive(self._scheduler)
+            while True:
+                life = _Life(self._make_workers(self._worker_configs))
+                try:
+                    with _cancelled_first():
+                        await self._live(life, task_status)
+                except (WorkerError, StartupError) as error:
+                    if self._scheduler is None:
+                        raise
+                    await trio.sleep(self._recover(life, error))
         except Exception as error:  # a broken invariant of ours too: what its requests are told must not be `shutting down`
             self.state = "failed"
             culprit = "the model's worker process" if isinstance(error, WorkerError | StartupError) else "the engine"
@@ -135,9 +144,19 @@ class Engine:
 
     def submit(self, prompt: list[int], params: list[SamplingParams], media: PromptMedia | None = None) -> SequenceGroup:
         """See `dashinfer.engine.api.EngineAPI.submit`."""
-        if self.state != "ready":
+        if self.state not in ("ready", "recovering"):
             raise EngineUnavailable(f"the server is {self.state}")
+        self.check(prompt)
         assert self._scheduler is not None and self.info is not None
+        if (queued := self.num_queued) >= self._config.max_queue:
+            raise QueueFull(f"{queued} of at most {self._config.max_queue} requests are waiting already; try again later")
+        assert media is None or self._media_cache is not None, "the model sees nothing"
+        assert all(len(prompt) + each.max_tokens <= self.info.max_length for each in params)
+        return SequenceGroup(prompt, params, media, on_enter=self._enter, on_exit=self._exit, on_stop=self._end)
+
+    def check(self, prompt: list[int]) -> None:
+        """Raises ContextLengthExceeded and InvalidRequest as `submit` does."""
+        assert self.info is not None, "not loaded yet"
         if not prompt:
             raise InvalidRequest("the prompt has no tokens", param="messages")
         if len(prompt) >= self.info.max_length:
@@ -147,12 +166,17 @@ class Engine:
             )
         if max(prompt) >= self.info.vocab_size or min(prompt) < 0:
             raise InvalidRequest(f"a token id is outside of the vocabulary of {self.info.vocab_size}", param="messages")
-        queued = self._num_queued(self._scheduler)
-        if queued >= self._config.max_queue:
-            raise QueueFull(f"{queued} of at most {self._config.max_queue} requests are waiting already; try again later")
-        assert media is None or self._media_cache is not None, "the model sees nothing"
-        assert all(len(prompt) + each.max_tokens <= self.info.max_length for each in params)
-        return SequenceGroup(prompt, params, media, on_enter=self._enter, on_exit=self._exit, on_stop=self._end)
+
+    def outlook(self, prompt: list[int], hashes: list[bytes]) -> Outlook:
+        """See `dashinfer.engine.replicas.Replica`."""
+        scheduler = self._scheduler
+        assert scheduler is not None, "not loaded yet"
+        return Outlook(
+            cached_blocks=len(scheduler.pool.match(hashes)),
+            admits=scheduler.can_admit(len(prompt)),
+            sequences=len(scheduler.running) + len(scheduler.waiting),
+            tokens=scheduler.num_tokens,
+        )
 
     def stats(self) -> EngineStats:
         scheduler, media = self._scheduler, self._media_cache
@@ -169,59 +193,219 @@ class Engine:
             generated_tokens=self._generated_tokens,
             media_queries=media.hits + media.misses if media is not None else 0,
             media_hits=media.hits if media is not None else 0,
+            restarts=self._restarts,
         )
 
-    def _num_queued(self, scheduler: Scheduler) -> int:
+    @property
+    def num_queued(self) -> int:
         """Requests of which nothing has run yet, and nothing can before others end. Preempted ones have run."""
-        groups = {id(group): group for group in map(self._groups.__getitem__, scheduler.stuck())}
+        stuck = self._scheduler.stuck() if self._scheduler is not None else []
+        groups = {id(group): group for group in map(self._groups.__getitem__, stuck)}
         return sum(not any(sequence.admitted for sequence in group.sequences) for group in groups.values())
+
+    # -- the workers' lives
+
+    async def _live(self, life: "_Life", task_status: trio.TaskStatus[Ready]) -> None:
+        """One life of the workers, which ends with an error: StartupError or WorkerError where it is theirs."""
+        with one_error():
+            async with trio.open_nursery() as nursery:
+                with trio.move_on_after(LOAD_TIMEOUT) as loading:
+                    info = await nursery.start(self._run_workers, life)
+                if loading.cancelled_caught:
+                    raise StartupError(f"the model did not load within {LOAD_TIMEOUT:.0f} s")
+                life.ready_at = life.busy_at = trio.current_time()
+                if self.info is None:
+                    self._prepare(info)
+                    if self.state == "loading":
+                        self.state = "ready"
+                    task_status.started(info)
+                else:
+                    _compare(info, self.info)
+                    self._restarts += 1
+                    if self.state == "recovering":
+                        self.state = "ready"
+                    seconds = life.ready_at - self._failed_at
+                    logger.info("workers are ready again after %.1f s; %d requests go on", seconds, self._open)
+                with self._watched():
+                    await self._drive(life)
+
+    async def _run_workers(self, life: "_Life", *, task_status: trio.TaskStatus[Ready]) -> None:
+        def on_said(message: StepResult | OutOfMemory) -> None:
+            life.said.append(message)
+            self._wake.set()
+
+        def on_encoded(message: Encoded) -> None:
+            if not life.over:
+                assert self._media_cache is not None
+                self._media_cache.encoded(message.keys)
+                self._wake.set()
+
+        with self._watched():
+            await life.workers.run(
+                on_progress=self._on_progress,
+                on_result=on_said,
+                on_encoded=on_encoded,
+                on_memory=on_said,
+                task_status=task_status,
+            )
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Tell of a failure at once, and not only when all ranks have ended."""
+        try:
+            yield
+        except (WorkerError, StartupError):
+            if self.state == "ready":
+                self.state = "recovering"
+            raise
+
+    def _prepare(self, info: Ready) -> None:
+        """The model is loaded for the first time. Workers that start later must be the same."""
+        self.info = info
+        self._worker_configs = [msgspec.structs.replace(each, num_blocks=info.num_blocks) for each in self._worker_configs]
+        if info.mode == "vlm":
+            capacity = info.media_cache_bytes
+            self._media_cache = MediaCache(capacity=capacity, token_bytes=info.media_token_bytes)
+            self._worker_configs = [msgspec.structs.replace(each, media_cache_memory=capacity) for each in self._worker_configs]
+        self._limits = StepLimits(sequences=self._config.max_batch, tokens=info.max_step_tokens, least=info.block_size)
+        self._scheduler = Scheduler(
+            num_blocks=info.num_blocks,
+            block_size=info.block_size,
+            max_batch=self._config.max_batch,
+            max_step_tokens=info.max_step_tokens,
+            prefix_cache=not self._config.disable_prefix_cache,
+            media_cache=self._media_cache,
+            stages=self._config.pipeline_parallel,
+        )
+
+    def _recover(self, life: "_Life", error: WorkerError | StartupError) -> float:
+        """The workers are gone. Make ready for others, and say in how many seconds to start them.
+
+        Raises:
+            WorkerError: that would be in vain.
+        """
+        assert self._scheduler is not None and self._limits is not None
+        now = trio.current_time()
+        if life.ready_at is not None:
+            self._failed_at = now
+        self._take(life)
+        life.over = True
+        busy = self._scheduler.num_planned > 0
+        encoding = self._media_cache is not None and self._media_cache.num_encoding > 0
+        smaller = False
+        if isinstance(error, InsufficientMemory) and busy and not encoding:
+            sequences, tokens = self._scheduler.oldest_plan
+            smaller = self._limits.shrink(len(sequences), tokens)
+        struck = self._scheduler.recover()
+        self._set_limits()
+        delay = 0.0
+        if not smaller:
+            idle = 0.0 if busy or encoding or life.ready_at is None else now - life.busy_at
+            verdict = self._recovery.failure(struck, now=now, idle=idle)
+            if verdict.delay is None:
+                raise error if isinstance(error, WorkerError) else WorkerError(f"workers cannot start again: {error}")
+            self._give_up(verdict.culprits, "workers failed each time that this request was computed")
+            self._give_up(verdict.victims, "workers fail too often; the request is lost")
+            delay = verdict.delay
+        logger.warning("%s; workers start again%s", error, f" in {delay:g} s" if delay else "")
+        return delay
+
+    def _give_up(self, sequences: Iterable[Sequence], why: str) -> None:
+        """Fail the requests of these sequences."""
+        for group in {id(group): group for sequence in sequences if (group := self._groups.get(sequence))}.values():
+            logger.warning("a request of %d tokens is given up: %s", group.sequences[0].prompt_length, why)
+            group.fail(InternalError(why))
+            for sequence in group.sequences:
+                self._end(sequence)
 
     # -- the loop
 
-    async def _run_workers(self, *, task_status: trio.TaskStatus[Ready]) -> None:
-        await self._workers.run(
-            on_progress=self._on_progress, on_result=self._on_result, on_encoded=self._on_encoded, task_status=task_status
-        )
-
-    def _on_encoded(self, message: Encoded) -> None:
-        assert self._media_cache is not None
-        self._media_cache.encoded(message.keys)
-        self._wake.set()
-
-    def _on_result(self, result: StepResult) -> None:
-        self._results.append(result)
-        self._wake.set()
-
-    async def _drive(self, scheduler: Scheduler) -> None:
+    async def _drive(self, life: "_Life") -> None:
         """Keep the workers supplied and the requests informed."""
-        steps: deque[_RunningStep] = deque()  # that the workers have
-        cache = self._media_cache
-        pace = Pace()
+        assert self._scheduler is not None
+        scheduler, cache, steps = self._scheduler, self._media_cache, life.steps
         while True:
             self._wake = trio.Event()
-            while self._results:
-                self._apply(scheduler, self._results.popleft())
-                ended, now = steps.popleft(), trio.current_time()
-                pace.observe(ended.tokens, now - ended.begun)
-                if steps:  # the next step has only begun
-                    steps[0].begun = now
+            if self._take(life):
+                await life.workers.send(Reset())
             due = math.inf  # when there may be something to plan
-            while scheduler.num_planned < PLANS_AHEAD:
-                if steps and (due := steps[0].begun + pace.delay(steps[0].tokens)) > trio.current_time():
+            # a plan that runs in each stage, one that follows
+            while scheduler.num_planned <= scheduler.stages and self._isolated(scheduler):
+                if (
+                    steps
+                    and scheduler.next_step >= steps[0].number + scheduler.stages  # no stage wants for it yet
+                    and (due := steps[0].entered + self._pace.delay(steps[0].tokens)) > trio.current_time()
+                ):
                     break
                 plan = scheduler.schedule()
                 if plan is not None:
                     self._note_admissions(scheduler.running[len(scheduler.running) - len(plan.enter) :])
-                    await self._workers.send(plan)
+                    await life.workers.send(plan)
                 for message in cache.take_messages() if cache is not None else ():
-                    await self._workers.send(message)
+                    await life.workers.send(message)
                 if plan is None:
                     due = math.inf
                     break
-                steps.append(_RunningStep(plan.step, sum(chunk.length for chunk in plan.chunks), trio.current_time()))
+                now = trio.current_time()
+                steps.append(_RunningStep(plan.step, sum(chunk.length for chunk in plan.chunks), now, now))
                 due = math.inf
-            if not self._results:
+            if not life.said:
                 await self._wait(steps[0] if steps else None, due)
+
+    def _take(self, life: "_Life") -> bool:
+        """Apply what the workers have said. True if they have run out of memory, and drop all plans until `Reset`."""
+        assert self._scheduler is not None and self._limits is not None
+        steps = life.steps
+        while life.said:
+            message = life.said.popleft()
+            if isinstance(message, OutOfMemory):
+                self._make_smaller(self._scheduler)
+                steps.clear()
+                life.said.clear()
+                return True
+            self._apply(self._scheduler, message)
+            self._recovery.step()
+            self._limits.good_step()
+            self._set_limits()
+            ended, now = steps.popleft(), trio.current_time()
+            life.busy_at = now
+            self._pace.observe(ended.tokens, now - ended.entered)
+            if steps:  # the next step has only begun
+                steps[0].begun = now
+            for step in steps:
+                if step.number >= ended.number + self._scheduler.stages:
+                    step.entered = now
+        return False
+
+    def _make_smaller(self, scheduler: Scheduler) -> None:
+        """Memory ran out in the oldest step. Compute it again in smaller ones."""
+        assert self._limits is not None
+        sequences, tokens = scheduler.oldest_plan
+        smaller = self._limits.shrink(len(sequences), tokens)
+        scheduler.recover(media_lost=False)
+        if smaller:
+            logger.warning(
+                "memory ran out in a step of %d sequences and %d tokens; steps have at most %d and %d for a while",
+                *(len(sequences), tokens, self._limits.sequences, self._limits.tokens),
+            )
+        else:
+            self._give_up(sequences, "memory ran out while this request was computed alone")
+        self._set_limits()
+
+    def _set_limits(self) -> None:
+        assert self._scheduler is not None and self._limits is not None
+        self._scheduler.max_running, self._scheduler.max_step_tokens = self._limits.sequences, self._limits.tokens
+
+    def _isolated(self, scheduler: Scheduler) -> bool:
+        """See to it that a suspect is computed alone. False: what the workers have must end first."""
+        if scheduler.alone is not None and self._recovery.is_suspect(scheduler.alone):
+            return True
+        suspect = self._recovery.suspect()
+        if suspect is not scheduler.alone:
+            if scheduler.num_planned:
+                return False
+            scheduler.isolate(suspect)
+        return True
 
     async def _wait(self, step: "_RunningStep | None", due: float) -> None:
         """Until work or results have come, it is due to plan, or it is time to warn of the running step. Raises WorkerError at
@@ -270,6 +454,7 @@ class Engine:
                     self._end(sequence)
                 continue
             self._generated_tokens += 1
+            self._recovery.token(update.sequence)
             if update.finish:
                 del self._groups[update.sequence]
             group.deliver(update)
@@ -296,6 +481,7 @@ class Engine:
     def _end(self, sequence: Sequence) -> None:
         assert self._scheduler is not None
         self._scheduler.abort(sequence)
+        self._recovery.forget(sequence)
         self._groups.pop(sequence, None)
         self._wake.set()  # what it held may let another one in
 
@@ -309,13 +495,56 @@ class _RunningStep:
     number: int
     tokens: int
     begun: float  # trio's time at which the workers had nothing before it to do
+    entered: float  # and at which the first stage could begin it
     warned: bool = False
 
 
+class _Life:
+    """A worker group from its start to its failure.
+
+    Attributes:
+        steps: that it has.
+        said: what it has said and is not applied yet, in order.
+        ready_at: when it was ready, on trio's clock; None: it has never been.
+        busy_at: when it was last known to do something.
+        over: it has failed, and nothing that it says counts any more.
+    """
+
+    def __init__(self, workers: Workers) -> None:
+        self.workers = workers
+        self.steps: deque[_RunningStep] = deque()
+        self.said: deque[StepResult | OutOfMemory] = deque()
+        self.ready_at: float | None = None
+        self.busy_at = 0.0
+        self.over = False
+
+
+@contextmanager
+def _cancelled_first() -> Iterator[None]:
+    """Whoever is cancelled while workers fail is cancelled."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        cancelled, others = group.split(trio.Cancelled)
+        if cancelled is None or (others is not None and others.split((WorkerError, StartupError))[1] is not None):
+            raise
+        raise cancelled from None
+
+
+def _compare(again: Ready, first: Ready) -> None:
+    """Raises WorkerError if workers that started again are not as large as those before them."""
+    if again.block_size != first.block_size or any(getattr(again, name) < getattr(first, name) for name in SIZES):
+        changed = [name for name in ("block_size", *SIZES) if getattr(again, name) != getattr(first, name)]
+        sizes = ", ".join(f"{name} {getattr(again, name)}, not {getattr(first, name)}" for name in changed)
+        raise WorkerError(f"workers that started again have {sizes}")
+
+
 def worker_config(
-    config: ServerConfig, files: ModelFiles, rank: int, world_size: int, pixel_values: bytes = b""
+    config: ServerConfig, files: ModelFiles, rank: int, *, replica: int = 0, pixel_values: bytes = b""
 ) -> WorkerConfig:
-    """What rank `rank` is told."""
+    """What rank `rank` of a replica is told. All ranks of all replicas are dealt over the machines in order."""
+    world_size = config.tensor_parallel * config.pipeline_parallel
+    local_size = config.data_parallel * world_size // config.nnodes
     return WorkerConfig(
         rank=rank,
         world_size=world_size,
@@ -340,4 +569,7 @@ def worker_config(
         vision=bool(pixel_values),
         vision_engine=config.vision_engine,
         pixel_values=pixel_values,
+        pipeline_parallel=config.pipeline_parallel,
+        local_rank=(replica * world_size + rank) % local_size,
+        local_size=local_size,
     )

@@ -93,6 +93,16 @@ class MediaCache:
         entry = self._entries.get(key)
         return entry is not None and entry.encoded
 
+    def encoding(self) -> set[bytes]:
+        """Keys of the media that ranks were told to encode and have not yet."""
+        return {key for key, entry in self._entries.items() if not entry.encoded}
+
+    def reset(self) -> None:
+        """The ranks have lost everything, and nothing is asked of them."""
+        self._entries.clear()
+        self._messages.clear()
+        self.used = 0
+
     def take_messages(self) -> list[Encode | Forget]:
         """What to tell the ranks after the plans made so far."""
         messages, self._messages = self._messages, []

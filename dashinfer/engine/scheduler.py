@@ -2,7 +2,8 @@
 
 `schedule` makes a plan and may be called again before the plan's result is known: a rank feeds its own samples, so the next
 plan needs only the *number* of tokens, not their values. `apply` takes the results in order and says what became of each
-sequence; a sequence that ended meanwhile has its later samples dropped.
+sequence; a sequence that ended meanwhile has its later samples dropped. When ranks have lost what they knew, `recover` takes
+back the plans without a result, and all is computed again.
 
 Policy: running sequences are served first in, first out; a decode never waits for a prefill, whose chunks take what is left of
 the step's token budget. Waiting sequences enter in order as soon as a slot and the blocks for all their known tokens are there.
@@ -11,12 +12,19 @@ computed again from its tokens ("preemption by recompute"); what the prefix cach
 
 A sequence with images or videos is computed up to the first that the ranks have not encoded yet. It does not enter before they
 have what it begins with, and those behind it in the queue do not wait for that.
+
+With a pipeline of M stages, M plans are computed at a time, each by another stage, and the first stage has the tokens of plan j
+only when it begins plan j + M. So what plan j samples in a slot, no plan before j + M uses that slot, for the same sequence or
+another one. Sequences are split evenly over M plans, which take turns. Where there are fewer sequences than that, numbers of
+plans are left out: the first stage then waits for the tokens, and nobody for the parent.
 """
 
-import heapq
+import math
 from array import array
-from collections import deque
-from itertools import islice
+from bisect import insort
+from collections import Counter, deque
+from collections.abc import Iterable
+from itertools import chain, islice
 
 from msgspec import Struct
 
@@ -37,8 +45,23 @@ class Update(Struct, frozen=True):
     failed: bool = False
 
 
+class _Planned(Struct, frozen=True):
+    """A plan without a result."""
+
+    step: int
+    sequences: list[Sequence]
+    samplers: list[Sequence]
+    scored: dict[int, tuple[Sequence, int]]  # by index of the chunk: of whose prompt the tokens are scored, and from where
+    tokens: int
+
+
 class Scheduler:
-    """Schedules over `num_blocks` blocks of `block_size` tokens and `max_batch` slots, `max_step_tokens` tokens a step."""
+    """Schedules over `num_blocks` blocks of `block_size` tokens and `max_batch` slots, `max_step_tokens` tokens a step.
+
+    Attributes:
+        max_running: sequences that may run at once, up to `max_batch`; never more than `max_step_tokens`.
+        alone: the only sequence that is computed, or None. See `isolate`.
+    """
 
     def __init__(
         self,
@@ -49,20 +72,23 @@ class Scheduler:
         max_step_tokens: int,
         prefix_cache: bool = True,
         media_cache: MediaCache | None = None,
+        stages: int = 1,
     ) -> None:
-        """`media_cache` where sequences may have media."""
+        """`media_cache` where sequences may have media; `stages` of the pipeline."""
         assert max_step_tokens >= max_batch, "every running sequence must be able to decode in every step"
         self.pool = BlockPool(num_blocks, prefix_cache=prefix_cache)
         self.block_size = block_size
-        self.max_batch = max_batch
+        self.max_batch = self.max_running = max_batch
+        self.alone: Sequence | None = None
         self.max_step_tokens = max_step_tokens
         self.prefix_cache = prefix_cache
+        self.stages = stages
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
         self.preemptions = 0
-        self._free_slots = list(range(max_batch))  # a heap
-        self._planned: deque[tuple[int, list[Sequence], dict[int, tuple[Sequence, int]]]] = deque()  # step, who samples,
-        # and whose prompts are scored from where, of plans without a result
+        self._free_slots = list(range(max_batch))  # ascending
+        self._usable_from = [0] * max_batch  # for each slot, the number of the first plan that may use it
+        self._planned: deque[_Planned] = deque()
         self._step = 0
         self._media_cache = media_cache
         self._media_full = False  # a sequence has found no room in this plan, and those after it must not take it
@@ -77,17 +103,30 @@ class Scheduler:
     def num_free_slots(self) -> int:
         return len(self._free_slots)
 
+    @property
+    def next_step(self) -> int:
+        """The number that the next plan has, if there is one."""
+        return self._step if self.stages == 1 else max(self._step, min(self._wanted_from(), default=0))
+
+    @property
+    def oldest_plan(self) -> tuple[list[Sequence], int]:
+        """Sequences, and how many tokens, of the oldest plan without a result. There is one."""
+        return self._planned[0].sequences, self._planned[0].tokens
+
     def stuck(self) -> list[Sequence]:
         """The waiting sequences that the next plans cannot admit: slots or blocks are lacking, for them or one before them."""
-        slots, blocks, reserve = len(self._free_slots), self.pool.num_available, len(self.running)
-        admissible = 0
-        for sequence in self.waiting:
-            blocks -= self._blocks_for(sequence.length)
-            if admissible == slots or blocks < reserve:
-                break
-            admissible += 1
-            reserve += 1
+        admissible = self._num_admissible(sequence.length for sequence in self.waiting)
         return list(islice(self.waiting, admissible, None))
+
+    def can_admit(self, length: int) -> bool:
+        """Whether the next plans can admit a new sequence of so many tokens, after all that wait. Media are not looked at."""
+        lengths = chain((sequence.length for sequence in self.waiting), [length])
+        return self.alone is None and self._num_admissible(lengths) > len(self.waiting)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are still to compute, as far as is known: one for a sequence that decodes."""
+        return sum(max(1, sequence.num_to_compute) for sequence in chain(self.running, self.waiting))
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence, which must fit into the pool at its full length."""
@@ -100,33 +139,22 @@ class Scheduler:
             self._end(sequence)
 
     def schedule(self) -> StepPlan | None:
-        """Plan the next step; None when there is nothing to compute."""
-        chunks: dict[Sequence, Chunk] = {}
-        enter: list[Enter] = []
-        self._media_released = True
-        # What a sequence gives up may be the room that one before it has not found; no event would tell that one.
-        while not chunks and self._media_released:
-            self._media_full = self._media_released = False
-            preempted = self._plan_running(chunks)
-            enter = [] if preempted else self._admit(chunks)
-        if not chunks:
-            return None
-        # Decodes first: attention treats them apart. The order within each group stays that of admission.
-        ordered = sorted(chunks.items(), key=lambda item: not (item[1].length == 1 and item[1].sample))
-        starts = {index: (sequence, chunk.start) for index, (sequence, chunk) in enumerate(ordered) if _scored(sequence)}
-        self._planned.append((self._step, [sequence for sequence, chunk in ordered if chunk.sample], starts))
-        plan = StepPlan(step=self._step, enter=enter, chunks=[chunk for _, chunk in ordered])
-        self._step += 1
+        """Plan the next step; None when there is nothing to compute, or nothing before an earlier plan has its result."""
+        while (plan := self._plan()) is None:
+            later = min((number for number in self._wanted_from() if number > self._step), default=None)
+            if later is None or (self._planned and later > self._planned[0].step + self.stages):
+                return None
+            self._step = later
         return plan
 
     def apply(self, result: StepResult) -> list[Update]:
         """Take the result of the oldest plan that has none."""
-        step, samplers, starts = self._planned.popleft()
-        assert result.step == step and len(result.tokens) == len(samplers)
+        planned = self._planned.popleft()
+        assert result.step == planned.step and len(result.tokens) == len(planned.samplers)
         for index, logprobs in result.prompt_logprobs.items():
-            _add_prompt_logprobs(*starts[index], logprobs)
+            _add_prompt_logprobs(*planned.scored[index], logprobs)
         updates = []
-        for index, (sequence, token) in enumerate(zip(samplers, result.tokens, strict=True)):
+        for index, (sequence, token) in enumerate(zip(planned.samplers, result.tokens, strict=True)):
             if sequence.ended:
                 continue
             sequence.in_flight -= 1
@@ -146,16 +174,135 @@ class Scheduler:
             updates.append(Update(sequence, token, result.logprobs.get(index), finish))
         return updates
 
+    def _num_admissible(self, lengths: Iterable[int]) -> int:
+        """How many of the first of new sequences of such lengths the next plans can admit."""
+        slots = min(len(self._free_slots), self.max_running - len(self.running))
+        blocks, reserve = self.pool.num_available, len(self.running)
+        admissible = 0
+        for length in lengths:
+            blocks -= self._blocks_for(length)
+            if admissible >= slots or blocks < reserve:
+                break
+            admissible += 1
+            reserve += 1
+        return admissible
+
+    def recover(self, *, media_lost: bool = True) -> list[Sequence]:
+        """The ranks have lost what they knew of sequences and blocks, and of media if `media_lost`. No plan made so far has a
+        result any more; what runs waits again, before what waited already.
+
+        Returns:
+            The sequences that the ranks were computing, or encoding media of.
+        """
+        computing = dict.fromkeys(sequence for plan in self._planned for sequence in plan.sequences if not sequence.ended)
+        if self._media_cache is not None and (encoding := self._media_cache.encoding()):
+            for sequence in (*self.running, *self.waiting):
+                if sequence.media is not None and any(medium.key in encoding for medium in sequence.media.media):
+                    computing[sequence] = None
+        if self.alone is not None:  # others have come to the ranks only before it
+            computing = {sequence: None for sequence in computing if sequence is self.alone}
+        self.alone = None
+        self._planned.clear()
+        self._usable_from = [0] * self.max_batch
+        for sequence in reversed(self.running.copy()):
+            self._leave(sequence)
+            self.waiting.appendleft(sequence)
+        for sequence in self.waiting:
+            sequence.in_flight = 0
+            self._release(sequence, sequence.held)
+        self.pool.reset()
+        if self._media_cache is not None and media_lost:
+            self._media_cache.reset()
+        return list(computing)
+
+    def isolate(self, sequence: Sequence | None) -> None:
+        """Compute this one alone from now on, and no other before `isolate(None)`. All plans have their results."""
+        assert not self._planned
+        self.alone = sequence
+        if sequence is None:
+            return
+        for other in reversed(self.running.copy()):
+            if other is not sequence:
+                self._leave(other)
+                self.waiting.appendleft(other)
+        if sequence.slot is None:
+            self.waiting.remove(sequence)
+            self.waiting.appendleft(sequence)
+
     # -- planning
 
-    def _plan_running(self, chunks: dict[Sequence, Chunk]) -> bool:
-        """Give every running sequence its share. True when blocks ran out and a sequence had to leave."""
-        decodes = sum(sequence.num_to_compute == 1 for sequence in self.running)
+    def _wanted_from(self) -> list[int]:
+        """Of the slots that a plan could use, the numbers of the first plans that may."""
+        slots = [sequence.slot for sequence in self.running if sequence.num_to_compute]
+        return [self._usable_from[slot] for slot in chain(slots, self._free_slots if self.waiting else ()) if slot is not None]
+
+    def _usable(self, slot: int | None) -> bool:
+        return slot is not None and self._usable_from[slot] <= self._step
+
+    def _plan(self) -> StepPlan | None:
+        """The plan of this number; None when it would be empty."""
+        chunks: dict[Sequence, Chunk] = {}
+        enter: list[Enter] = []
+        self._media_released = True
+        # What a sequence gives up may be the room that one before it has not found; no event would tell that one.
+        while not chunks and self._media_released:
+            self._media_full = self._media_released = False
+            turn, newcomers = self._take_turns()
+            preempted = self._plan_running(turn, chunks)
+            enter = [] if preempted else self._admit(newcomers, chunks)
+        if not chunks:
+            return None
+        # Decodes first: attention treats them apart. The order within each group stays that of admission.
+        ordered = sorted(chunks.items(), key=lambda item: not (item[1].length == 1 and item[1].sample))
+        plan = StepPlan(step=self._step, enter=enter, chunks=[chunk for _, chunk in ordered])
+        samplers = [sequence for sequence, chunk in ordered if chunk.sample]
+        scored = {index: (sequence, chunk.start) for index, (sequence, chunk) in enumerate(ordered) if _scored(sequence)}
+        tokens = sum(chunk.length for chunk in plan.chunks)
+        self._planned.append(_Planned(self._step, list(chunks), samplers, scored, tokens))
+        self._step += 1
+        return plan
+
+    def _take_turns(self) -> tuple[list[Sequence], int]:
+        """The running sequences whose turn it is, in order of admission, and how many waiting ones may enter.
+
+        With a pipeline, all that could be computed are dealt over this plan and the next ones as evenly as those are filled by
+        the sequences that return there. Decodes come first, and of those the ones that were computed the longest ago.
+        """
+        able = [sequence for sequence in self.running if sequence.num_to_compute and self._usable(sequence.slot)]
+        if self.stages == 1:
+            return able, len(self.waiting)
+        able = [
+            sequence
+            for sequence in able
+            if sequence.media is None or self._reach(sequence, sequence.computed) > sequence.computed
+        ]
+        newcomers = 0
+        if (
+            self.waiting and self._free_slots and len(self.running) < self.max_running
+        ):  # at least one: it may need fewer blocks than is thought
+            newcomers = max(1, self._num_admissible(sequence.length for sequence in self.waiting))
+        returning = Counter(
+            self._usable_from[sequence.slot]
+            for sequence in self.running
+            if sequence.slot is not None and sequence.num_to_compute and not self._usable(sequence.slot)
+        )
+        loads = [returning[self._step + offset] for offset in range(self.stages)]
+        total = len(able) + newcomers
+        share = total // self.stages  # the height to which this plan and the next ones are filled
+        while sum(max(0, share - load) for load in loads) < total:
+            share += 1
+        able.sort(key=lambda sequence: self._usable_from[sequence.slot] if sequence.num_to_compute == 1 else math.inf)
+        chosen = set(able[:share])
+        return [sequence for sequence in self.running if sequence in chosen], share - len(chosen)
+
+    def _plan_running(self, turn: list[Sequence], chunks: dict[Sequence, Chunk]) -> bool:
+        """Give each running sequence whose turn it is its share. True when blocks ran out and a sequence had to leave."""
+        decodes = sum(sequence.num_to_compute == 1 for sequence in turn)
         budget = self.max_step_tokens - decodes  # for chunks longer than one token
         preempted = False
-        for sequence in list(self.running):
+        for sequence in turn:
             remaining = sequence.num_to_compute
-            if sequence.slot is None or remaining == 0:
+            if sequence.slot is None:
                 continue
             length = 1 if remaining == 1 else min(remaining, budget)
             if sequence.media is not None:
@@ -173,14 +320,18 @@ class Scheduler:
             chunks[sequence] = self._compute(sequence, length, needed)
         return preempted
 
-    def _admit(self, chunks: dict[Sequence, Chunk]) -> list[Enter]:
+    def _admit(self, most: int, chunks: dict[Sequence, Chunk]) -> list[Enter]:
         """Let waiting sequences in while there are slots, tokens and blocks."""
-        entered = []
+        entered: list[Enter] = []
+        slots = [slot for slot in self._free_slots if self._usable(slot)]
+        most = min(most, len(slots), self.max_running - len(self.running))
         budget = self.max_step_tokens - sum(chunk.length for chunk in chunks.values())
         place = 0  # in the queue: those before it wait for their media
-        while place < len(self.waiting) and self._free_slots and budget > 0:
+        while place < len(self.waiting) and len(entered) < most and budget > 0:
             sequence = self.waiting[place]
             if sequence.in_flight:  # preempted, and some of its tokens are still to come
+                break
+            if self.alone is not None and sequence is not self.alone:
                 break
             cached = self._cached_prefix(sequence)
             reach = len(sequence.tokens)
@@ -204,7 +355,8 @@ class Scheduler:
             if not sequence.admitted:
                 sequence.cached_tokens = sequence.computed
                 sequence.admitted = True
-            sequence.slot = heapq.heappop(self._free_slots)
+            sequence.slot = slots[len(entered)]
+            self._free_slots.remove(sequence.slot)
             self.running.append(sequence)
             if sequence.media is not None:
                 self._reach(sequence, sequence.computed)  # what was wanted is pinned
@@ -269,7 +421,9 @@ class Scheduler:
         start = sequence.computed
         sequence.computed += length
         sample = sequence.computed == sequence.length
-        sequence.in_flight += sample
+        if sample:
+            sequence.in_flight += 1
+            self._usable_from[sequence.slot] = self._step + self.stages
         self._register(sequence)
         return Chunk(sequence.slot, start, length, sample, tuple(new_blocks))
 
@@ -313,7 +467,7 @@ class Scheduler:
         self._release(sequence, sequence.held)
         self.running.remove(sequence)
         self.pool.release(sequence.blocks)
-        heapq.heappush(self._free_slots, sequence.slot)
+        insort(self._free_slots, sequence.slot)
         sequence.slot = None
         sequence.blocks = []
         sequence.computed = sequence.registered = 0

@@ -186,16 +186,20 @@ class ModelConfig:
     def check_world_size(self, world_size: int) -> None:
         """Raises UnsupportedModel, naming the sizes that work, if the model cannot be split over `world_size` ranks."""
         if not self._divides(world_size):
-            works = [str(size) for size in range(1, self.num_heads + 1) if self._divides(size)]
+            works = map(str, self.tensor_parallel_sizes())
             raise UnsupportedModel(
                 f"--tensor-parallel {world_size} does not divide this model ({self.num_heads} attention heads, "
                 f"{self.num_kv_heads} key-value heads, intermediate size {self.intermediate_size}); "
                 f"these do: {', '.join(works)}"
             )
 
+    def tensor_parallel_sizes(self) -> list[int]:
+        """How many ranks the model can be split over."""
+        return [size for size in range(1, self.num_heads + 1) if self._divides(size)]
+
     def _divides(self, world_size: int) -> bool:
-        kv_divides = self.num_kv_heads % world_size == 0 or world_size % self.num_kv_heads == 0
-        return self.num_heads % world_size == 0 and self.intermediate_size % world_size == 0 and kv_divides
+        ranks_per_kv_head = -(-world_size // self.num_kv_heads)  # at most; heads need not divide, but each rank needs one
+        return self.intermediate_size % world_size == 0 and ranks_per_kv_head <= self.num_heads // self.num_kv_heads
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:

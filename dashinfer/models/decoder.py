@@ -22,7 +22,7 @@ from dashinfer.models.parallel import (
     VocabParallelEmbedding,
     VocabParallelHead,
     load_vocab_share,
-    local_kv_heads,
+    share_heads,
 )
 from dashinfer.models.rope import rope_table
 from dashinfer.models.rotation import Rotation
@@ -84,8 +84,15 @@ class DecoderLayer:
             bias=config.qkv_bias,
             group=group,
         )
+        share = share_heads(config.num_heads, config.num_kv_heads, group.rank, group.world_size)
         self.output = RowParallelLinear.load(
-            reader, f"{prefix}self_attn.o_proj.", config.num_heads * head_dim, hidden, bias=config.output_bias, group=group
+            reader,
+            f"{prefix}self_attn.o_proj.",
+            config.num_heads * head_dim,
+            hidden,
+            bias=config.output_bias,
+            group=group,
+            share=(share.start * head_dim, share.stop * head_dim),
         )
         self.mlp_norm = stream_norm("post_attention_layernorm")
         self.gate_up = GateUpLinear.load(
@@ -94,11 +101,7 @@ class DecoderLayer:
         self.down = RowParallelLinear.load(
             reader, f"{prefix}mlp.down_proj.", config.intermediate_size, hidden, bias=config.mlp_bias, group=group
         )
-        self.heads = {
-            "num_heads": config.num_heads // group.world_size,
-            "num_kv_heads": local_kv_heads(config.num_kv_heads, group.world_size),
-            "head_dim": head_dim,
-        }
+        self.heads = {"num_heads": share.num_heads, "num_kv_heads": share.num_kv_heads, "head_dim": head_dim}
         if config.qk_norm:
             self.heads |= {"q_norm": norm("self_attn.q_norm", head_dim), "k_norm": norm("self_attn.k_norm", head_dim)}
         self.heads["eps"] = self.eps = config.norm_eps
@@ -142,13 +145,14 @@ class DecoderLM:
 
     Attributes:
         config: of the whole model.
+        group: the ranks that hold the rest of it.
         weight_bytes: that this rank holds.
         rotation: of the residual stream between the embedding and the final norm; None: there is none.
     """
 
     def __init__(self, config: ModelConfig, reader: WeightReader, group: Group, max_length: int) -> None:
         """Reads the weights. `max_length` in tokens bounds the positions that `forward` takes."""
-        self.config = config
+        self.config, self.group = config, group
         embedding = load_vocab_share(reader, EMBEDDING, config.vocab_size, config.hidden_size, group)
         self.embedding = VocabParallelEmbedding(embedding, group)
         self.layers = [DecoderLayer(config, index, reader, group, max_length) for index in range(config.num_layers)]
@@ -220,6 +224,6 @@ class DecoderLM:
         return normed
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[rows, hidden] of `forward` -> [rows, vocab] float32, the same on every rank."""
+    def logits(self, hidden: Tensor) -> Tensor | None:
+        """[rows, hidden] of `forward` -> [rows, vocab] float32 on rank 0 of the tensor-parallel group, None on the others."""
         return self.head(hidden)

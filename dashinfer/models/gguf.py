@@ -152,6 +152,12 @@ class GGUFSource:
         """Of the codes that `read_codes` gives: 4 or 8; None where it gives none."""
         return code_bits(self._entries[name].kind)
 
+    def group_size(self, name: str) -> int:
+        """Weights of a row that share a scale in what `read_codes` gives."""
+        entry = self._entries[name]
+        _, scales, _ = unpack(self._stored(entry, 0, 1), entry.kind)
+        return entry.shape[1] // scales.numel()
+
     def read_codes(self, part: Part) -> QuantizedWeight:
         """A matrix's share in the file's own codes, in host memory; the file keeps it in a format that has `code_bits`.
 
@@ -250,9 +256,17 @@ class GGUFFormat(WeightFormat):
             return own
         return self._others.read_head(reader, part)
 
-    def _own(self, reader: WeightReader, part: Part, bits: int | None) -> QuantizedWeight | None:
+    def steps(self, reader: WeightReader, part: Part) -> tuple[int, int]:
+        if self._has_own(reader, part, self._bits):
+            return 1, self._source.group_size(part.name)
+        return (1, 1) if self._others is None else self._others.steps(reader, part)
+
+    def _has_own(self, reader: WeightReader, part: Part, bits: int | None) -> bool:
         found = self._source.code_bits(part.name) if part.name in reader else None
-        if found is None or bits not in (None, found):
+        return found is not None and bits in (None, found)
+
+    def _own(self, reader: WeightReader, part: Part, bits: int | None) -> QuantizedWeight | None:
+        if not self._has_own(reader, part, bits):
             return None
         reader.take(part)
         return self._source.read_codes(part).to(reader.device)

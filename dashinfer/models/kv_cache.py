@@ -1,7 +1,7 @@
 """The paged KV cache's memory: types, size, tensors. Which sequence holds which block is the scheduler's business.
 
-A rank keeps the key-value heads that its query heads use: an even share, or one copy of a head where there are more ranks than
-heads. A quantised cache has a float32 scale for each token, head, and keys or values.
+A rank keeps the key-value heads that its query heads use: a share, or a copy of one where there are more ranks than heads. A
+quantised cache has a float32 scale for each token, head, and keys or values.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dashinfer.models.config import ModelConfig
-from dashinfer.models.parallel import local_kv_heads
+from dashinfer.models.parallel import share_heads
 from dashinfer.types import DataType, KVCacheDtype
 
 _QUANTISED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -34,21 +34,28 @@ def kv_dtype(kv_cache_dtype: KVCacheDtype, data_type: DataType) -> torch.dtype:
     return _QUANTISED.get(kv_cache_dtype) or getattr(torch, data_type)
 
 
-def kv_bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype, world_size: int) -> int:
-    """Bytes that one block of `block_size` tokens takes on each rank, keys and values of all layers together, with scales."""
-    heads = local_kv_heads(config.num_kv_heads, world_size)
+def kv_bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype, world_size: int, rank: int = 0) -> int:
+    """Bytes that one block of `block_size` tokens takes on a rank, keys and values of all layers together, with scales."""
+    heads = share_heads(config.num_heads, config.num_kv_heads, rank, world_size).num_kv_heads
     scale = torch.float32.itemsize if dtype in _QUANTISED.values() else 0
     return 2 * config.num_layers * heads * block_size * (config.head_dim * dtype.itemsize + scale)
 
 
 def allocate_kv_cache(
-    config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device, world_size: int
+    config: ModelConfig,
+    num_blocks: int,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    world_size: int,
+    rank: int = 0,
 ) -> list[KVCache]:
     """A cache a layer; one of int8 or float8_e4m3fn has scales.
 
     The memory is not written, so on CPU it costs nothing before it is used.
     """
-    tokens = (num_blocks, 2, local_kv_heads(config.num_kv_heads, world_size), block_size)
+    heads = share_heads(config.num_heads, config.num_kv_heads, rank, world_size).num_kv_heads
+    tokens = (num_blocks, 2, heads, block_size)
     scaled = dtype in _QUANTISED.values()
     return [
         KVCache(

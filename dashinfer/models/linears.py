@@ -52,6 +52,10 @@ class WeightFormat:
         """As `read`, of the output layer, which has 16 bits unless somebody asked for less."""
         return None
 
+    def steps(self, reader: WeightReader, part: Part) -> tuple[int, int]:
+        """How many neighbouring outputs, and inputs, of the matrix `part` one rank must have; 1 where nothing is in the way."""
+        return 1, 1
+
     def read_bias(self, reader: WeightReader, parts: Sequence[Part]) -> Tensor:
         """The biases of the matrices `parts`, one after the other, in the reader's type. Raises as `WeightReader.read`."""
         return reader.read(*map(_bias_part, parts))

@@ -18,6 +18,7 @@ from dashinfer.models.quantization import rounding
 from dashinfer.models.quantized_config import check_quant_type
 from dashinfer.models.quantized_formats import checkpoint_format
 from dashinfer.models.shapes import tensor_shapes
+from dashinfer.models.split import check_split
 from dashinfer.models.towers import Tower, load_tower
 from dashinfer.models.vision_config import VisionConfig
 from dashinfer.models.vision_shapes import tower_bytes, tower_shapes
@@ -83,6 +84,7 @@ def load_model(
     source = source or _source(config, model_config)
     if vision is None:
         with WeightReader(source, dtype=dtype, device=device, report=report, format=form) as reader:
+            _check_split(reader, model_config, group)
             return DecoderLM(model_config, reader, group, max_length), None
     with closing(source), closing(_tower_source(config, vision)) as tower_source:
         decoder_total, tower_total = (sum(each.sizes.values()) for each in (source, tower_source))
@@ -94,12 +96,18 @@ def load_model(
             report(stage, decoder_total + done, decoder_total + tower_total, unit)
 
         reader = WeightReader(source, dtype=dtype, device=device, report=report_decoder, format=form)
+        _check_split(reader, model_config, group)
         decoder = DecoderLM(model_config, reader, group, max_length)
         pixel_values = torch.frombuffer(bytearray(config.pixel_values), dtype=torch.float32).view(vision.channels, 256)
         tower = load_tower(
             config, vision, tower_source, pixel_values=pixel_values, device=device, dtype=dtype, report=report_tower
         )
         return decoder, tower
+
+
+def _check_split(reader: WeightReader, model_config: ModelConfig, group: Group) -> None:
+    if reader.format is not None:
+        check_split(reader.format, reader, model_config, group.world_size)
 
 
 def _check_vision(config: WorkerConfig, model_config: ModelConfig, vision: VisionConfig) -> None:

@@ -84,11 +84,16 @@ class MatrixShare:
                 "use a smaller --tensor-parallel"
             )
 
+    def input_step(self, bits: int | None) -> int:
+        """Inputs that cannot be divided: those of a group, and where codes of `bits` bits are in words, of a word."""
+        group = self.group_size if self.num_groups > 1 else 1
+        return math.lcm(group, 1 if bits is None else _codes_per_word(bits))
+
     def words(self, share: tuple[int, int], size: int, bits: int, things: str) -> tuple[int, int] | None:
         """Which words a share is in, of those that hold `size` integers one after the other; None: all."""
         if share == (0, size):
             return None
-        per_word = _WORD // math.gcd(bits, _WORD)  # integers after which a word begins anew
+        per_word = _codes_per_word(bits)
         self.require(share, size, per_word, things, f"words of {per_word}")
         return share[0] * bits // _WORD, -(-share[1] * bits // _WORD)
 
@@ -127,6 +132,11 @@ class MatrixShare:
                 f"{self.name} has its inputs sorted by activation (desc_act), which --tensor-parallel cannot split yet"
             )
         return order
+
+
+def _codes_per_word(bits: int) -> int:
+    """After how many a word begins anew."""
+    return _WORD // math.gcd(bits, _WORD)
 
 
 def num_words(count: int, bits: int) -> int:

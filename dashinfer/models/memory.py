@@ -19,7 +19,7 @@ def weight_bytes(
     layer_bits: float | None = None,
     packed: Mapping[str, int] | None = None,
 ) -> int:
-    """Bytes of one rank's share of the weights, within a few percent for more than one rank.
+    """Bytes of one rank's share of the weights, within a few percent for more than one rank; heads count as if they divided.
 
     Args:
         itemsize: bytes that a linear layer keeps for a weight.

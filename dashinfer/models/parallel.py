@@ -7,6 +7,7 @@ rank nothing is communicated. Knows nothing of the models that are built from it
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed
@@ -19,13 +20,30 @@ from dashinfer_kernels import Linear, QuantizedRows, pack_linear, pack_quantized
 from dashinfer_kernels.quant_matmul.reference import Activations
 
 
+class SmallSum(Protocol):
+    """Sums tensors over a group's ranks, all of which take the same ones."""
+
+    def take(self, x: Tensor) -> bool: ...
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Group:
-    """This rank's place among those that hold one model together. Uses torch.distributed's default group, which whoever starts
-    the ranks has set up."""
+    """This rank's place among those that hold one model, or one stage of a pipeline, together. Whoever starts the ranks has set
+    up torch.distributed.
+
+    Attributes:
+        ranks: torch.distributed's group of these ranks; None: its default one.
+        ordered: sum in the order of the ranks, so that the bits of a sum do not depend on its place in a tensor.
+        small: what sums the tensors faster that it takes; None: nothing does.
+    """
 
     rank: int = 0
     world_size: int = 1
+    ranks: torch.distributed.ProcessGroup | None = None
+    ordered: bool = False
+    small: SmallSum | None = None
 
     def share(self, size: int) -> tuple[int, int]:
         """This rank's [start, stop) of `size` things, which must be a multiple of the world size."""
@@ -34,20 +52,64 @@ class Group:
         return self.rank * step, (self.rank + 1) * step
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum of all ranks' `x`, in place."""
-        torch.distributed.all_reduce(x)
+        """The sum of all ranks' `x`, which may be overwritten."""
+        if self.small is not None and self.small.take(x):
+            return self.small(x)
+        if not self.ordered:
+            torch.distributed.all_reduce(x, group=self.ranks)
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.world_size)]
+        torch.distributed.all_gather(parts, x, group=self.ranks)
+        x.copy_(parts[0])
+        for part in parts[1:]:
+            x += part
         return x
 
-    def all_gather(self, x: Tensor) -> Tensor:
-        """All ranks' x [rows, columns] side by side: [rows, world size * columns]."""
-        parts = [torch.empty_like(x) for _ in range(self.world_size)]
-        torch.distributed.all_gather(parts, x)
-        return torch.cat(parts, dim=-1)
+    def gather(self, x: Tensor) -> Tensor | None:
+        """All ranks' x [rows, columns] side by side on rank 0: [rows, world size * columns]; None on the others."""
+        parts = [torch.empty_like(x) for _ in range(self.world_size)] if self.rank == 0 else None
+        torch.distributed.gather(x, parts, group_dst=0, group=self.ranks)
+        return None if parts is None else torch.cat(parts, dim=-1)
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Rank 0's `x`, in place."""
+        torch.distributed.broadcast(x, group_src=0, group=self.ranks)
+        return x
 
 
-def local_kv_heads(num_kv_heads: int, world_size: int) -> int:
-    """Key-value heads that each rank holds."""
-    return max(1, num_kv_heads // world_size)
+@dataclass(frozen=True)
+class HeadShare:
+    """The heads of a rank: queries [start, stop) and the key-value heads [kv_start, kv_stop) that they use, evenly."""
+
+    start: int
+    stop: int
+    kv_start: int
+    kv_stop: int
+
+    @property
+    def num_heads(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.kv_stop - self.kv_start
+
+
+def share_heads(num_heads: int, num_kv_heads: int, rank: int, world_size: int) -> HeadShare:
+    """What a rank has of the heads, which need not be a multiple of the world size.
+
+    Up to as many ranks as key-value heads have whole ones with all their queries, some one more where they do not divide. Where
+    ranks are more, neighbours have a copy of the same one, and a part of its queries each.
+    """
+    group = num_heads // num_kv_heads
+    if world_size <= num_kv_heads:
+        first, last = (each * num_kv_heads // world_size for each in (rank, rank + 1))
+        return HeadShare(first * group, last * group, first, last)
+    kv_head = next(each for each in range(num_kv_heads) if rank < (each + 1) * world_size // num_kv_heads)
+    begin, end = (each * world_size // num_kv_heads for each in (kv_head, kv_head + 1))
+    first, last = (kv_head * group + each * group // (end - begin) for each in (rank - begin, rank - begin + 1))
+    assert first < last, f"{num_heads} heads, {num_kv_heads} of keys and values, over {world_size} ranks"
+    return HeadShare(first, last, kv_head, kv_head + 1)
 
 
 class ColumnParallelLinear:
@@ -72,7 +134,7 @@ class ColumnParallelLinear:
 class QKVLinear(ColumnParallelLinear):
     """Queries, keys and values: x [tokens, hidden] -> [tokens, (heads + 2 * kv heads of the rank) * head_dim].
 
-    With fewer key-value heads than ranks, neighbouring ranks hold a copy of the same one.
+    Which heads those are is the matter of `share_heads`.
     """
 
     @classmethod
@@ -89,11 +151,10 @@ class QKVLinear(ColumnParallelLinear):
         group: Group,
     ) -> "QKVLinear":
         """From `{prefix}q_proj`, `k_proj` and `v_proj`."""
-        first, last = group.share(heads)
-        local = local_kv_heads(kv_heads, group.world_size)
-        kv_first = group.rank * kv_heads // group.world_size
-        kv_rows = (kv_first * head_dim, (kv_first + local) * head_dim)
-        parts = [Part(f"{prefix}q_proj.weight", (heads * head_dim, hidden), (first * head_dim, last * head_dim))]
+        share = share_heads(heads, kv_heads, group.rank, group.world_size)
+        kv_rows = (share.kv_start * head_dim, share.kv_stop * head_dim)
+        q_rows = (share.start * head_dim, share.stop * head_dim)
+        parts = [Part(f"{prefix}q_proj.weight", (heads * head_dim, hidden), q_rows)]
         parts += [Part(f"{prefix}{name}_proj.weight", (kv_heads * head_dim, hidden), kv_rows) for name in "kv"]
         return cls(load_linear(reader, parts, bias=bias))
 
@@ -121,10 +182,22 @@ class RowParallelLinear:
 
     @classmethod
     def load(
-        cls, reader: WeightReader, prefix: str, in_features: int, out_features: int, *, bias: bool, group: Group
+        cls,
+        reader: WeightReader,
+        prefix: str,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        group: Group,
+        share: tuple[int, int] | None = None,
     ) -> "RowParallelLinear":
-        """From `{prefix}weight` and, with `bias`, `{prefix}bias`."""
-        columns = group.share(in_features) if group.world_size > 1 else None
+        """From `{prefix}weight` and, with `bias`, `{prefix}bias`.
+
+        Args:
+            share: this rank's [start, stop) of the inputs; None: as many as any other's.
+        """
+        columns = (share or group.share(in_features)) if group.world_size > 1 else None
         part = Part(f"{prefix}weight", (out_features, in_features), columns=columns)
         # the bias is part of the sum, so one rank adds it
         if bias and group.rank > 0:
@@ -202,7 +275,7 @@ def _nearly_best(logits: Tensor, share: float) -> Tensor:
 
 
 class VocabParallelHead:
-    """Hidden states [rows, hidden] -> logits [rows, vocab] float32, the same on every rank.
+    """Hidden states [rows, hidden] -> logits [rows, vocab] float32 on rank 0 of the group, None on the others.
 
     Where products or weights are rounded, the likeliest tokens of a row often end up equal or in the wrong order. With `exact`,
     the weights as they are, [rows of this rank, hidden], the logits less than `share` of a row's greatest below it are computed
@@ -223,6 +296,8 @@ class VocabParallelHead:
         self.shared = shared
         self.vocab = vocab
         self.group = group
+        start, stop = _vocab_rows(vocab, group)
+        self._beyond = linear.out_features - (stop - start)  # the vocabulary
         share = share or (None if exact is None else _NEARLY_BEST.get(exact.dtype))
         self.share, self.exact = share or 0.0, exact if share else None
 
@@ -247,15 +322,18 @@ class VocabParallelHead:
         weight = embedding if embedding is not None else load_vocab_share(reader, name, vocab, hidden, group)
         return cls(pack_linear(weight), vocab, group, exact=exact, shared=embedding is not None and exact is None)
 
-    def __call__(self, hidden: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor) -> Tensor | None:
         logits = self.linear.wide(hidden)
+        if self._beyond:
+            logits[:, -self._beyond :] = -torch.inf  # which nothing is close to
         if self.exact is not None:
             close = _nearly_best(logits, self.share)
             for rows, tokens in (part.unbind(1) for part in close.split(_CANDIDATES)):
                 logits[rows, tokens] = (self.exact[tokens].float() * hidden[rows].float()).sum(-1)
-        if self.group.world_size > 1:
-            logits = self.group.all_gather(logits)[:, : self.vocab]
-        return logits
+        if self.group.world_size == 1:
+            return logits
+        gathered = self.group.gather(logits.contiguous())
+        return None if gathered is None else gathered[:, : self.vocab]
 
     @property
     def nbytes(self) -> int:

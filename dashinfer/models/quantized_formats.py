@@ -60,6 +60,14 @@ class GPTQFormat(_CheckpointFormat):
             codes = codes[:, order]
         return matrix.integers(codes, zeros, scales, bits, order)
 
+    def steps(self, reader: WeightReader, part: Part) -> tuple[int, int]:
+        name = part.name.removesuffix(".weight")
+        settings = self._config.of(name)
+        if f"{name}.qweight" not in reader or settings is None:
+            return 1, 1
+        matrix = MatrixShare(reader, part, settings.group_size)
+        return 1, matrix.input_step(settings.bits) if matrix.order("g_idx") is None else matrix.inputs
+
     def _zeros(self, matrix: MatrixShare, settings: GPTQSettings) -> Tensor | None:
         """The codes that stand for 0, for each output and group; None: the middle one.
 
@@ -94,6 +102,10 @@ class AWQFormat(_CheckpointFormat):
         scales = matrix.scales("scales", (matrix.num_groups, matrix.outputs)).T
         return matrix.integers(codes, zeros, scales, 4)
 
+    def steps(self, reader: WeightReader, part: Part) -> tuple[int, int]:
+        matrix = MatrixShare(reader, part, self._config.group_size)
+        return (8, matrix.input_step(None)) if matrix.has("qweight") else (1, 1)
+
 
 class ScaledFormat(_CheckpointFormat):
     """`weight` of 8 bits, or `weight_packed` [outputs, inputs / 32 * bits], with `weight_scale` or `weight_scale_inv` (which is
@@ -120,6 +132,17 @@ class ScaledFormat(_CheckpointFormat):
         if packed:
             return self._packed(matrix, part, weights)
         return self._plain(matrix, part, weights)
+
+    def steps(self, reader: WeightReader, part: Part) -> tuple[int, int]:
+        name = part.name.removesuffix(".weight")
+        weights = self._config.of(name)
+        packed = f"{name}.weight_packed" in reader
+        if weights is None or not (packed or (part.name in reader and reader.stored_type(part.name) not in FLOATS)):
+            return 1, 1
+        matrix = MatrixShare(reader, part, weights.group_size)
+        if packed and matrix.order("weight_g_idx") is not None:
+            return 1, matrix.inputs
+        return weights.block_rows, matrix.input_step(weights.bits if packed else None)
 
     def _packed(self, matrix: MatrixShare, part: Part, weights: ScaledWeights) -> QuantizedWeight:
         bits = weights.bits

@@ -17,7 +17,8 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
     Returns:
         [rows, count] uint8.
     """
-    stream = words.contiguous().view(torch.uint8)  # all machines that this runs on put the lowest byte first
+    # all machines that this runs on put the lowest byte first; strides of a single column may be anything
+    stream = words.contiguous().view(-1).view(torch.uint8).view(len(words), -1)
     if bits == 8:
         return stream[:, :count].contiguous()
     if bits == 3:  # eight in three bytes

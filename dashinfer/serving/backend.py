@@ -51,10 +51,28 @@ class ModelBackend:
 
     def engine(self, config: ServerConfig, source: ModelSource, on_progress: Callable[[Progress], None]) -> RunnableEngine:
         from dashinfer.engine.engine import Engine
+        from dashinfer.worker.supervisor import WorkerGroup
 
+        make_workers = partial(WorkerGroup, heartbeat_timeout=config.heartbeat_timeout)
         vision = load_vision(config, source)
         pixel_values = b"" if vision is None else vision.pixel_values
-        return Engine(config, source.files, on_progress=on_progress, pixel_values=pixel_values)
+        if config.data_parallel == 1:
+            return Engine(config, source.files, on_progress=on_progress, make_workers=make_workers, pixel_values=pixel_values)
+        from dashinfer.engine.replicas import Replicas, SlowestProgress
+
+        progress = SlowestProgress(config.data_parallel, on_progress)
+        engines = [
+            Engine(
+                config,
+                source.files,
+                on_progress=progress.of(number),
+                make_workers=make_workers,
+                pixel_values=pixel_values,
+                replica=number,
+            )
+            for number in range(config.data_parallel)
+        ]
+        return Replicas(engines, max_queue=config.max_queue, prefix_cache=not config.disable_prefix_cache)
 
     def text(self, config: ServerConfig, source: ModelSource) -> TextModel:
         from dashinfer.text.chat_template import ChatTemplate

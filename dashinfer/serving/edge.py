@@ -1,9 +1,9 @@
 """The ASGI layer around the application: what every request passes, whatever route it takes or fails to take.
 
 It gives each request an id, checks its key and what that may use, counts it, logs it when it ends, and ends the request's
-generation then at the latest. While an answer is sent it watches the clock: for clients that do not read, and for silences in which
-a proxy would cut the connection. Looks at `scope["path"]` only, never at an address rebuilt from headers. Knows nothing of routes and
-bodies.
+generation then at the latest. While an answer is sent it watches the clock: for clients that do not read, and for silences in
+which a proxy would cut the connection. Looks at `scope["path"]` only, never at an address rebuilt from headers. Knows nothing
+of routes and bodies.
 """
 
 import logging

@@ -233,16 +233,20 @@ class Server:
 
 def _announce(config: ServerConfig, url: str, info: Ready) -> None:
     """Tells that the server is ready, and with what."""
+    workers = config.data_parallel * config.tensor_parallel * config.pipeline_parallel
+    of_each = f" in each of {workers} workers" if workers > 1 else ""
     base = url + config.root_path if config.uds is None else config.root_path
     rows = {
         "address": url if config.host in url or config.uds is not None else f"{url} (bound to {config.host})",
-        "model": f"{config.model_name} ({info.architecture}, mode {info.mode})",
+        "model": f"{config.model_name} ({info.architecture}, mode {info.mode})"
+        + (f" in {config.data_parallel} copies" if config.data_parallel > 1 else ""),
         "device": f"{info.device}, {info.data_type}",
         "memory": f"{info.weight_bytes / 2**20:,.0f} MiB of weights, {info.activation_bytes / 2**20:,.0f} MiB for activations"
-        + (f", {info.graph_bytes / 2**20:,.0f} MiB of CUDA graphs" if info.graph_bytes else ""),
+        + (f", {info.graph_bytes / 2**20:,.0f} MiB of CUDA graphs" if info.graph_bytes else "")
+        + of_each,
         "KV cache": f"{info.num_blocks * info.block_size:,} tokens"
         + ("" if info.kv_cache_dtype == "auto" else f" in {info.kv_cache_dtype}")
-        + f", {info.kv_cache_bytes / 2**20:,.0f} MiB; "
+        + f", {info.kv_cache_bytes / 2**20:,.0f} MiB{of_each}; "
         f"a sequence up to {info.max_length:,} tokens",
         **(
             {"vision": f"{info.vision_engine}, {info.media_cache_bytes / 2**20:,.0f} MiB for embeddings of images"}

@@ -3,6 +3,10 @@
 The main thread loads the model, executes plans and encodes images between them; one reads frames, and ends the process when the
 socket closes, in the middle of a step if need be, so that no rank outlives its parent; one says once a second that the process
 is alive; with a GPU, which is given steps before earlier ones have ended, one waits for their results.
+
+Of several ranks, the first speaks for all; a step that fails for want of memory ends them, since the others wait in its midst.
+A rank that is alone drops that step and those after it, says so, and goes on when it is told that all begins anew.
+
 Signals that a terminal or a service manager sends to the whole group are left to the parent.
 """
 
@@ -20,14 +24,29 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from dashinfer.errors import StartupError, WorkerError
-from dashinfer.types import Alive, Encode, Encoded, Failed, Forget, FromParent, FromWorker, Progress, Start, StepPlan
+from dashinfer.errors import InsufficientMemory, PeerLost, StartupError, WorkerError
+from dashinfer.types import (
+    Alive,
+    Encode,
+    Encoded,
+    Failed,
+    Forget,
+    FromParent,
+    FromWorker,
+    OutOfMemory,
+    Progress,
+    Reset,
+    Start,
+    StepPlan,
+)
 from dashinfer.worker.frames import encode, worker_reader
 
 if TYPE_CHECKING:
     from dashinfer.worker.executor import LaunchedStep
     from dashinfer.worker.media import Media
     from dashinfer.worker.runner import Runner
+
+logger = logging.getLogger("dashinfer.worker")
 
 HEARTBEAT_INTERVAL = 1.0  # seconds
 # Seconds of encoding images after each step: on CPU as long as the step took, up to so many; on a GPU always so many.
@@ -91,7 +110,7 @@ def _guarded(connection: Connection, work: Callable[[], None]) -> None:
     try:
         work()
     except BaseException as error:
-        kind = type(error).__name__ if isinstance(error, StartupError) else ""
+        kind = type(error).__name__ if isinstance(error, StartupError | PeerLost) else ""
         message = str(error) if kind else f"{type(error).__name__}: {error}"
         connection.send(Failed(kind, message, traceback.format_exc()))
         if not kind:
@@ -111,19 +130,21 @@ def serve(connection: Connection) -> None:
     # refuses an unknown architecture before torch is imported
     model_config = ModelConfig.from_hf(start.config.files.config, vision=True)
 
+    from dashinfer.worker.distributed import peers_may_end
     from dashinfer.worker.runner import Runner
 
     def report(stage: str, done: int, total: int, unit: str) -> None:
         connection.send(Progress(stage, done, total, unit))
 
-    runner = Runner(start.config, model_config, report)
-    # What is there now stays: the collector need not look at it again, in the midst of a step.
-    gc.collect()
-    gc.freeze()
-    if not runner.on_gpu:
-        arrange_threads(runner.ready.weight_bytes)
-    connection.send(runner.ready)
-    Loop(connection, runner, start.config.rank).run()
+    with peers_may_end():
+        runner = Runner(start.config, model_config, report)
+        # What is there now stays: the collector need not look at it again, in the midst of a step.
+        gc.collect()
+        gc.freeze()
+        if not runner.on_gpu:
+            arrange_threads(runner.ready.weight_bytes)
+        connection.send(runner.ready)
+        Loop(connection, runner, start.config.rank, start.config.world_size).run()
 
 
 def arrange_threads(weight_bytes: int) -> None:
@@ -141,23 +162,30 @@ def arrange_threads(weight_bytes: int) -> None:
 class Loop:
     """What a rank does once it is ready: steps as their plans come, and images in between."""
 
-    def __init__(self, connection: Connection, runner: "Runner", rank: int) -> None:
+    def __init__(self, connection: Connection, runner: "Runner", rank: int, world_size: int = 1) -> None:
         self._connection = connection
         self._runner = runner
         self._media: Media | None = runner.media
         self._speaks = rank == 0  # for all ranks
-        self._steps: queue.SimpleQueue[LaunchedStep] = queue.SimpleQueue()
+        self._alone = world_size == 1
+        self._dropping = False  # plans, until a Reset
+        self._steps: queue.SimpleQueue[LaunchedStep | OutOfMemory | Reset] = queue.SimpleQueue()
         self._told = time.perf_counter()  # when the parent was last told of encoding
 
     def run(self) -> None:
         """For ever."""
         if self._runner.on_gpu and self._speaks:
-            work = partial(send_results, self._connection, self._steps)
-            threading.Thread(target=_guarded, args=(self._connection, work), daemon=True).start()
+            threading.Thread(target=_guarded, args=(self._connection, self._send_results), daemon=True).start()
         while True:
             match self._receive():
                 case StepPlan() as plan:
-                    self._execute(plan)
+                    if not self._dropping:
+                        self._execute(plan)
+                case Reset() as message:
+                    self._runner.reset()
+                    self._dropping = False
+                    if self._runner.on_gpu:
+                        self._steps.put(message)
                 case Encode() as message:
                     assert self._media is not None
                     self._media.ask(message)
@@ -179,11 +207,22 @@ class Loop:
 
     def _execute(self, plan: StepPlan) -> None:
         begun = time.perf_counter()
-        step = self._runner.launch(plan)
-        if self._speaks and self._runner.on_gpu:
-            self._steps.put(step)
-        elif self._speaks:
-            self._connection.send(step.result())
+        try:
+            step = self._runner.launch(plan)
+            if self._speaks and self._runner.on_gpu:
+                self._steps.put(step)
+            elif self._speaks:
+                self._connection.send(self._runner.result(step))
+        except InsufficientMemory as error:
+            if not self._alone:
+                raise
+            self._dropping = True
+            logger.warning("step %d is dropped: %s", plan.step, error)
+            if self._runner.on_gpu:
+                self._steps.put(OutOfMemory(plan.step))  # behind the results of earlier steps
+            else:
+                self._connection.send(OutOfMemory(plan.step))
+            return
         if self._media is not None:
             on_gpu = self._runner.on_gpu
             self._encode(self._media, ENCODE_TIME["cuda"] if on_gpu else min(time.perf_counter() - begun, ENCODE_TIME["cpu"]))
@@ -198,11 +237,27 @@ class Loop:
             self._connection.send(Encoded(keys))
             self._told = now
 
-
-def send_results(connection: Connection, steps: "queue.SimpleQueue[LaunchedStep]") -> None:
-    """Wait for each step's result and send it, while the main thread queues the steps after it."""
-    while True:
-        connection.send(steps.get().result())
+    def _send_results(self) -> None:
+        """Wait for each step's result and send it, while the main thread queues the steps after it."""
+        dropping = False
+        while True:
+            step = self._steps.get()
+            if isinstance(step, Reset):
+                dropping = False
+            elif dropping:
+                pass
+            elif isinstance(step, OutOfMemory):
+                dropping = True
+                self._connection.send(step)
+            else:
+                try:
+                    self._connection.send(self._runner.result(step))
+                except InsufficientMemory as error:
+                    if not self._alone:
+                        raise
+                    dropping = self._dropping = True
+                    logger.warning("step %d is dropped: %s", step.number, error)
+                    self._connection.send(OutOfMemory(step.number))
 
 
 if __name__ == "__main__":

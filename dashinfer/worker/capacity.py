@@ -40,9 +40,9 @@ def out_of_memory(name: str, where: str) -> Iterator[None]:
         raise InsufficientMemory(f"{name}: memory ran out {where}") from error
 
 
-def free_memory(device: torch.device, world_size: int) -> int:
-    """Bytes that a rank can still take on its device. Ranks on CPU share the machine's memory."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory() // world_size
+def free_memory(device: torch.device, local_size: int) -> int:
+    """Bytes that a rank can still take on its device. The `local_size` ranks of a machine share its memory on CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory() // local_size
 
 
 def step_bytes(config: ModelConfig, step_tokens: int, max_batch: int) -> int:
@@ -95,6 +95,7 @@ def count_blocks(
     requested: int | None,
     free: int,
     available: int,
+    required: int | None = None,
 ) -> int:
     """How many KV cache blocks to allocate: what was asked for, or what is available up to what a full batch can use.
 
@@ -104,10 +105,18 @@ def count_blocks(
         requested: bytes asked for by --kv-cache-memory.
         free: bytes there are, less what steps take.
         available: those of them that the KV cache may take where nothing is asked for; below 0 where there are none.
+        required: so many blocks and no others, if they are not more than there is memory.
 
     Raises:
         InsufficientMemory: more is asked for than there is, or not even one sequence of `max_length` tokens fits.
     """
+    if required is not None:
+        if required * block_bytes > free:
+            raise InsufficientMemory(
+                f"{name}: the KV cache had {format_size(required * block_bytes)} before, but steps leave only "
+                f"{format_size(free)} of memory free now; free some memory, or start again"
+            )
+        return required
     if requested is not None and requested > free:
         raise InsufficientMemory(
             f"{name}: --kv-cache-memory asks for {format_size(requested)}, but steps leave only {format_size(free)} of memory "

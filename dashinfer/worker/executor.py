@@ -3,6 +3,8 @@
 What steps need of the sequences lives on the device: token histories and sampling parameters (`SamplingState`), block tables.
 A step brings a few numbers a sequence in one copy, finds its token ids where earlier steps wrote them, and is queued behind the
 step before; its tokens are read back while the next one runs. On a GPU, steps that only decode are replayed from CUDA graphs.
+
+Of several ranks the first samples, and the others are told the tokens: they could not differ if they tried.
 """
 
 from collections.abc import Callable
@@ -45,6 +47,7 @@ class Executor:
         media: Media | None = None,
     ) -> None:
         self._model = model
+        self._group = model.group
         self._media = media
         self._placements = None if media is None else Placements(max_batch, max_length, device)
         self._device = device
@@ -82,6 +85,10 @@ class Executor:
         with torch.inference_mode():
             warm_up_sampling(self._state)
 
+    def reset(self) -> None:
+        """No slot has a sequence, and nothing of a step that failed matters. The caches stay."""
+        self._num_blocks = [0] * len(self._num_blocks)
+
     def launch(self, plan: StepPlan) -> "LaunchedStep":
         """Queue a step behind those before it. Call it, and read results, in the order of the plans."""
         with torch.inference_mode():
@@ -98,11 +105,22 @@ class Executor:
             run = self._replay if decodes and self._graphs is not None else self._run
             logits, slots, positions = run(plan.chunks)
             scores = self._launched_scores
-            if logits is None:
+            if not len(slots):
                 return LaunchedStep(plan.step, [], None, scores)
+            if self._group.rank > 0:
+                self._hear_tokens(slots, positions)
+                return LaunchedStep(plan.step, [], None)
+            assert logits is not None
             needs = [self._state.needs[chunk.slot] for chunk in plan.chunks if chunk.sample]
             sampled = sample(logits, self._state, SamplingBatch(slots, positions, reduce(or_, needs)))
+            if self._group.world_size > 1:
+                self._group.broadcast(sampled.tokens)
             return LaunchedStep(plan.step, [each.top_logprobs for each in needs], sampled, scores)
+
+    def _hear_tokens(self, slots: Tensor, positions: Tensor) -> None:
+        """Have the tokens that rank 0 samples written to the history; of a row that failed, too, whose sequence ends."""
+        tokens = torch.empty(len(slots), dtype=torch.int64, device=self._device)
+        self._state.history.index_put_((slots.long(), positions.long()), self._group.broadcast(tokens).int())
 
     def _take_blocks(self, chunks: list[Chunk]) -> np.ndarray:
         """Slot, column and number of each block that a step adds to the tables, [3, blocks] int32."""
@@ -123,8 +141,8 @@ class Executor:
     # -- any step
 
     def _run(self, chunks: list[Chunk]) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Logits of the chunks that sample, [rows, vocabulary] or None where none does, their slots, and the positions of the
-        tokens to sample."""
+        """Logits of the chunks that sample, [rows, vocabulary], on rank 0 and where any does, else None; their slots, and the
+        positions of the tokens to sample."""
         slots = np.array([chunk.slot for chunk in chunks])
         starts = np.array([chunk.start for chunk in chunks], dtype=np.int64)
         lengths = np.array([chunk.length for chunk in chunks], dtype=np.int64)
@@ -187,7 +205,7 @@ class Executor:
 
     # -- steps that only decode, from graphs
 
-    def _replay(self, chunks: list[Chunk]) -> tuple[Tensor, Tensor, Tensor]:
+    def _replay(self, chunks: list[Chunk]) -> tuple[Tensor | None, Tensor, Tensor]:
         """As `_run`."""
         assert self._graphs is not None
         columns = np.empty((5, len(chunks)), dtype=np.int32)
@@ -199,9 +217,9 @@ class Executor:
         logits, inputs = self._graphs(columns, self._staging)
         return logits, inputs[_SLOT], inputs[_CONTEXT]
 
-    def _decode(self, inputs: Tensor) -> Tensor:
-        """What graphs record: logits [rows, vocabulary] of `inputs`, int32 [5, rows]. A row without a sequence has slot -1 and
-        no tokens."""
+    def _decode(self, inputs: Tensor) -> Tensor | None:
+        """What graphs record: logits [rows, vocabulary] of `inputs`, int32 [5, rows], None on other ranks than 0. A row without
+        a sequence has slot -1 and no tokens."""
         slot, context = inputs[_SLOT], inputs[_CONTEXT]
         self._add_blocks(*inputs[_TABLE:])
         rows, positions = slot.clamp(min=0).long(), (context - 1).clamp(min=0).long()
@@ -255,7 +273,7 @@ class LaunchedStep:
     def __init__(
         self, number: int, wanted: list[int | None], sampled: Sampled | None, scores: LaunchedScores | None = None
     ) -> None:
-        self._number = number
+        self.number = number
         self._scores = scores
         self._wanted = wanted
         self._download = None
@@ -270,7 +288,7 @@ class LaunchedStep:
         """What the step produced, once it has."""
         scores = self._scores.result() if self._scores is not None else {}
         if self._download is None:
-            return StepResult(self._number, [], prompt_logprobs=scores)
+            return StepResult(self.number, [], prompt_logprobs=scores)
         tokens, failed, *logprobs = (each.tolist() for each in self._download.wait())
         failures = [row for row, each in enumerate(failed) if each]
         found = {}
@@ -278,4 +296,4 @@ class LaunchedStep:
             for row, (count, chosen, ids, values) in enumerate(zip(self._wanted, *logprobs, strict=True)):
                 if count is not None and not failed[row]:
                     found[row] = TokenLogprobs(chosen, tuple(ids[:count]), tuple(values[:count]))
-        return StepResult(self._number, tokens, found, failures, scores)
+        return StepResult(self.number, tokens, found, failures, scores)

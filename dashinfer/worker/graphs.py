@@ -13,8 +13,9 @@ from torch import Tensor
 
 from dashinfer.worker.staging import Staging
 
-# From inputs, int32 [width, size], to logits, [size, vocabulary]. Reads and writes nothing that moves, and waits for nothing.
-Record = Callable[[Tensor], Tensor]
+# From inputs, int32 [width, size], to logits, [size, vocabulary], or None on a rank that does not sample. Reads and writes
+# nothing that moves, and waits for nothing; what it tells other ranks is recorded, too.
+Record = Callable[[Tensor], Tensor | None]
 
 
 def bucket_sizes(max_batch: int) -> list[int]:
@@ -29,7 +30,7 @@ def bucket_sizes(max_batch: int) -> list[int]:
 class _Recording:
     graph: "torch.cuda.CUDAGraph"
     inputs: Tensor
-    logits: Tensor
+    logits: Tensor | None
 
 
 class DecodeGraphs:
@@ -59,24 +60,25 @@ class DecodeGraphs:
             report(len(self._recordings), len(self._sizes))
             inputs = torch.from_numpy(np.repeat(self._padding, size, 1)).to(device)
             aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):  # compiles kernels, and lets libraries take their workspaces
+            with torch.cuda.stream(aside):  # compiles kernels, connects ranks, and lets libraries take their workspaces
                 for _ in range(2):
                     record(inputs)
             torch.cuda.current_stream().wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=aside):
+            # what other threads do meanwhile, such as NCCL's watch over its own, is no part of it
+            with torch.cuda.graph(graph, pool=pool, stream=aside, capture_error_mode="thread_local"):
                 logits = record(inputs)
             self._recordings[size] = _Recording(graph, inputs, logits)
         report(len(self._sizes), len(self._sizes))
 
-    def __call__(self, columns: np.ndarray, staging: Staging) -> tuple[Tensor, Tensor]:
+    def __call__(self, columns: np.ndarray, staging: Staging) -> tuple[Tensor | None, Tensor]:
         """Run a step.
 
         Args:
             columns: [width, rows] int32.
 
         Returns:
-            Logits [rows, vocabulary] and the columns on the device; both are overwritten by the next call.
+            Logits [rows, vocabulary] or None, and the columns on the device; both are overwritten by the next call.
         """
         rows = columns.shape[1]
         size = self._sizes[bisect_left(self._sizes, rows)]
@@ -85,4 +87,4 @@ class DecodeGraphs:
         recording = self._recordings[size]
         staging.upload_into(recording.inputs, padded)
         recording.graph.replay()
-        return recording.logits[:rows], recording.inputs[:, :rows]
+        return None if recording.logits is None else recording.logits[:rows], recording.inputs[:, :rows]

@@ -1,4 +1,5 @@
 """A rank's images and videos: encoded between steps, a slice at a time; their embeddings kept until the parent forgets them.
+Each rank of several encodes everything, and tells the others nothing of it.
 
 What waits together is encoded together, up to a number of patches. A video's steps in time do not see each other in a tower, so
 a long one is encoded in pieces, and takes no more memory at a time than a large image. Everything is queued on the stream that
@@ -161,6 +162,10 @@ class Media:
             except StopIteration as end:
                 batch, self._batch = self._batch, None
                 self._keep(batch.pieces, end.value)
+            except BaseException:  # it cannot go on, and is begun anew if anybody asks
+                self._waiting.extendleft(filter(self._is_asked, reversed(self._batch.pieces)))
+                self._batch = None
+                raise
 
     def _next_batch(self) -> _Batch:
         pieces: list[_Piece] = []

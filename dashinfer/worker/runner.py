@@ -1,5 +1,6 @@
 """A rank's model: loaded, sized to the device's memory, ready for plans. How plans are executed is the executor's matter.
 
+All ranks of a model load at once, measure memory when all have come as far, and take what the one with the least can.
 Sets for its process whether ops are deterministic.
 """
 
@@ -17,7 +18,6 @@ from dashinfer.errors import ConfigurationError
 from dashinfer.models.config import ModelConfig
 from dashinfer.models.kv_cache import allocate_kv_cache, kv_bytes_per_block, kv_dtype
 from dashinfer.models.loader import load_model
-from dashinfer.models.parallel import Group
 from dashinfer.models.towers import Tower
 from dashinfer.models.vision_config import VisionConfig
 from dashinfer.models.weights import ReportProgress
@@ -32,10 +32,11 @@ from dashinfer.worker.capacity import (
     out_of_memory,
     step_bytes,
 )
+from dashinfer.worker.distributed import World, join, select_device
 from dashinfer.worker.executor import Executor, LaunchedStep
 from dashinfer.worker.graphs import bucket_sizes
 from dashinfer.worker.media import BATCH_PATCHES, Media
-from dashinfer_kernels import dispatch, warm_up_loops
+from dashinfer_kernels import dispatch, share_cores, warm_up_loops
 
 BLOCK_SIZE = {"cpu": 16, "cuda": 64}  # from 64 on, Hopper's copy engine brings tiles of keys and values
 STEP_TOKENS = {"cpu": 1024, "cuda": 8192}
@@ -46,6 +47,9 @@ MEASURED_PATCHES = 4096  # that the memory of a vision tower is measured with
 class Runner:
     """Loads the model that `config` names and is then ready for plans.
 
+    Args:
+        world: the ranks of the model; None: those that `config` says, which are joined here.
+
     Attributes:
         ready: what was found, for the parent.
         on_gpu: whether steps run on by themselves once they are launched.
@@ -53,26 +57,34 @@ class Runner:
 
     Raises:
         StartupError: the model, the options and the machine do not go together; the message says what to change.
+        PeerLost: another rank ended meanwhile.
     """
 
-    def __init__(self, config: WorkerConfig, model_config: ModelConfig, report: ReportProgress) -> None:
+    def __init__(
+        self, config: WorkerConfig, model_config: ModelConfig, report: ReportProgress, world: World | None = None
+    ) -> None:
         dispatch.deterministic = config.deterministic
-        device = select_device(config.device)
+        device = select_device(config.device, config.local_rank, config.local_size)
         self.on_gpu = on_gpu = device.type == "cuda"
+        if not on_gpu:
+            share_cores(config.local_rank, config.local_size)
         if on_gpu and config.kv_cache_dtype == "fp8":
             check_float8(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
         max_length = model_config.resolve_max_length(config.max_length)
         self._name = config.files.name
         compiling = None if on_gpu else _in_thread(warm_up_loops, getattr(torch, config.data_type))
         vision = VisionConfig.from_hf(config.files.config) if config.vision else None
+        self._world = world = world or join(config, device)
+        place = world.group.world_size, world.group.rank
+        (free,) = world.least(free_memory(device, config.local_size))
         with self._out_of_memory("while loading; use a smaller model or data type, or free some memory"):
             model, tower = load_model(
                 config,
                 model_config,
                 max_length=max_length,
                 device=device,
-                free=free_memory(device, config.world_size),
-                group=Group(config.rank, config.world_size),
+                free=free,
+                group=world.group,
                 report=report,
                 vision=vision,
             )
@@ -95,7 +107,7 @@ class Runner:
             # graphs hold decoding kernels, whose sums are not those of the kernel that chunks of prompts take
             graphs = on_gpu and not (config.enforce_eager or config.deterministic)
             if on_gpu:
-                self._executor.use_caches(allocate_kv_cache(model_config, 1, block_size, dtype, device, config.world_size))
+                self._executor.use_caches(allocate_kv_cache(model_config, 1, block_size, dtype, device, *place))
                 activations = self._peak(step_tokens, config.max_batch, max_length, block_size)
                 activations += step_tokens * media.token_bytes
                 graph_bytes = 0
@@ -108,7 +120,8 @@ class Runner:
                     self._warm_up_sight(vision, max_length)
                 self._executor.use_caches([])
                 torch.cuda.empty_cache()
-        free = free_memory(device, config.world_size)
+        world.wait()
+        free = free_memory(device, config.local_size)
         if on_gpu:
             total = torch.cuda.get_device_properties(device).total_memory
             available = free - int((1 - config.gpu_memory_utilization) * total) - activations - graph_bytes
@@ -117,7 +130,7 @@ class Runner:
             activations += step_tokens * media.token_bytes
             available = int(free * MEMORY_SHARE) - activations
         available -= media.total
-        block_bytes = kv_bytes_per_block(model_config, block_size, dtype, config.world_size)
+        block_bytes = kv_bytes_per_block(model_config, block_size, dtype, *place)
         num_blocks = count_blocks(
             name=config.files.name,
             data_type=config.data_type,
@@ -129,14 +142,16 @@ class Runner:
             requested=config.kv_cache_memory,
             free=max(free - activations - graph_bytes - media.total, 0),
             available=available,
+            required=config.num_blocks,
         )
+        (num_blocks,) = world.least(num_blocks)
         with self._out_of_memory("for the KV cache; lower --kv-cache-memory or --max-length"):
-            self._executor.use_caches(allocate_kv_cache(model_config, num_blocks, block_size, dtype, device, config.world_size))
+            self._executor.use_caches(allocate_kv_cache(model_config, num_blocks, block_size, dtype, device, *place))
         if graphs:
-            before = free_memory(device, config.world_size)
+            before = free_memory(device, config.local_size)
             with self._out_of_memory("for CUDA graphs; lower --gpu-memory-utilization, or use --enforce-eager"):
                 self._executor.use_graphs(report=lambda done, total: report("graphs", done, total, ""))
-            graph_bytes = before - free_memory(device, config.world_size)
+            graph_bytes = before - free_memory(device, config.local_size)
         self.ready = Ready(
             architecture=model_config.architecture,
             mode="llm" if tower is None else "vlm",
@@ -166,9 +181,20 @@ class Runner:
         with self._out_of_memory(self._in_a_step):
             return self._executor.launch(plan)
 
+    def result(self, step: LaunchedStep) -> StepResult:
+        """What a step produced, once it has; raises as `launch`. On other ranks than 0 a result has no tokens."""
+        with self._out_of_memory(self._in_a_step):
+            return step.result()
+
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step; raises as `launch`."""
-        return self.launch(plan).result()
+        return self.result(self.launch(plan))
+
+    def reset(self) -> None:
+        """Forget all sequences, after a step for which there was not enough memory."""
+        self._executor.reset()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
 
     def _warm_up(self, max_batch: int, max_length: int, block_size: int, *, decodes: bool) -> None:
         """Have the kernels compiled that requests may need and a step of as many tokens as possible does not: those of short
@@ -214,14 +240,16 @@ class Runner:
             # larger images take of what is left to others
             activations = encode_bytes(vision, batch_patches)
         token_bytes = vision.out_hidden_size * dtype.itemsize * (1 + len(vision.deepstack_blocks))
+        self._world.wait()
         cache_bytes = media_cache_bytes(
             self._name,
             requested=config.media_cache_memory,
-            free=max(free_memory(device, config.world_size) - activations, 0),
+            free=max(free_memory(device, config.local_size) - activations, 0),
             token_bytes=token_bytes,
             max_length=max_length,
             device=device,
         )
+        (cache_bytes,) = self._world.least(cache_bytes)
         return _MediaMemory(token_bytes, cache_bytes, activations)
 
     def _see(self, image: Encode, plan: StepPlan | None = None) -> None:
@@ -277,16 +305,6 @@ def _in_thread(function: Callable[..., None], *args: Any) -> Future[None]:
     future = executor.submit(function, *args)
     executor.shutdown(wait=False)
     return future
-
-
-def select_device(name: str) -> torch.device:
-    """Raises ConfigurationError when CUDA is asked for and not there."""
-    has_cuda = torch.cuda.is_available()
-    if name == "cuda" and not has_cuda:
-        raise ConfigurationError(
-            "--device cuda: torch finds no CUDA device; use --device cpu, or install a CUDA build of torch"
-        )
-    return torch.device("cuda" if name != "cpu" and has_cuda else "cpu")
 
 
 def check_float8(name: str, capability: tuple[int, int]) -> None:

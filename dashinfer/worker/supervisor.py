@@ -1,8 +1,13 @@
 """The worker processes, seen from the parent: started, watched, and always reaped.
 
 A rank is a process of its own, joined to the parent by a socket pair that it was born with. It ends by itself when its end of
-the socket closes, so no signal that ends the parent, SIGKILL included, leaves a rank behind. It is watched three ways: by its
-exit, by its heartbeat (a rank that is stopped or stuck says nothing), and by the caller's deadline on each step.
+the socket closes, so no signal that ends the parent, SIGKILL included, leaves a rank behind. Each is in a process group of its
+own: when the parent ends, that group is orphaned, and the kernel wakes those of it that are stopped. (Not where the process
+that inherits orphans is in the same session, as in a container whose first process is the shell that started the server.)
+
+A rank is watched three ways: by its exit, by its heartbeat (a rank that is stopped or stuck says nothing), and by the caller's
+deadline on each step. The end of one is the end of its group: the others, which wait for it in the midst of a step, are killed
+at once, and all are reaped before the error leaves, so that memory, cores and ports are free for the next group.
 
 Knows processes and frames; knows nothing of sequences, tensors or HTTP.
 """
@@ -13,23 +18,32 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Protocol
 
+import msgspec
 import trio
 
 from dashinfer import errors
-from dashinfer.types import Alive, Encoded, Failed, FromParent, Progress, Ready, Start, StepResult, WorkerConfig
+from dashinfer.types import Alive, Encoded, Failed, FromParent, OutOfMemory, Progress, Ready, Start, StepResult, WorkerConfig
 from dashinfer.worker.frames import encode, parent_reader
 
-OnMessage = Callable[[Progress | StepResult | Encoded], None]
+Spoken = Progress | StepResult | OutOfMemory | Encoded
+OnMessage = Callable[[Spoken], None]
 
 logger = logging.getLogger("dashinfer.worker")
 
-HEARTBEAT_TIMEOUT = 30.0  # seconds of silence; a rank speaks once a second
+HEARTBEAT_TIMEOUT = 10.0  # seconds of silence; a rank speaks once a second
+LOADING_SILENCE = 30.0  # seconds at least, until a rank is ready: imports and compilers hold its interpreter
 HEARTBEAT_GRACE = 3.0  # seconds more: the silence may have been this process's own, stopped by Ctrl-Z or with its machine
 EXIT_TIMEOUT = 3.0  # seconds that a rank has to end after its socket closed
+CAUSE_TIMEOUT = 1.0  # seconds that the cause has to be noticed after what it led to
+LAST_WORDS_TIMEOUT = 0.5  # seconds that a dead rank's last words have to arrive: its children may hold its pipe open
 LAST_WORDS = 20  # lines of a rank's stderr that an error carries
 LONGEST_LINE = 8192  # bytes of a rank's output that are logged at once
 
@@ -40,15 +54,43 @@ ENVIRONMENT = {"LRU_CACHE_CAPACITY": "128", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "
 COMMAND = (sys.executable, "-P", "-m", "dashinfer.worker")
 
 
+class Disconnected(errors.WorkerError):
+    """A rank's connection closed, and nothing said why."""
+
+
+class AnyRank(Protocol):
+    """A rank as its group sees it, wherever its process is."""
+
+    async def run(self, on_message: OnMessage, *, task_status: trio.TaskStatus[Ready] = trio.TASK_STATUS_IGNORED) -> None:
+        """One life; see `Rank.run`. Whatever ends it, the process has ended when it returns."""
+        ...
+
+    async def send_frame(self, frame: bytes) -> None:
+        """Send a whole frame; see `Rank.send_frame`."""
+        ...
+
+    def kill(self) -> None:
+        """End the process without asking it; `run` ends then."""
+        ...
+
+
 class Rank:
     """One worker process. `run` is its life; the other methods are valid while it runs."""
 
-    def __init__(self, config: WorkerConfig, *, command: Sequence[str] = COMMAND) -> None:
+    def __init__(
+        self, config: WorkerConfig, *, command: Sequence[str] = COMMAND, heartbeat_timeout: float = HEARTBEAT_TIMEOUT
+    ) -> None:
+        """`heartbeat_timeout`: seconds of silence after which a rank that was ready hangs."""
         self._config = config
         self._command = command
+        self._heartbeat_timeout = heartbeat_timeout
         self._name = f"rank {config.rank}"
         self._last_words: deque[str] = deque(maxlen=LAST_WORDS)
         self._stream: trio.SocketStream | None = None
+        self._process: trio.Process | None = None
+        self._killed = False
+        self._said_all = trio.Event()  # its socket has ended
+        self._wrote_all = trio.Event()  # its output has
 
     async def run(
         self,
@@ -58,8 +100,11 @@ class Rank:
     ) -> None:
         """Start the process, report readiness, and pass on its messages until it is cancelled.
 
+        Cancelled, it gives the process EXIT_TIMEOUT seconds to end; on an error it kills it.
+
         Raises:
             StartupError: the rank could not be started, or could not load; the class that it named.
+            PeerLost: it could not reach another rank.
             WorkerError: it died, fell silent, or sent something that is no frame.
         """
         process = await self._start()
@@ -68,8 +113,11 @@ class Rank:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._log_output, process)
                     nursery.start_soon(self._watch_exit, process)
-                    await self.send(Start(self._config))
-                    await self._read(on_message, task_status)
+                    nursery.start_soon(self._read, on_message, task_status)
+                    await self.send_frame(encode(Start(self._config)))
+        except Exception:
+            self.kill()
+            raise
         finally:
             with trio.CancelScope(shield=True):
                 await self._reap(process)
@@ -79,58 +127,59 @@ class Rank:
         with theirs, ExitStack() as unless_started:
             unless_started.callback(ours.close)
             try:
-                process = await trio.lowlevel.open_process(
+                self._process = await trio.lowlevel.open_process(
                     [*self._command, str(theirs.fileno())],
                     pass_fds=[theirs.fileno()],
                     env={**ENVIRONMENT, **os.environ},
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
+                    process_group=0,
                 )
             except OSError as error:
                 raise errors.StartupError(f"the process of {self._name} cannot be started: {error}") from None
             unless_started.pop_all()
         self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
-        return process
-
-    async def send(self, message: FromParent) -> None:
-        """Send one message.
-
-        Raises:
-            WorkerError: the rank is gone.
-        """
-        await self.send_frame(encode(message))
+        return self._process
 
     async def send_frame(self, frame: bytes) -> None:
+        """Send a whole frame. One for a rank that is gone is dropped, since `run` is about to say what ended it; one that a
+        stopped rank does not take waits until its silence ends it."""
         assert self._stream is not None
-        try:
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             await self._stream.send_all(frame)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            await trio.sleep(EXIT_TIMEOUT)  # what ended the rank is about to be raised by those who watch it
-            raise errors.WorkerError(f"{self._name} closed its connection") from None
+
+    def kill(self) -> None:
+        """End the process, and what it started, without asking it; `run` reaps it."""
+        self._killed = True
+        if self._process is not None and self._process.poll() is None:
+            with suppress(ProcessLookupError, PermissionError):  # it has ended just now
+                os.killpg(self._process.pid, signal.SIGKILL)
 
     async def _read(self, on_message: OnMessage, task_status: trio.TaskStatus[Ready]) -> None:
-        assert self._stream is not None
         reader = parent_reader()
+        patience = max(self._heartbeat_timeout, LOADING_SILENCE)
         while True:
-            data = await self._receive(HEARTBEAT_TIMEOUT)
+            data = await self._receive(patience)
             if data is None:
-                logger.warning("%s: no sign of life for %.0f s", self._name, HEARTBEAT_TIMEOUT)
+                logger.warning("%s: no sign of life for %g s", self._name, patience)
                 data = await self._receive(HEARTBEAT_GRACE)
             if data is None:
-                raise errors.WorkerError(f"{self._name} hangs: no sign of life for {HEARTBEAT_TIMEOUT:.0f} s")
+                raise errors.WorkerError(f"{self._name} hangs: no sign of life for {patience:g} s{self._words()}")
             if not data:
+                self._said_all.set()
                 await trio.sleep(EXIT_TIMEOUT)  # the watcher of the exit has more to say
-                raise errors.WorkerError(f"{self._name} closed its connection")
+                raise Disconnected(f"{self._name} closed its connection{self._words()}")
             for message in reader.feed(data):
                 match message:
                     case Alive():
                         pass
                     case Ready():
+                        patience = self._heartbeat_timeout
                         task_status.started(message)
                     case Failed():
                         raise self._failure(message)
-                    case Progress() | StepResult() | Encoded():
+                    case Progress() | StepResult() | OutOfMemory() | Encoded():
                         on_message(message)
 
     async def _receive(self, patience: float) -> bytes | None:
@@ -145,10 +194,11 @@ class Rank:
 
     async def _watch_exit(self, process: trio.Process) -> None:
         status = await process.wait()
-        await trio.sleep(0.1)  # let the last lines arrive
+        with trio.move_on_after(LAST_WORDS_TIMEOUT):
+            await self._said_all.wait()  # it may have said itself what was wrong
+            await self._wrote_all.wait()
         how = f"was killed by {_signal_name(-status)}" if status < 0 else f"ended with exit status {status}"
-        words = f"; its last words: {' | '.join(self._last_words)}" if self._last_words else ""
-        raise errors.WorkerError(f"{self._name} {how}{words}")
+        raise errors.WorkerError(f"{self._name} {how}{self._words()}")
 
     async def _log_output(self, process: trio.Process) -> None:
         """Log what the rank writes, line by line, with its rank."""
@@ -163,6 +213,7 @@ class Rank:
                 self._log_line(line[:LONGEST_LINE])
         if pending:
             self._log_line(pending)
+        self._wrote_all.set()
 
     def _log_line(self, line: bytes) -> None:
         text = line.decode(errors="replace").rstrip()
@@ -170,32 +221,58 @@ class Rank:
             self._last_words.append(text)
             logger.info("%s: %s", self._name, text)
 
+    def _words(self) -> str:
+        return f"; its last words: {' | '.join(self._last_words)}" if self._last_words else ""
+
     def _failure(self, message: Failed) -> errors.DashInferError:
         if message.traceback:
             logger.debug("%s failed:\n%s", self._name, message.traceback.rstrip())
         kind = getattr(errors, message.kind, None)
         if isinstance(kind, type) and issubclass(kind, errors.StartupError):
             return kind(message.message)
-        return errors.WorkerError(f"{self._name}: {message.message}")
+        lost = message.kind == errors.PeerLost.__name__
+        return (errors.PeerLost if lost else errors.WorkerError)(f"{self._name}: {message.message}")
 
     async def _reap(self, process: trio.Process) -> None:
         """Close the socket, which ends a healthy rank, and kill one that does not go."""
         assert self._stream is not None
         await self._stream.aclose()
-        with trio.move_on_after(EXIT_TIMEOUT):
-            await process.wait()
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
+        if not self._killed:
+            with trio.move_on_after(EXIT_TIMEOUT):
+                await process.wait()
+        self.kill()  # no more than a note if it has ended; and if it was to be killed before it had started, it is now
+        await process.wait()
         if process.stdout is not None:
             await process.stdout.aclose()
 
 
 class WorkerGroup:
-    """All ranks of one engine. Plans go to every rank, results come from rank 0."""
+    """All ranks of one model. `run` is its one life; to start again, another group is made.
 
-    def __init__(self, configs: Sequence[WorkerConfig], *, command: Sequence[str] = COMMAND) -> None:
-        self._ranks = [Rank(config, command=command) for config in configs]
+    Plans go to every rank; results come from the first rank of the last stage, everything else from rank 0.
+    """
+
+    def __init__(
+        self,
+        configs: Sequence[WorkerConfig],
+        *,
+        command: Sequence[str] = COMMAND,
+        heartbeat_timeout: float = HEARTBEAT_TIMEOUT,
+        make_rank: Callable[[WorkerConfig], AnyRank] | None = None,
+    ) -> None:
+        """
+        Args:
+            configs: of each rank, in order. Several that name no `rendezvous` meet in a file.
+            command: starts a rank, given the number of its end of a socket.
+            heartbeat_timeout: seconds of silence after which a rank that was ready hangs.
+            make_rank: makes each rank in place of `Rank`, which the other arguments are for.
+        """
+        assert [config.rank for config in configs] == list(range(len(configs)))
+        self._configs = configs
+        self._make_rank = make_rank or partial(Rank, command=command, heartbeat_timeout=heartbeat_timeout)
+        self._ranks: list[AnyRank] = []
+        self._failures: list[errors.DashInferError] = []  # as they were noticed
+        self._failed = trio.Event()  # there are enough of them
 
     async def run(
         self,
@@ -203,45 +280,101 @@ class WorkerGroup:
         on_progress: Callable[[Progress], None],
         on_result: Callable[[StepResult], None],
         on_encoded: Callable[[Encoded], None] = lambda message: None,
+        on_memory: Callable[[OutOfMemory], None] = lambda message: None,
         task_status: trio.TaskStatus[Ready] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Run all ranks; started, once every one is ready, with what the one with the fewest blocks found: no plan may name a
-        block that a rank does not have. The end of any of them ends the group.
+        block that a rank does not have. The failure of any of them ends the group; whatever ends it, every process has ended.
 
         Raises:
-            StartupError, WorkerError: as `Rank.run`, of the first rank that failed.
+            StartupError, WorkerError: as `Rank.run`; of several failures the one that most likely led to the others.
         """
+        assert not self._ranks, "a group has one life"
+        last_stage = len(self._configs) - len(self._configs) // self._configs[0].pipeline_parallel
 
-        def from_leader(message: Progress | StepResult | Encoded) -> None:
+        def on_message(rank: int, message: Spoken) -> None:
             match message:
-                case StepResult():
+                case StepResult() if rank == last_stage:
                     on_result(message)
-                case Encoded():
+                case Encoded() if rank == 0:
                     on_encoded(message)
+                case OutOfMemory() if rank == 0:
+                    on_memory(message)
                 case Progress():
-                    on_progress(message)
+                    if rank == 0:
+                        on_progress(message)
+                case _:
+                    raise errors.WorkerError(f"rank {rank} sent a {type(message).__name__}, which is not for it to send")
 
-        def from_follower(message: Progress | StepResult | Encoded) -> None:
-            if isinstance(message, StepResult | Encoded):
-                raise errors.WorkerError("a rank other than 0 sent a result")
+        ready: dict[int, Ready] = {}
 
-        ready: list[Ready] = []
+        async def start(rank: int) -> None:
+            ready[rank] = await nursery.start(self._live, rank, partial(on_message, rank))
 
-        async def start(index: int, rank: Rank) -> None:
-            ready.append(await nursery.start(rank.run, from_follower if index else from_leader))
+        async def start_all() -> None:
+            async with trio.open_nursery() as starting:
+                for rank in range(len(self._ranks)):
+                    starting.start_soon(start, rank)
+            task_status.started(min((ready[rank] for rank in sorted(ready)), key=lambda each: each.num_blocks))
 
-        with one_error():
+        with _meeting(self._configs) as configs:
+            self._ranks = [self._make_rank(config) for config in configs]
             async with trio.open_nursery() as nursery:
-                async with trio.open_nursery() as starting:
-                    for index, rank in enumerate(self._ranks):
-                        starting.start_soon(start, index, rank)
-                task_status.started(min(ready, key=lambda each: each.num_blocks))
+                nursery.start_soon(start_all)
+                await self._until_failed()
+                for each in self._ranks:
+                    each.kill()
+                nursery.cancel_scope.cancel()
+        raise min(self._failures, key=_distance)
+
+    async def _live(self, rank: int, on_message: OnMessage, *, task_status: trio.TaskStatus[Ready]) -> None:
+        try:
+            await self._ranks[rank].run(on_message, task_status=task_status)
+        except errors.DashInferError as error:
+            self._failures.append(error)
+            self._failed.set()
+            await trio.sleep_forever()  # until the whole group is ended
+
+    async def _until_failed(self) -> None:
+        """Until a rank has failed and it is known why, or cannot be expected to be."""
+        await self._failed.wait()
+        with trio.move_on_after(CAUSE_TIMEOUT):
+            while len(self._failures) < len(self._ranks) and all(map(_distance, self._failures)):
+                self._failed = trio.Event()
+                await self._failed.wait()
 
     async def send(self, message: FromParent) -> None:
-        """Send a plan, or what goes with plans, encoded once, to every rank."""
+        """Send a plan, or what goes with plans, encoded once, to every rank. One that is stopped keeps nothing from the others;
+        its silence ends the group, and with it the waiting."""
         frame = encode(message)
-        for rank in self._ranks:
-            await rank.send_frame(frame)
+        if len(self._ranks) == 1:
+            await self._ranks[0].send_frame(frame)
+            return
+        async with trio.open_nursery() as nursery:
+            for rank in self._ranks:
+                nursery.start_soon(rank.send_frame, frame)
+
+
+@contextmanager
+def _meeting(configs: Sequence[WorkerConfig]) -> Iterator[Sequence[WorkerConfig]]:
+    """The configurations with a place to meet where they need one, a file in a directory of our own."""
+    if len(configs) == 1 or configs[0].rendezvous:
+        yield configs
+        return
+    with tempfile.TemporaryDirectory(prefix="dashinfer-", ignore_cleanup_errors=True) as directory:
+        place = (Path(directory) / "rendezvous").as_uri()
+        yield [msgspec.structs.replace(config, rendezvous=place) for config in configs]
+
+
+def _distance(error: errors.DashInferError) -> int:
+    """How far an error is from what caused it."""
+    match error:
+        case Disconnected():
+            return 2
+        case errors.PeerLost():
+            return 1
+        case _:
+            return 0
 
 
 def _signal_name(number: int) -> str:
@@ -253,14 +386,19 @@ def _signal_name(number: int) -> str:
 
 @contextmanager
 def one_error() -> Iterator[None]:
-    """Around a nursery: of a group that holds only errors of ours the first leaves, since the others are its consequences."""
+    """Around a nursery: of a group that holds only errors of ours one leaves, since the others are its consequences."""
     try:
         yield
     except BaseExceptionGroup as group:
         ours, others = group.split(errors.DashInferError)
         if ours is None or others is not None:
             raise
-        error: BaseException = ours
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        raise error from None
+        raise min(_flat(ours), key=_distance) from None
+
+
+def _flat(group: BaseExceptionGroup[errors.DashInferError]) -> Iterator[errors.DashInferError]:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _flat(error)
+        else:
+            yield error

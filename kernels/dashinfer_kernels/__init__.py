@@ -23,7 +23,7 @@ from dashinfer_kernels.rope.launch import rope_kv_write
 from dashinfer_kernels.rotate.launch import rotate_heads
 from dashinfer_kernels.sampling.launch import sample, warm_up_sampling
 from dashinfer_kernels.sampling.state import Sampled, SamplingBatch, SamplingState
-from dashinfer_kernels.threads import pin_threads
+from dashinfer_kernels.threads import pin_threads, share_cores
 from dashinfer_kernels.varlen_attention.launch import varlen_attention
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "rope_kv_write",
     "rotate_heads",
     "sample",
+    "share_cores",
     "silu_mul",
     "varlen_attention",
     "warm_up_loops",

@@ -27,6 +27,21 @@ _cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") els
 parallel = _find_parallel()  # calls a function, given by its address, with an argument on every thread; then 0, 0
 
 
+def share_cores(index: int, count: int) -> None:
+    """Compute on the caller's share of the cores, as one of `count` processes that do so; on one thread where cores are fewer.
+
+    The calling thread, and those that it starts from now on, stay on them.
+    """
+    global _cores
+    if count == 1:
+        return
+    each = (len(_cores) or os.cpu_count() or 1) // count
+    if each and _cores:
+        _cores = _cores[index * each : (index + 1) * each]
+        os.sched_setaffinity(0, _cores)
+    torch.set_num_threads(max(1, min(each, torch.get_num_threads())))
+
+
 def pin_threads() -> bool:
     """Keep each of the caller's team of threads, itself included, on one core, where there are as many as cores to run on.
 
@@ -46,6 +61,6 @@ def pin_threads() -> bool:
 
 
 def unpin() -> None:
-    """Let the calling thread, and those that it starts, run on all cores."""
+    """Let the calling thread, and those that it starts, run on all cores that the process computes on."""
     if _cores:
         os.sched_setaffinity(0, _cores)

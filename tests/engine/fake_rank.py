@@ -6,6 +6,8 @@ a later plan will write, shows at once.
 
 import zlib
 from array import array
+from collections import deque
+from collections.abc import Collection
 
 from dashinfer.engine.api import Medium, PromptMedia
 from dashinfer.types import Encode, Forget, MediaSpan, SamplingParams, StepPlan, StepResult
@@ -42,16 +44,16 @@ def seen(tokens: list[int], spans: tuple[MediaSpan, ...]) -> list[Seen]:
     return result
 
 
-def next_token(prefix: tuple[Seen, ...], vocab_size: int = 50) -> int:
+def next_token(prefix: tuple[Seen, ...], seed: int = 0, vocab_size: int = 50) -> int:
     """The token that the fake model continues `prefix` with."""
-    return zlib.crc32(repr(prefix).encode()) % vocab_size
+    return zlib.crc32(repr(prefix).encode(), seed) % vocab_size
 
 
 def continuation(prompt: list[int], params: SamplingParams, media: PromptMedia | None = None) -> list[int]:
     """What an undisturbed run of one sequence gives."""
     tokens = seen(prompt, media.spans if media else ())
     while len(tokens) < len(prompt) + params.max_tokens:
-        tokens.append(next_token(tuple(tokens)))
+        tokens.append(next_token(tuple(tokens), params.seed))
         if tokens[-1] in params.stop_token_ids:
             break
     return tokens[len(prompt) :]
@@ -63,6 +65,7 @@ class FakeRank:
     Args:
         poison: a token; after it the "model" gives no finite logits.
         media_tokens: of which embeddings are held at most, but for a single medium.
+        stages: of a pipeline. The first has the tokens of plan k when it begins plan k + `stages`, not sooner.
     """
 
     def __init__(
@@ -74,7 +77,10 @@ class FakeRank:
         max_step_tokens: int,
         poison: int | None = None,
         media_tokens: int = 0,
+        stages: int = 1,
     ) -> None:
+        self.stages = stages
+        self.late: deque[tuple[int, int, int, int]] = deque()  # step, slot, position and token
         self.media_tokens = media_tokens
         self.media: dict[bytes, int] = {}  # tokens of what is held or about to be
         self.encoded: set[bytes] = set()
@@ -85,6 +91,7 @@ class FakeRank:
         self.cache: dict[tuple[int, int], tuple[Seen, ...]] = {}  # (block, offset) -> the prefix up to there
         self.tokens: list[dict[int, Seen]] = [{} for _ in range(max_batch)]
         self.tables: list[list[int]] = [[] for _ in range(max_batch)]
+        self.seeds = [0] * max_batch
 
     def tell(self, message: Encode | Forget) -> None:
         match message:
@@ -103,10 +110,22 @@ class FakeRank:
         self.encoded.update(keys)
         return keys
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def reset(self) -> None:
+        """As after `dashinfer.types.Reset`; what the blocks hold counts no more, either."""
+        self.cache.clear()
+        self.late.clear()
+        for slot in range(len(self.tables)):
+            self.tokens[slot], self.tables[slot] = {}, []
+
+    def execute(self, plan: StepPlan, *, finish: Collection[bytes] = ()) -> StepResult:
+        """`finish`: media that are encoded first if they are needed."""
+        while self.late and self.late[0][0] + self.stages <= plan.step:
+            _, slot, position, token = self.late.popleft()
+            self.tokens[slot][position] = token
         for enter in plan.enter:
             self.tokens[enter.slot] = dict(enumerate(seen(list(array("i", enter.tokens)), enter.media)))
             self.tables[enter.slot] = []
+            self.seeds[enter.slot] = enter.sampling.seed
         assert sum(chunk.length for chunk in plan.chunks) <= self.max_step_tokens
         assert len({chunk.slot for chunk in plan.chunks}) == len(plan.chunks)
         decodes = [chunk.length == 1 and chunk.sample for chunk in plan.chunks]
@@ -122,7 +141,11 @@ class FakeRank:
                 assert place not in written, "two sequences write to one place in one step"
                 written.add(place)
                 self.cache[place] = prefix[: position + 1]
-                assert isinstance(prefix[position], int) or prefix[position][0] in self.encoded
+                if not isinstance(prefix[position], int):
+                    key = prefix[position][0]
+                    if key in finish and key in self.media:
+                        self.encoded.add(key)
+                    assert key in self.encoded
         tokens: list[int] = []
         failed: list[int] = []
         for chunk in plan.chunks:
@@ -133,8 +156,8 @@ class FakeRank:
             if chunk.sample:
                 if prefix[-1] == self.poison:
                     failed.append(len(tokens))
-                self.tokens[chunk.slot][end] = next_token(prefix)
-                tokens.append(self.tokens[chunk.slot][end])
+                tokens.append(next_token(prefix, self.seeds[chunk.slot]))
+                self.late.append((plan.step, chunk.slot, end, tokens[-1]))
         return StepResult(plan.step, tokens, failed=failed)
 
     def _place(self, slot: int, position: int) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 import sys
 import time
 from contextlib import ExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from dashinfer.errors import (
     WorkerError,
 )
 from dashinfer.types import ModelFiles, Ready, SamplingParams
-from dashinfer.worker.supervisor import one_error
+from dashinfer.worker.supervisor import WorkerGroup, one_error
 
 from .fake_rank import FakeRank, continuation, show
 
@@ -35,7 +36,7 @@ def params(max_tokens: int = 8, stop: tuple[int, ...] = ()) -> SamplingParams:
 
 def new_engine(mode: str = "good", **settings) -> Engine:
     config = ServerConfig(model="fake", **{"max_batch": 4, **settings})
-    return Engine(config, FILES, worker_command=[sys.executable, str(FAKE_WORKER), mode])
+    return Engine(config, FILES, make_workers=partial(WorkerGroup, command=[sys.executable, str(FAKE_WORKER), mode]))
 
 
 @asynccontextmanager
@@ -224,7 +225,7 @@ async def test_a_draining_engine_finishes_what_runs_and_takes_no_more():
 
 
 @pytest.mark.parametrize("mode", ["die", "killed", "garbage"])
-async def test_a_dead_worker_is_told_to_every_reader_and_ends_the_engine(mode):
+async def test_a_worker_that_is_not_replaced_is_told_to_every_reader_and_ends_the_engine(mode):
     errors = []
 
     async def read() -> None:
@@ -232,7 +233,7 @@ async def test_a_dead_worker_is_told_to_every_reader_and_ends_the_engine(mode):
             await generate(engine, [1], params(20))
         errors.append(error.value)
 
-    engine = new_engine(mode)
+    engine = new_engine(mode, max_restarts=0)
     with trio.fail_after(30), pytest.raises(WorkerError), one_error():
         async with trio.open_nursery() as nursery:
             await nursery.start(engine.run)
@@ -244,7 +245,7 @@ async def test_a_dead_worker_is_told_to_every_reader_and_ends_the_engine(mode):
 
 
 async def test_a_hanging_step_is_a_failure():
-    engine = new_engine("hang", step_timeout=0.5)
+    engine = new_engine("hang", step_timeout=0.5, max_restarts=0)
     with trio.fail_after(30), pytest.raises(WorkerError, match=r"workers hang: no result of a step for 0\.5 s"), one_error():
         async with trio.open_nursery() as nursery:
             await nursery.start(engine.run)
@@ -267,7 +268,7 @@ async def test_an_encode_may_take_long_while_it_goes_on():
 
 async def test_an_encode_without_a_sign_is_a_failure():
     prompt, media = show([1, 2, 3], [(1, 2)])
-    engine = new_engine("blind", step_timeout=0.3)
+    engine = new_engine("blind", step_timeout=0.3, max_restarts=0)
     with trio.fail_after(30), pytest.raises(WorkerError, match="no image or video encoded"), one_error():
         async with trio.open_nursery() as nursery:
             await nursery.start(engine.run)
@@ -277,7 +278,7 @@ async def test_an_encode_without_a_sign_is_a_failure():
 
 async def test_a_long_step_is_warned_of_once(monkeypatch, caplog):
     monkeypatch.setattr(engine_module, "LONG_STEP", 0.1)
-    engine = new_engine("hang", step_timeout=0.5)
+    engine = new_engine("hang", step_timeout=0.5, max_restarts=0)
     with trio.fail_after(30), pytest.raises(WorkerError), one_error():
         async with trio.open_nursery() as nursery:
             await nursery.start(engine.run)
@@ -348,7 +349,7 @@ class TimedWorkers:
         self.sent: list = []
         self._send, self._receive = trio.open_memory_channel(10)
 
-    async def run(self, *, on_progress, on_result, on_encoded, task_status) -> None:
+    async def run(self, *, on_progress, on_result, on_encoded, on_memory, task_status) -> None:
         ready = Ready("F", "llm", "cpu", "float32", 50, 64, 32, 4, 64, 0, 0)
         rank = FakeRank(num_blocks=64, block_size=4, max_batch=4, max_step_tokens=32)
         task_status.started(ready)
@@ -362,8 +363,8 @@ class TimedWorkers:
 
 
 async def test_what_arrives_during_a_long_step_is_in_the_next_one(autojump_clock):
-    engine = new_engine()
-    engine._workers = workers = TimedWorkers()
+    workers = TimedWorkers()
+    engine = Engine(ServerConfig(model="fake", max_batch=4), FILES, make_workers=lambda configs: workers)
     async with trio.open_nursery() as nursery:
         await nursery.start(engine.run)
         start = trio.current_time()

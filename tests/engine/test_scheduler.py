@@ -28,7 +28,7 @@ def new_sequence(
 
 
 class Harness:
-    """A scheduler and a fake rank, with up to two plans in flight as the engine keeps them."""
+    """A scheduler and a fake rank, with as many plans in flight as the engine keeps: two, or one more than stages."""
 
     def __init__(
         self,
@@ -40,7 +40,9 @@ class Harness:
         prefix_cache=True,
         poison: int | None = None,
         media_tokens=8,
+        stages=1,
     ) -> None:
+        self.ahead = stages + 1
         self.media = MediaCache(capacity=3 * media_tokens, token_bytes=3)
         self.scheduler = Scheduler(
             num_blocks=num_blocks,
@@ -49,6 +51,7 @@ class Harness:
             max_step_tokens=max_step_tokens,
             prefix_cache=prefix_cache,
             media_cache=self.media,
+            stages=stages,
         )
         self.rank = FakeRank(
             num_blocks=num_blocks,
@@ -57,6 +60,7 @@ class Harness:
             max_step_tokens=max_step_tokens,
             poison=poison,
             media_tokens=media_tokens,
+            stages=stages,
         )
         self.results: deque = deque()
         self.plans: list = []
@@ -89,10 +93,10 @@ class Harness:
             if update.finish or update.failed:
                 self.endings[update.sequence] = update.finish or "failed"
 
-    def run(self, ahead: int = 2, limit: int = 10_000) -> None:
+    def run(self, limit: int = 10_000) -> None:
         """Until nothing is left to do."""
         for _ in range(limit):
-            while len(self.results) < ahead and self.plan():
+            while len(self.results) < self.ahead and self.plan():
                 pass
             if self.results:
                 self.apply()
@@ -395,7 +399,7 @@ def play(harness: Harness, actions: list) -> tuple[int, int]:
     for action in actions:
         match action:
             case "plan":
-                if len(harness.results) < 2:
+                if len(harness.results) < harness.ahead:
                     harness.plan()
             case "apply":
                 if harness.results:

@@ -157,12 +157,14 @@ def test_what_is_refused(changes, message):
 
 
 def test_ranks_that_divide():
+    """The MLP is shared evenly, and each rank has a head."""
     config = parse(num_key_value_heads=2, intermediate_size=96)
-    for size in (1, 2, 4, 8):
+    for size in (1, 2, 3, 4, 6, 8):
         config.check_world_size(size)
 
-    with pytest.raises(UnsupportedModel, match=r"--tensor-parallel 3 does not .*: 1, 2, 4, 8$"):
-        config.check_world_size(3)
+    for size in (5, 12):
+        with pytest.raises(UnsupportedModel, match=rf"--tensor-parallel {size} does not .*: 1, 2, 3, 4, 6, 8$"):
+            config.check_world_size(size)
 
 
 def test_a_refusal_needs_no_torch():

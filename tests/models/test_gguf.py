@@ -264,6 +264,7 @@ def test_codes_stand_for_what_the_file_holds(kind, tmp_path, open_gguf):
         return
     codes = source.read_codes(Part(name, SHAPE))
     assert codes.bits == bits
+    assert codes.group_size == source.group_size(name)
     assert torch.equal(codes.dequantize(), expected)
     share = source.read_codes(Part(name, SHAPE, rows=(16, 37), columns=(32, 96)))
     assert torch.equal(share.dequantize(), expected[16:37, 32:96])

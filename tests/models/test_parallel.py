@@ -1,7 +1,5 @@
 """The shares of 2 and 4 ranks add up to the model of one."""
 
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -10,12 +8,21 @@ import pytest
 import torch
 
 from dashinfer.models.kv_cache import allocate_kv_cache, kv_bytes_per_block
-from dashinfer.models.parallel import Group, QKVLinear, VocabParallelEmbedding, VocabParallelHead, load_vocab_share
+from dashinfer.models.parallel import (
+    Group,
+    HeadShare,
+    QKVLinear,
+    VocabParallelEmbedding,
+    VocabParallelHead,
+    load_vocab_share,
+    share_heads,
+)
 from dashinfer.models.weights import DummySource, WeightReader
 from dashinfer_kernels import pack_linear
 
 from . import toy
 
+UNEVEN = {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3}
 PROMPT = [(5 * index * index + index) % 97 for index in range(50)]
 
 
@@ -44,15 +51,16 @@ class ThreadGroup(Group):
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         return x.copy_(torch.stack(self.exchange.swap(self.rank, x)).sum(0))
 
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat(self.exchange.swap(self.rank, x), dim=-1)
+    def gather(self, x: torch.Tensor) -> torch.Tensor | None:
+        parts = self.exchange.swap(self.rank, x)
+        return torch.cat(parts, dim=-1) if self.rank == 0 else None
 
 
 def on_ranks(world_size: int, work):
     """What `work(group)` returns on each rank."""
     exchange = Exchange(world_size)
     with ThreadPoolExecutor(world_size) as pool:
-        return list(pool.map(work, [ThreadGroup(rank, world_size, exchange) for rank in range(world_size)]))
+        return list(pool.map(work, [ThreadGroup(rank, world_size, exchange=exchange) for rank in range(world_size)]))
 
 
 @pytest.mark.parametrize(
@@ -62,6 +70,8 @@ def on_ranks(world_size: int, work):
         ("Qwen2ForCausalLM", {"tie_word_embeddings": True}, 2),
         ("Qwen3ForCausalLM", {"head_dim": 16, "num_key_value_heads": 1}, 2),  # the head is on both ranks
         ("Qwen2ForCausalLM", {"num_attention_heads": 8, "num_key_value_heads": 2}, 4),  # a head is on two of the four
+        ("Qwen2ForCausalLM", UNEVEN, 2),
+        ("LlamaForCausalLM", UNEVEN | {"attention_bias": True}, 4),
     ],
 )
 def test_ranks_together_equal_one(architecture, settings, world_size, tmp_path):
@@ -73,11 +83,14 @@ def test_ranks_together_equal_one(architecture, settings, world_size, tmp_path):
     def work(group):
         model = toy.load(config, group)
         session = toy.Session(model, 96, world_size)
-        return model.weight_bytes, torch.cat((session.run(PROMPT[:31]), session.run(PROMPT[31:])))
+        return model.weight_bytes, [session.run(PROMPT[:31]), session.run(PROMPT[31:])]
 
-    for held, logits in on_ranks(world_size, work):
-        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
-        assert held < 0.75 * toy.load(config).weight_bytes
+    for rank, (held, logits) in enumerate(on_ranks(world_size, work)):
+        if rank == 0:
+            torch.testing.assert_close(torch.cat(logits), expected, atol=1e-5, rtol=1e-5)
+        else:
+            assert logits == [None, None]
+        assert held < 0.8 * toy.load(config).weight_bytes
 
 
 def reader(shapes) -> WeightReader:
@@ -103,6 +116,18 @@ def test_key_value_heads_are_copied_to_neighbours_where_ranks_are_more():
     assert rows["k_proj.weight"] == [(0, 4), (0, 4), (4, 8), (4, 8)]
 
 
+def test_heads_that_ranks_do_not_divide():
+    shares = {size: [share_heads(9, 3, rank, size) for rank in range(size)] for size in (1, 2, 3, 4, 5, 8, 9)}
+
+    assert shares[2] == [HeadShare(0, 3, 0, 1), HeadShare(3, 9, 1, 3)]
+    assert shares[4] == [HeadShare(0, 3, 0, 1), HeadShare(3, 6, 1, 2), HeadShare(6, 7, 2, 3), HeadShare(7, 9, 2, 3)]
+    for each in shares.values():
+        assert [head for share in each for head in range(share.start, share.stop)] == list(range(9))
+        for share in each:
+            assert (share.kv_start, share.kv_stop) == (share.start // 3, (share.stop - 1) // 3 + 1)
+            assert share.num_heads == share.num_kv_heads * 3 or share.num_kv_heads == 1
+
+
 def test_a_vocabulary_that_ranks_do_not_divide():
     vocab, hidden = 10, 16
     weight = load_vocab_share(reader({"w": (vocab, hidden)}), "w", vocab, hidden, Group())
@@ -117,9 +142,26 @@ def test_a_vocabulary_that_ranks_do_not_divide():
         assert load_vocab_share(reader({"w": (vocab, hidden)}), "w", vocab, hidden, group).shape == share.shape
         return VocabParallelEmbedding(share, group)(ids), VocabParallelHead(pack_linear(share), vocab, group)(x)
 
-    for embedded, logits in on_ranks(4, work):
+    results = on_ranks(4, work)
+    for embedded, _ in results:
         assert torch.equal(embedded, weight[ids])
-        torch.testing.assert_close(logits, x @ weight.T)
+    torch.testing.assert_close(results[0][1], x @ weight.T)
+
+
+def test_small_tensors_are_summed_by_what_is_faster_for_them():
+    class Doubled:
+        def take(self, x):
+            return x.numel() < 4
+
+        def __call__(self, x):
+            return x * 2
+
+    exchange = Exchange(1)
+    group = ThreadGroup(0, 2, small=Doubled(), exchange=exchange)
+
+    assert Group.all_reduce(group, torch.ones(3)).tolist() == [2, 2, 2]
+    with pytest.raises(ValueError, match="process group"):  # torch.distributed's turn
+        Group.all_reduce(group, torch.ones(4))
 
 
 def test_one_rank_communicates_nothing():
@@ -127,7 +169,7 @@ def test_one_rank_communicates_nothing():
         def all_reduce(self, x):
             raise AssertionError("communication")
 
-        all_gather = all_reduce
+        gather = broadcast = all_reduce
 
     config = toy.worker_config((), toy.SIZES | {"architectures": ["LlamaForCausalLM"]}, load_format="dummy")
 
@@ -142,26 +184,3 @@ def test_kv_cache_sizes():
         assert [cache.values.shape for cache in caches] == [(5, 2, heads, 16, 8)] * 3
         total = sum(cache.values.nbytes for cache in caches)
         assert total == 5 * kv_bytes_per_block(config, 16, torch.bfloat16, world_size)
-
-
-RANK = """
-import sys, torch
-from dashinfer.models.parallel import Group
-rank = int(sys.argv[1])
-torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-group, x = Group(rank, 2), torch.arange(6.0).view(2, 3) + 10 * rank
-print(group.all_gather(x).tolist(), group.all_reduce(x).tolist())
-torch.distributed.destroy_process_group()
-"""
-
-
-def test_two_processes(tmp_path):
-    """The sum and the concatenation through torch.distributed itself."""
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    outputs = [rank.communicate(timeout=120)[0].strip() for rank in ranks]
-
-    gathered = [[0.0, 1.0, 2.0, 10.0, 11.0, 12.0], [3.0, 4.0, 5.0, 13.0, 14.0, 15.0]]
-    assert outputs == [f"{gathered} {[[10.0, 12.0, 14.0], [16.0, 18.0, 20.0]]}"] * 2

@@ -87,7 +87,9 @@ class Session:
         self.model = model
         self.length = 0
         blocks = -(-max_length // BLOCK_SIZE) + 2
-        self.caches = allocate_kv_cache(model.config, blocks, BLOCK_SIZE, dtype, torch.device("cpu"), world_size)
+        self.caches = allocate_kv_cache(
+            model.config, blocks, BLOCK_SIZE, dtype, torch.device("cpu"), world_size, model.group.rank
+        )
         for cache in self.caches:
             for part in (cache.values, cache.scales):
                 if part is not None and part.dtype != torch.int8:

@@ -211,7 +211,7 @@ class FakeEngine:
     def submit(self, prompt: list[int], params: list[SamplingParams], media: PromptMedia | None = None) -> Any:
         if self.refusal is not None:
             raise self.refusal
-        if self.state != "ready":
+        if self.state not in ("ready", "recovering"):
             raise EngineUnavailable(f"the engine is {self.state}")
         if len(prompt) >= self.model.max_length:
             raise ContextLengthExceeded("the prompt leaves no room")

@@ -60,6 +60,17 @@ async def test_before_the_model_is_loaded(run_server: RunServer) -> None:
         assert error_of(answer)["code"] == "engine_unavailable"
 
 
+async def test_requests_wait_while_workers_start_again(run_server: RunServer) -> None:
+    async with run_server() as server:
+        server.engine.state = "recovering"
+        health = await server.client.get("/health")
+        answer = await server.chat("say yes")
+        models = await server.client.get("/v1/models")
+
+    assert (health.status_code, health.json()) == (503, {"status": "recovering", "mode": "llm"})
+    assert (answer.status_code, models.status_code) == (200, 200)
+
+
 async def test_a_failed_engine_shows_at_once(run_server: RunServer) -> None:
     async with run_server() as server:
         server.engine.state = "failed"

@@ -1,10 +1,14 @@
 """A worker process without a model, for tests of what supervises it: `python fake_worker.py MODE FD`.
 
 The mode says how it behaves: `good` serves the fake rank's tokens, `slow` takes 50 ms a step, `overflow` gives no finite logits
-after the token 49. While loading `refuse` fails, `crash` breaks, `lost` dies and `loading` never ends; of `uneven` ranks the
-later ones have fewer blocks. At its third step `die` ends, `killed` kills itself, `realtime` does so with a signal that has no
-name, `hang` never answers, `stopped` stops the whole process, `talk` writes a line that does not end, and `garbage` sends no
-frame.
+after the token 49. While loading `refuse` fails, `crash` breaks, `lost` dies, `loading` never ends, `frozen` stops the whole
+process, and `away` writes where the ranks are to meet; of `uneven` ranks the later ones have fewer blocks. At its third step
+`die` ends, `late` does so after 0.2 s, `killed` kills itself, `realtime` does so with a signal that has no name, `hang` never
+answers, `stopped` stops the whole process, `talk` writes a line that does not end, `garbage` sends no frame, `lonely` says that
+it lost another rank, `closed` ends its side of the connection and lives on, and `short` has no memory for the step. Of `chatty`
+ranks all send results.
+
+Modes with commas between them are those of the ranks, the last one also that of all that follow.
 
 `seeing` takes a second to encode an image and says four times that it goes on; `blind` never does either.
 
@@ -14,6 +18,7 @@ on for ever, `illegal` fails in the third result, and `exhausted` in the third l
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -26,11 +31,12 @@ import msgspec
 
 from dashinfer.errors import InsufficientMemory, UnsupportedModel
 from dashinfer.models.config import ModelConfig
-from dashinfer.types import Encode, Encoded, Progress, Ready, StepPlan, StepResult, WorkerConfig
+from dashinfer.types import Encode, Encoded, Failed, OutOfMemory, Progress, Ready, StepPlan, StepResult, WorkerConfig
 from dashinfer.worker import __main__ as worker
 from tests.engine.fake_rank import FakeRank
 
-MODE = sys.argv.pop(1)
+MODES = sys.argv.pop(1).split(",")
+MODE = MODES[0]
 READY = Ready(
     architecture="FakeForCausalLM",
     mode="llm",
@@ -48,7 +54,9 @@ READY = Ready(
 
 def misbehave(connection: worker.Connection) -> None:
     match MODE:
-        case "die":
+        case "die" | "late":
+            if MODE == "late":
+                time.sleep(0.2)
             print("the fake rank's last words", file=sys.stderr, flush=True)
             os._exit(3)
         case "killed":
@@ -64,6 +72,15 @@ def misbehave(connection: worker.Connection) -> None:
             sys.stderr.flush()
         case "garbage":
             connection._socket.sendall(b"\xff" * 64)
+        case "lonely":
+            connection.send(Failed("PeerLost", "connection closed by peer"))
+            time.sleep(3600)
+        case "closed":
+            connection.send = lambda message: None
+            connection._socket.shutdown(socket.SHUT_WR)
+            time.sleep(3600)
+        case "short":
+            connection.send(OutOfMemory(2))
 
 
 def fake_rank(config: WorkerConfig) -> FakeRank:
@@ -80,6 +97,7 @@ def fake_rank(config: WorkerConfig) -> FakeRank:
 class QueuedStep:
     def __init__(self, result: StepResult) -> None:
         self._result = result
+        self.number = result.step
         self.followed = threading.Event()
 
     def result(self) -> StepResult:
@@ -101,17 +119,25 @@ class QueuingRunner:
         self._last: QueuedStep | None = None
 
     def launch(self, plan: StepPlan) -> QueuedStep:
-        if MODE == "exhausted" and plan.step == 2:
-            raise InsufficientMemory("fake: memory ran out in a step")
-        step = QueuedStep(self._rank.execute(plan))
         if self._last is not None:
             self._last.followed.set()
-        self._last = step
-        return step
+        if MODE == "exhausted" and plan.step == 2:
+            raise InsufficientMemory("fake: memory ran out in a step")
+        self._last = QueuedStep(self._rank.execute(plan))
+        return self._last
+
+    def result(self, step: QueuedStep) -> StepResult:
+        return step.result()
+
+    def reset(self) -> None:
+        self._rank.reset()
 
 
 def serve(connection: worker.Connection) -> None:
+    global MODE
     config = connection.inbox.get().config
+    MODE = MODES[min(config.rank, len(MODES) - 1)]
+    speaks = MODE == "chatty" or config.rank == config.world_size - config.world_size // config.pipeline_parallel
     if MODE == "refuse":
         raise UnsupportedModel("this model is not supported")
     if MODE == "crash":
@@ -119,6 +145,10 @@ def serve(connection: worker.Connection) -> None:
     if MODE == "lost":
         print("out of something", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
+    if MODE == "away":
+        print(f"meets at {config.rendezvous}", file=sys.stderr, flush=True)
+    if MODE == "frozen":
+        os.kill(os.getpid(), signal.SIGSTOP)
     connection.send(Progress("weights", 1, 2))
     if MODE == "loading":
         time.sleep(3600)
@@ -143,10 +173,13 @@ def serve(connection: worker.Connection) -> None:
             misbehave(connection)
         if MODE == "slow":
             time.sleep(0.05)
-        connection.send(rank.execute(plan))
+        result = rank.execute(plan)
+        if speaks:
+            connection.send(result)
 
 
 if __name__ == "__main__":
+    worker.HEARTBEAT_INTERVAL = 0.1  # silence is noticed sooner
     if MODE in ("queued", "illegal", "exhausted"):
         module = sys.modules["dashinfer.worker.runner"] = ModuleType("dashinfer.worker.runner")
         module.Runner = QueuingRunner

@@ -1,19 +1,27 @@
 """A rank's loop: what it does in which order, with a fake runner and an inbox that is filled while it works."""
 
 import queue
+import threading
 import time
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 import dashinfer_kernels
-from dashinfer.types import Encode, Encoded, Forget, StepPlan, StepResult
+from dashinfer.errors import InsufficientMemory
+from dashinfer.types import Encode, Encoded, Forget, OutOfMemory, Reset, StepPlan, StepResult
 from dashinfer.worker import __main__ as loop
 from dashinfer.worker.__main__ import SMALL_MODEL, Loop, arrange_threads
 
 
 class End(Exception):
     pass
+
+
+@dataclass
+class Step:
+    number: int
 
 
 class Inbox(queue.SimpleQueue):
@@ -34,6 +42,9 @@ class Rank:
     Args:
         blocks: of the tower, that encoding all that was asked for takes.
         steps: how many steps the parent asks for, one when the step before has a result.
+
+    Attributes:
+        starved: steps for which there is not enough memory; by the place where that shows.
     """
 
     def __init__(self, blocks: int, steps: int, *, on_gpu: bool = False) -> None:
@@ -43,6 +54,7 @@ class Rank:
         self.on_gpu = on_gpu
         self.busy = 0  # how many looks at the device find it busy
         self.blocks, self._steps = blocks, steps
+        self.starved: dict[int, str] = {}
         self._keys: list[bytes] = []
         self._new: list[bytes] = []
 
@@ -58,13 +70,17 @@ class Rank:
     # runner
     def launch(self, plan: StepPlan):
         time.sleep(0.002)
-        number = plan.step
+        if self.starved.get(plan.step) == "launch":
+            raise InsufficientMemory("not enough")
+        return Step(plan.step)
 
-        class Step:
-            def result(self) -> StepResult:
-                return StepResult(number, [])
+    def result(self, step) -> StepResult:
+        if self.starved.get(step.number) == "result":
+            raise InsufficientMemory("not enough")
+        return StepResult(step.number, [])
 
-        return Step()
+    def reset(self) -> None:
+        self.record.append("reset")
 
     # media
     @property
@@ -93,9 +109,9 @@ class Rank:
         new, self._new = self._new, []
         return new
 
-    def run(self, rank: int = 0) -> list:
+    def run(self, rank: int = 0, world_size: int = 1) -> list:
         with pytest.raises(End):
-            Loop(self, self, rank).run()
+            Loop(self, self, rank, world_size).run()
         return self.record
 
 
@@ -180,6 +196,53 @@ def test_a_model_that_does_not_see_waits_for_plans():
     rank.inbox.put(StepPlan(0, [], []))
 
     assert rank.run() == ["result 0", "result 1"]
+
+
+@pytest.mark.parametrize("where", ["launch", "result"])
+def test_a_step_without_memory_is_dropped_with_those_after_it(where: str) -> None:
+    rank = Rank(blocks=0, steps=0)
+    rank.media = None
+    rank.starved = {1: where}
+    for message in (*(StepPlan(step, [], []) for step in range(4)), Reset(), StepPlan(4, [], [])):
+        rank.inbox.put(message)
+
+    assert rank.run() == ["result 0", OutOfMemory(1), "reset", "result 4"]
+
+
+@pytest.mark.parametrize("where", ["launch", "result"])
+def test_on_a_gpu_what_is_dropped_is_told_after_the_results_before_it(where: str) -> None:
+    """The step after it is launched before anybody knows, and has no result either."""
+    rank = Rank(blocks=0, steps=0, on_gpu=True)
+    rank.media = None
+    rank.starved = {2: where}
+    rank.inbox = queue.SimpleQueue()  # which waits
+    answered = threading.Event()
+
+    def send(message) -> None:
+        Rank.send(rank, message)
+        if isinstance(message, OutOfMemory):
+            rank.inbox.put(Reset())
+            rank.inbox.put(StepPlan(4, [], []))
+        if message == StepResult(4, []):
+            answered.set()
+
+    rank.send = send
+    for step in range(4):
+        rank.inbox.put(StepPlan(step, [], []))
+    threading.Thread(target=Loop(rank, rank, 0).run, daemon=True).start()
+
+    assert answered.wait(10)
+    assert rank.record == ["result 0", "result 1", OutOfMemory(2), "reset", "result 4"]
+
+
+def test_one_of_several_ranks_cannot_drop_a_step() -> None:
+    rank = Rank(blocks=0, steps=0)
+    rank.media = None
+    rank.starved = {0: "launch"}
+    rank.inbox.put(StepPlan(0, [], []))
+
+    with pytest.raises(InsufficientMemory):
+        rank.run(world_size=2)
 
 
 @pytest.mark.parametrize(("weight_bytes", "expected"), [(SMALL_MODEL - 1, [1]), (SMALL_MODEL, ["a core each"])])

@@ -9,7 +9,8 @@ from dashinfer.types import Chunk, Enter, StepPlan
 from dashinfer.worker import capacity
 from dashinfer.worker import runner as runner_module
 from dashinfer.worker.capacity import count_blocks, step_bytes
-from dashinfer.worker.runner import check_float8, costly_plan, select_device
+from dashinfer.worker.distributed import select_device
+from dashinfer.worker.runner import check_float8, costly_plan
 from tests.worker.toy import BLOCK_BYTES, MODEL, PaddedGraphs, generate, greedy, load, prompt
 
 MIB = 1 << 20
@@ -124,6 +125,25 @@ def test_memory_that_runs_out_in_a_step_is_one_line(runner, monkeypatch, error):
     plan = StepPlan(0, [Enter(0, bytes(4), 1, greedy())], [Chunk(0, 0, 1, True, (0,))])
     with pytest.raises(InsufficientMemory, match=r"^toy: memory ran out in a step; lower --max-step-tokens, "):
         runner.execute(plan)
+
+
+def test_after_a_step_without_memory_all_begins_anew(runner, monkeypatch):
+    tokens = prompt(20, 7)
+    (expected,) = generate(runner, [tokens], [greedy()])
+    forward, steps = runner._executor._model.forward, []
+
+    def fail_once(*arguments, **options):
+        steps.append(None)
+        if len(steps) == 3:
+            raise MemoryError
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(runner._executor._model, "forward", fail_once)
+    with pytest.raises(InsufficientMemory):
+        generate(runner, [prompt(30, 8), tokens], [greedy(), greedy()])
+    runner.reset()
+
+    assert generate(runner, [tokens], [greedy()]) == [expected]
 
 
 def test_another_error_of_torch_is_not_hidden(runner, monkeypatch):
@@ -243,12 +263,24 @@ def test_too_little_memory_says_what_to_change(changes, message):
 
 @pytest.mark.parametrize(
     ("name", "has_cuda", "expected"),
-    [("auto", False, "cpu"), ("auto", True, "cuda"), ("cpu", True, "cpu"), ("cuda", True, "cuda")],
+    [("auto", False, "cpu"), ("auto", True, "cuda:0"), ("cpu", True, "cpu"), ("cuda", True, "cuda:0")],
 )
 def test_the_device(monkeypatch, name, has_cuda, expected):
+    chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA L4")
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
 
     assert select_device(name) == torch.device(expected)
+    assert chosen == ([torch.device(expected)] if expected != "cpu" else [])
+    if expected != "cpu":
+        assert select_device(name, 1, 2) == torch.device("cuda:1")
+        with pytest.raises(ConfigurationError) as caught:
+            select_device(name, 0, 3)
+        assert str(caught.value) == (
+            "3 ranks on this machine need a GPU each, and it has 2 (NVIDIA L4); split the model over 2, or use --device cpu"
+        )
 
 
 def test_a_device_that_is_not_there(monkeypatch):

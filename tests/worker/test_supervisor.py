@@ -6,20 +6,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 
-from dashinfer.errors import InsufficientMemory, StartupError, UnsupportedModel, WorkerError
-from dashinfer.types import Chunk, Enter, ModelFiles, SamplingParams, StepPlan, WorkerConfig
+from dashinfer.errors import InsufficientMemory, PeerLost, StartupError, UnsupportedModel, WorkerError
+from dashinfer.types import Chunk, Enter, ModelFiles, OutOfMemory, Reset, SamplingParams, StepPlan, WorkerConfig
 from dashinfer.worker import supervisor
 from dashinfer.worker.supervisor import WorkerGroup
 
 FAKE_WORKER = Path(__file__).with_name("fake_worker.py")
 
 
-def config(rank: int = 0, world_size: int = 1) -> WorkerConfig:
+def config(rank: int = 0, world_size: int = 1, pipeline_parallel: int = 1) -> WorkerConfig:
     return WorkerConfig(
         rank=rank,
         world_size=world_size,
@@ -32,11 +35,22 @@ def config(rank: int = 0, world_size: int = 1) -> WorkerConfig:
         max_step_tokens=None,
         block_size=None,
         kv_cache_memory=None,
+        pipeline_parallel=pipeline_parallel,
     )
 
 
 def command(mode: str) -> list[str]:
     return [sys.executable, str(FAKE_WORKER), mode]
+
+
+def group(mode: str, size: int = 1, *, stages: int = 1, heartbeat_timeout: float = 10.0) -> WorkerGroup:
+    configs = [config(rank, size, stages) for rank in range(size)]
+    return WorkerGroup(configs, command=command(mode), heartbeat_timeout=heartbeat_timeout)
+
+
+def pids(group: WorkerGroup) -> list[int]:
+    """Process ids of its ranks."""
+    return [rank._process.pid for rank in group._ranks]
 
 
 def plans():
@@ -54,19 +68,25 @@ class Recorder:
         self.group = group
         self.progress: list = []
         self.results: list = []
+        self.memory: list = []
 
     async def start(self, nursery: trio.Nursery):
         async def run(task_status):
-            await self.group.run(on_progress=self.progress.append, on_result=self.results.append, task_status=task_status)
+            await self.group.run(
+                on_progress=self.progress.append,
+                on_result=self.results.append,
+                on_memory=self.memory.append,
+                task_status=task_status,
+            )
 
         return await nursery.start(run)
 
 
-async def run_steps(mode: str) -> None:
+async def run_steps(mode: str, size: int = 1, **kwargs) -> None:
     """Feed plans until the group fails."""
     with supervisor.one_error():
         async with trio.open_nursery() as nursery:
-            recorder = Recorder(WorkerGroup([config()], command=command(mode)))
+            recorder = Recorder(group(mode, size, **kwargs))
             await recorder.start(nursery)
             for plan in plans():
                 await recorder.group.send(plan)
@@ -77,7 +97,7 @@ async def run_steps(mode: str) -> None:
 async def test_plans_go_out_and_results_come_back(mode, stages):
     with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
-            recorder = Recorder(WorkerGroup([config()], command=command(mode)))
+            recorder = Recorder(group(mode))
             ready = await recorder.start(nursery)
             for plan, _ in zip(plans(), range(4 if mode == "queued" else 3), strict=False):
                 await recorder.group.send(plan)
@@ -91,17 +111,38 @@ async def test_plans_go_out_and_results_come_back(mode, stages):
 
 
 @pytest.mark.parametrize(
-    ("mode", "error", "message"),
+    ("mode", "size", "error", "message"),
     [
-        ("refuse", UnsupportedModel, "this model is not supported"),
-        ("crash", WorkerError, "rank 0: RuntimeError: something broke"),
-        ("illegal", WorkerError, "rank 0: RuntimeError: CUDA error: an illegal memory access was encountered"),
-        ("exhausted", InsufficientMemory, "fake: memory ran out in a step"),
+        ("refuse", 1, UnsupportedModel, "this model is not supported"),
+        ("crash", 1, WorkerError, "rank 0: RuntimeError: something broke"),
+        ("illegal", 1, WorkerError, "rank 0: RuntimeError: CUDA error: an illegal memory access was encountered"),
+        ("exhausted", 2, InsufficientMemory, "fake: memory ran out in a step"),
     ],
 )
-async def test_a_rank_that_fails_says_why(mode, error, message):
+async def test_a_rank_that_fails_says_why(mode, size, error, message):
     with trio.fail_after(30), pytest.raises(error, match=message):
-        await run_steps(mode)
+        await run_steps(mode, size)
+
+
+async def test_a_lone_rank_without_memory_drops_plans_until_it_is_reset():
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            recorder = Recorder(group("exhausted"))
+            await recorder.start(nursery)
+            sent = list(islice(plans(), 4))
+            for plan in sent:
+                await recorder.group.send(plan)
+            while not recorder.memory:
+                await trio.sleep(0.01)
+            await recorder.group.send(Reset())
+            for plan in sent[:2]:
+                await recorder.group.send(msgspec.structs.replace(plan, step=plan.step + 4))
+            while len(recorder.results) < 3:
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+
+    assert [message.step for message in recorder.memory] == [2]
+    assert [result.step for result in recorder.results] == [0, 1, 4]
 
 
 @pytest.mark.parametrize(
@@ -131,30 +172,29 @@ async def test_a_program_that_is_not_there(children):
     assert children() == []
 
 
-async def test_a_stopped_rank_is_noticed_by_its_silence_and_reaped(monkeypatch, children):
-    monkeypatch.setattr(supervisor, "HEARTBEAT_TIMEOUT", 3.0)
+@pytest.mark.parametrize(("mode", "patience"), [("stopped", 1), ("frozen", 2)])
+async def test_a_stopped_rank_is_noticed_by_its_silence_and_reaped(mode, patience, monkeypatch, children):
+    monkeypatch.setattr(supervisor, "LOADING_SILENCE", 2.0)
     monkeypatch.setattr(supervisor, "HEARTBEAT_GRACE", 0.1)
-    monkeypatch.setattr(supervisor, "EXIT_TIMEOUT", 0.5)
-    with trio.fail_after(30), pytest.raises(WorkerError, match="rank 0 hangs"):
-        await run_steps("stopped")
+    with trio.fail_after(30), pytest.raises(WorkerError, match=f"rank 0 hangs: no sign of life for {patience} s"):
+        await run_steps(mode, heartbeat_timeout=1.0)
 
     assert children() == []
 
 
-async def test_a_rank_that_speaks_again_within_the_grace_goes_on(monkeypatch, caplog, children):
+async def test_a_rank_that_speaks_again_within_the_grace_goes_on(monkeypatch, caplog):
     """A parent that was stopped together with its ranks finds the deadline past when it comes to itself."""
-    monkeypatch.setattr(supervisor, "HEARTBEAT_TIMEOUT", 3.0)
     monkeypatch.setattr(supervisor, "HEARTBEAT_GRACE", 20.0)
     with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
-            recorder = Recorder(WorkerGroup([config()], command=command("stopped")))
+            recorder = Recorder(group("stopped", heartbeat_timeout=1.0))
             await recorder.start(nursery)
             for plan, _ in zip(plans(), range(3), strict=False):
                 await recorder.group.send(plan)
-            while "rank 0: no sign of life for 3 s" not in caplog.messages:
+            while "rank 0: no sign of life for 1 s" not in caplog.messages:
                 await trio.sleep(0.01)
-            os.kill(children()[0], signal.SIGCONT)
             while len(recorder.results) < 3:
+                os.kill(pids(recorder.group)[0], signal.SIGCONT)
                 await trio.sleep(0.01)
             nursery.cancel_scope.cancel()
 
@@ -165,7 +205,7 @@ async def test_a_line_without_end_is_cut(caplog):
     caplog.set_level("INFO", logger="dashinfer.worker")
     with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
-            recorder = Recorder(WorkerGroup([config()], command=command("talk")))
+            recorder = Recorder(group("talk"))
             await recorder.start(nursery)
             for plan, _ in zip(plans(), range(3), strict=False):
                 await recorder.group.send(plan)
@@ -179,7 +219,7 @@ async def test_a_line_without_end_is_cut(caplog):
 async def test_the_fewest_blocks_of_any_rank_count():
     with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
-            ready = await Recorder(WorkerGroup([config(0, 2), config(1, 2)], command=command("uneven"))).start(nursery)
+            ready = await Recorder(group("uneven", 2)).start(nursery)
             nursery.cancel_scope.cancel()
 
     assert ready.num_blocks == 64 - 5
@@ -188,57 +228,230 @@ async def test_the_fewest_blocks_of_any_rank_count():
 async def test_a_rank_that_cannot_read_its_parent_says_so():
     with trio.fail_after(30), pytest.raises(WorkerError, match="rank 0: a frame of 4294967295 bytes"), supervisor.one_error():
         async with trio.open_nursery() as nursery:
-            group = WorkerGroup([config()], command=command("good"))
-            await Recorder(group).start(nursery)
-            await group._ranks[0].send_frame(b"\xff" * 64)
+            recorder = Recorder(group("good"))
+            await recorder.start(nursery)
+            await recorder.group._ranks[0].send_frame(b"\xff" * 64)
             await trio.sleep_forever()
 
 
-async def test_the_death_of_one_rank_ends_all(children):
-    with trio.fail_after(30), pytest.raises(WorkerError, match="was killed by SIGKILL"), supervisor.one_error():
+async def test_a_rank_without_memory_for_a_step_goes_on():
+    with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
-            group = WorkerGroup([config(0, 2), config(1, 2)], command=command("good"))
-            await Recorder(group).start(nursery)
-            os.kill(children()[-1], signal.SIGKILL)
+            recorder = Recorder(group("short"))
+            await recorder.start(nursery)
+            for plan, _ in zip(plans(), range(4), strict=False):
+                await recorder.group.send(plan)
+            while len(recorder.results) < 4:
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+
+    assert recorder.memory == [OutOfMemory(2)]
+
+
+# -- groups of several ranks
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+async def test_results_are_those_of_the_last_stage(stages):
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            recorder = Recorder(group("good", 2, stages=stages))
+            await recorder.start(nursery)
+            for plan, _ in zip(plans(), range(3), strict=False):
+                await recorder.group.send(plan)
+            while len(recorder.results) < 3:
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+
+    assert [result.step for result in recorder.results] == [0, 1, 2]
+    assert len(recorder.progress) == 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "stages", "message"),
+    [
+        ("good,chatty", 1, "rank 1 sent a StepResult"),
+        ("chatty,good", 2, "rank 0 sent a StepResult"),
+        ("good,short", 1, "rank 1 sent a OutOfMemory"),
+    ],
+)
+async def test_a_rank_that_speaks_out_of_turn(mode, stages, message):
+    with trio.fail_after(30), pytest.raises(WorkerError, match=message):
+        await run_steps(mode, 2, stages=stages)
+
+
+async def test_ranks_meet_in_a_private_place_that_goes_with_them(caplog):
+    caplog.set_level("INFO", logger="dashinfer.worker")
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            await Recorder(group("away", 2)).start(nursery)
+            while len(places := {text.partition("file://")[2] for text in caplog.messages if "meets" in text}) < 1:
+                await trio.sleep(0.01)
+            directory = Path(places.pop()).parent
+            mode = directory.stat().st_mode & 0o777
+            nursery.cancel_scope.cancel()
+
+    said = sorted(text for text in caplog.messages if "meets" in text)
+    assert said == [f"rank {rank}: meets at file://{directory}/rendezvous" for rank in range(2)]
+    assert mode == 0o700
+    assert not directory.exists()
+
+
+async def test_a_single_rank_meets_nobody_and_a_place_that_is_given_stays():
+    given = [msgspec.structs.replace(config(rank, 2), rendezvous="tcp://10.0.0.1:1") for rank in range(2)]
+    with supervisor._meeting([config()]) as alone, supervisor._meeting(given) as two:
+        assert [each.rendezvous for each in [*alone, *two]] == ["", "tcp://10.0.0.1:1", "tcp://10.0.0.1:1"]
+
+
+async def test_the_death_of_one_rank_ends_all_at_once(children):
+    """Though others are in the midst of something, or stopped."""
+    with trio.fail_after(30), pytest.raises(WorkerError, match="rank 1 was killed by SIGKILL"), supervisor.one_error():
+        async with trio.open_nursery() as nursery:
+            recorder = Recorder(group("hang,good", 3))
+            await recorder.start(nursery)
+            for plan, _ in zip(plans(), range(3), strict=False):
+                await recorder.group.send(plan)
+            os.kill(pids(recorder.group)[2], signal.SIGSTOP)
+            os.kill(pids(recorder.group)[1], signal.SIGKILL)
+            begun = trio.current_time()
+            try:
+                await trio.sleep_forever()
+            finally:
+                elapsed = trio.current_time() - begun
+                left = children()
+
+    assert left == []
+    assert elapsed < 2  # and not the time that a rank has to end by itself
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("lonely,good,late", "rank 2 ended with exit status 3; its last words: the fake rank's last words"),
+        ("good,lonely,good", "rank 1: connection closed by peer"),
+        ("closed,good,lonely", "rank 2: connection closed by peer"),
+    ],
+)
+async def test_the_cause_is_told_rather_than_what_it_led_to(mode, message, children, monkeypatch):
+    monkeypatch.setattr(supervisor, "EXIT_TIMEOUT", 0.2)
+    with trio.fail_after(30), pytest.raises(WorkerError, match=message):
+        await run_steps(mode, 3)
 
     assert children() == []
+
+
+async def test_a_rank_that_closes_its_connection_is_ended(children, monkeypatch):
+    monkeypatch.setattr(supervisor, "EXIT_TIMEOUT", 0.2)
+    with trio.fail_after(30), pytest.raises(WorkerError, match="rank 1 closed its connection"):
+        await run_steps("good,closed", 2)
+
+    assert children() == []
+
+
+def test_of_several_errors_the_cause_leaves():
+    gone, lost, closed = WorkerError("gone"), PeerLost("lost"), supervisor.Disconnected("closed")
+    for group, expected in (
+        (ExceptionGroup("", [closed, ExceptionGroup("", [lost, gone])]), gone),
+        (ExceptionGroup("", [closed, lost]), lost),
+        (ExceptionGroup("", [gone, WorkerError("later")]), gone),
+    ):
+        with pytest.raises(WorkerError) as caught, supervisor.one_error():
+            raise group
+        assert caught.value is expected
+
+
+async def test_a_stopped_rank_that_takes_no_frames_keeps_none_from_others(monkeypatch, children):
+    monkeypatch.setattr(supervisor, "HEARTBEAT_GRACE", 0.1)
+    params = SamplingParams(max_tokens=50, seed=0, stop_token_ids=tuple(range(100, 200_000)))  # more than a socket's buffer
+    large = StepPlan(0, [Enter(0, b"\x01\x00\x00\x00", 1, params)], [Chunk(0, 0, 1, True, tuple(range(16)))])
+    answered = None
+    with trio.fail_after(30), pytest.raises(WorkerError, match="rank 0 hangs: no sign of life for 3 s"), supervisor.one_error():
+        async with trio.open_nursery() as nursery:
+            recorder = Recorder(group("good", 3, stages=3, heartbeat_timeout=3.0))
+            await recorder.start(nursery)
+            os.kill(pids(recorder.group)[0], signal.SIGSTOP)
+            begun = trio.current_time()
+            nursery.start_soon(recorder.group.send, large)
+            while not recorder.results:
+                await trio.sleep(0.01)
+            answered = trio.current_time() - begun
+            await trio.sleep_forever()
+
+    assert answered is not None and answered < 3
+    assert trio.current_time() - begun < 6
+    assert children() == []
+
+
+async def test_no_rank_has_a_socket_of_another():
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            recorder = Recorder(group("good", 3))
+            await recorder.start(nursery)
+            owned = [sockets(pid) for pid in pids(recorder.group)]
+            nursery.cancel_scope.cancel()
+
+    assert [len(each) for each in owned] == [1, 1, 1]
+    assert len(set.union(*owned)) == 3
 
 
 async def test_cancelling_reaps_the_process(children):
     with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
-            await Recorder(WorkerGroup([config()], command=command("good"))).start(nursery)
+            await Recorder(group("good")).start(nursery)
             assert len(children()) == 1
             nursery.cancel_scope.cancel()
 
     assert children() == []
 
 
-@pytest.mark.parametrize("mode", ["good", "loading"])
-def test_no_rank_outlives_a_killed_parent(mode):
+@pytest.mark.parametrize("new_session", [False, True])
+@pytest.mark.parametrize(("mode", "stop"), [("good", False), ("loading", False), ("good", True), ("loading,good", True)])
+def test_no_rank_outlives_a_killed_parent(mode, stop, new_session, tmp_path):
+    if stop and not new_session and os.getsid(1) == os.getsid(0):
+        pytest.skip("the process that inherits orphans is in this session")
     program = f"""
 import sys, trio
 sys.path[:0] = {[str(FAKE_WORKER.parents[2])]!r}
 from tests.worker.test_supervisor import *
 async def main():
     async with trio.open_nursery() as nursery:
-        recorder = Recorder(WorkerGroup([config()], command=command({mode!r})))
+        recorder = Recorder(group({mode!r}, 3))
         nursery.start_soon(recorder.start, nursery)
-        while not recorder.progress:
+        while not recorder.progress or len(all_children()) < 3:
             await trio.sleep(0.01)
         print(*all_children(), flush=True)
         await trio.sleep_forever()
 trio.run(main)
 """
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
-        rank = int(parent.stdout.readline())
+    with running(program, new_session, tmp_path) as parent:
+        ranks = [int(pid) for pid in parent.stdout.readline().split()]
+        if stop:
+            os.kill(ranks[1], signal.SIGSTOP)
         parent.kill()
         deadline = time.monotonic() + 2
-        while is_alive(rank) and time.monotonic() < deadline:
+        while (left := [pid for pid in ranks if is_alive(pid)]) and time.monotonic() < deadline:
             time.sleep(0.02)
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
 
-        assert not is_alive(rank)
+        assert len(ranks) == 3
+        assert left == []
+
+
+@contextmanager
+def running(program: str, new_session: bool, directory: Path):
+    """A Python process with its output as a pipe, and what it leaves behind in a directory."""
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=new_session,
+        env={**os.environ, "TMPDIR": str(directory)},
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 @pytest.fixture
@@ -260,3 +473,8 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def sockets(pid: int) -> set[str]:
+    """Names of the sockets that a process has open."""
+    return {name for each in Path(f"/proc/{pid}/fd").iterdir() if (name := os.readlink(each)).startswith("socket:")}

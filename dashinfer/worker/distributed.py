@@ -1,0 +1,137 @@
+"""The ranks that hold one model together: how they meet, what they agree on, and which errors are another rank's end.
+
+NCCL carries tensors on GPUs, gloo those in host memory. Nothing here waits less than a day for another rank: the parent watches
+all of them, and ends the group when one is lost.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from dashinfer.errors import ConfigurationError, PeerLost
+from dashinfer.models.parallel import Group
+from dashinfer.types import WorkerConfig
+from dashinfer.worker.symmetric import small_sums
+
+PATIENCE = timedelta(days=1)
+# What gloo and NCCL say when the other end of a connection is gone.
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "remote process exited")
+
+
+@dataclass(frozen=True)
+class World:
+    """All ranks of a model.
+
+    Attributes:
+        group: the tensor-parallel group that this rank is in.
+        ranks: torch.distributed's group of all ranks; None: torch's default one.
+        size: how many ranks there are.
+    """
+
+    group: Group
+    ranks: dist.ProcessGroup | None = None
+    size: int = 1
+
+    def least(self, *values: int) -> list[int]:
+        """The least that any rank has of each of these; no rank goes on before all have come here."""
+        if self.size == 1:
+            return list(values)
+        found = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(found, dist.ReduceOp.MIN, group=self.ranks)
+        return found.tolist()
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        self.least(0)
+
+
+def join(config: WorkerConfig, device: torch.device) -> World:
+    """Meet the other ranks at `config.rendezvous`.
+
+    Ranks `i * n` to `(i + 1) * n - 1`, n being the tensor-parallel size, are one tensor-parallel group.
+
+    Raises:
+        ConfigurationError: there is no such network interface.
+        PeerLost: another rank ended meanwhile.
+    """
+    size = config.world_size
+    if size == 1:
+        return World(Group())
+    os.environ["GLOO_SOCKET_IFNAME"] = config.interface
+    os.environ["NCCL_SOCKET_IFNAME"] = f"={config.interface}"  # that one, and not all whose names begin so
+    on_gpu = device.type == "cuda"
+    try:
+        with peers_may_end():
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                init_method=config.rendezvous,
+                rank=config.rank,
+                world_size=size,
+                timeout=PATIENCE,
+                device_id=device if on_gpu else None,
+            )
+            world = World(_tensor_group(config, device), size=size)
+            world.wait()
+    except RuntimeError as error:
+        if "Unable to find address" in str(error):
+            raise ConfigurationError(
+                f"this machine has no network interface {config.interface!r} with an address; name another one with "
+                "--cluster-interface"
+            ) from None
+        raise
+    return world
+
+
+def _tensor_group(config: WorkerConfig, device: torch.device) -> Group:
+    size = config.world_size // config.pipeline_parallel
+    assert size * config.pipeline_parallel == config.world_size
+    ranks = None
+    if config.pipeline_parallel > 1 and size > 1:
+        # every rank has a part in making each
+        groups = [dist.new_group(list(range(first, first + size))) for first in range(0, config.world_size, size)]
+        ranks = groups[config.rank // size]
+    # in a ring, and so with more than two ranks, a number's place in a tensor decides in which order it is summed
+    ordered = config.deterministic and size > 2
+    small = None
+    if device.type == "cuda" and size > 1 and config.world_size <= config.local_size and not config.deterministic:
+        small = small_sums(ranks or dist.group.WORLD, getattr(torch, config.data_type), device)
+    return Group(config.rank % size, size, ranks, ordered, small)
+
+
+def select_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
+    """The device of a rank among the `local_size` ranks of its machine; a GPU becomes torch's current device.
+
+    Raises:
+        ConfigurationError: CUDA is asked for and not there, or there are fewer GPUs than ranks.
+    """
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
+        raise ConfigurationError(
+            "--device cuda: torch finds no CUDA device; use --device cpu, or install a CUDA build of torch"
+        )
+    if name == "cpu" or not has_cuda:
+        return torch.device("cpu")
+    if (found := torch.cuda.device_count()) < local_size:
+        raise ConfigurationError(
+            f"{local_size} ranks on this machine need a GPU each, and it has {found} ({torch.cuda.get_device_name(0)}); "
+            f"split the model over {found}, or use --device cpu"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def peers_may_end() -> Iterator[None]:
+    """Turns the error of an operation that another rank did not live to take part in into a PeerLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not any(words in str(error) for words in _LOST):
+            raise
+        raise PeerLost(f"another rank is gone: {str(error).splitlines()[0]}") from error
