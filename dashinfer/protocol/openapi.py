@@ -20,7 +20,7 @@ from dashinfer.protocol.chat import (
 )
 from dashinfer.protocol.completions import Completion, CompletionRequest
 from dashinfer.protocol.status import Version
-from dashinfer.protocol.tokens import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
+from dashinfer.protocol.tokens import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse, TokenizerInfo
 
 _ERRORS = {
     400: "A field is malformed, out of range or not supported, an image cannot be had, or the prompt leaves no room.",
@@ -119,6 +119,15 @@ _ROUTES = (
         request=DetokenizeRequest,
         example={"tokens": [1, 2, 3]},
         errors=_WORK,
+    ),
+    _Route(
+        "get",
+        "/tokenizer_info",
+        "tokenizerInfo",
+        "Special tokens",
+        "tokens",
+        {200: ("The tokeniser's.", TokenizerInfo)},
+        errors=(503,),
     ),
     _Route(
         "get",

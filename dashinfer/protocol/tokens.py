@@ -3,7 +3,7 @@
 The shapes are those that vLLM's clients know. Knows nothing of how text becomes tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -70,6 +70,24 @@ class DetokenizeRequest(RequestModel):
 
 class DetokenizeResponse(BaseModel):
     prompt: str
+
+
+class TokenizerInfo(BaseModel):
+    """What a client needs to know of special tokens to tokenise here. Null where the tokeniser has none."""
+
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    vocab_size: int
+    model_max_length: int = Field(description="longest sequence, prompt and answer, in tokens")
+
+
+def tokenizer_info_body(special_tokens: Mapping[str, str], *, vocab_size: int, max_length: int) -> bytes:
+    """JSON of a TokenizerInfo."""
+    names = ("bos_token", "eos_token", "pad_token", "unk_token")
+    found = {name: special_tokens.get(name) for name in names}
+    return _encode({**found, "vocab_size": vocab_size, "model_max_length": max_length})
 
 
 def tokenize_body(tokens: Sequence[int], *, max_length: int, token_strs: Sequence[str] | None) -> bytes:

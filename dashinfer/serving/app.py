@@ -186,6 +186,10 @@ def create_app(service: Service) -> QuartTrio:
         service.require()
         return Response(await tokens.detokenize(service, await request.get_data()), headers=_JSON)
 
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> Response:
+        return Response(tokens.tokenizer_info(service), headers=_JSON)
+
     @app.get("/openapi.json")
     async def openapi() -> Response:
         servers = {"servers": [{"url": request.root_path}]} if request.root_path else {}

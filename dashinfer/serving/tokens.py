@@ -18,6 +18,15 @@ async def detokenize(service: Service, body: bytes | bytearray) -> bytes:
     return await service.off_the_loop(len(body), partial(_detokenize, service, body))
 
 
+def tokenizer_info(service: Service) -> bytes:
+    """A `TokenizerInfo`. Raises EngineUnavailable."""
+    engine, text = service.require()
+    assert engine.info is not None, "an engine that is ready knows its model"
+    return protocol.tokenizer_info_body(
+        text.tokenizer.special_tokens, vocab_size=text.tokenizer.vocab_size, max_length=engine.info.max_length
+    )
+
+
 def _tokenize(service: Service, body: bytes | bytearray) -> bytes:
     engine, text = service.require()
     request = parse_request(protocol.TokenizeRequest, body)

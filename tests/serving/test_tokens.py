@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from dashinfer.protocol.tokens import DetokenizeResponse, TokenizeResponse
+from dashinfer.protocol.tokens import DetokenizeResponse, TokenizeResponse, TokenizerInfo
 
 from .conftest import RunServer
 from .fake_engine import END
@@ -45,6 +45,14 @@ async def test_there_and_back(run_server: RunServer) -> None:
         answer = await server.client.post("/detokenize", json={"tokens": [*"é€".encode(), END]})
 
     assert DetokenizeResponse.model_validate_json(answer.content, strict=True).prompt == "é€<|end|>"
+
+
+async def test_special_tokens(run_server: RunServer) -> None:
+    async with run_server() as server:
+        answer = await server.client.get("/tokenizer_info")
+
+    info = TokenizerInfo.model_validate_json(answer.content, strict=True)
+    assert (info.eos_token, info.bos_token, info.vocab_size, info.model_max_length) == ("<|end|>", None, 257, 4096)
 
 
 @pytest.mark.parametrize(
