@@ -15,6 +15,7 @@ KVCacheDtype = Literal["auto", "int8", "fp8"]
 VisionEngine = Literal["native", "transformers", "tensorrt"]
 Grid = tuple[int, int, int]  # patches of an image or a video: steps in time, rows, columns
 MAX_FRAME_BYTES = 256 * 1024 * 1024  # of one encoded message
+PoolingType = Literal["mean", "last"]  # over a prompt's hidden states
 FinishReason = Literal["stop", "length"]
 
 
@@ -40,6 +41,7 @@ class SamplingParams(Struct, frozen=True, omit_defaults=True):
     stop_token_ids: tuple[int, ...] = ()  # includes the model's end-of-sequence ids unless the request ignores them
     logprobs: int | None = None  # None: off; k: the chosen token's and the k likeliest ones'
     prompt_logprobs: int | None = None  # the same of the prompt's tokens, which are then all computed
+    pooling: PoolingType | None = None  # the prompt's embedding comes with the first token, which is the only one
 
 
 class ModelFiles(Struct, frozen=True):
@@ -250,6 +252,7 @@ class StepResult(Struct, tag="result", frozen=True):
     logprobs: dict[int, TokenLogprobs] = {}  # by index into `tokens`, for those that asked
     failed: list[int] = []  # indexes into `tokens` of those that mean nothing: the model gave no finite logits for them
     prompt_logprobs: dict[int, PromptLogprobs] = {}  # by index of the plan's chunk, for sequences that asked
+    embeddings: dict[int, bytes] = {}  # float32 little endian [hidden], likewise
 
 
 FromParent = Start | StepPlan | Encode | Forget | Reset

@@ -92,6 +92,7 @@ class Generation(Protocol):
 
     cached_tokens: int  # of the prompt, found in the prefix cache; final once the first output is there
     prompt_logprobs: list[TokenLogprobs]  # of the prompt's tokens from the second on, if asked for; there with the first output
+    embedding: bytes | None  # of the prompt, float32 little endian [hidden], if asked for; there with the first output
     queue_time: float | None  # seconds until the first step that computes some of it; None before
 
     async def receive(self) -> list[TokenOutput]:

@@ -52,6 +52,10 @@ class SequenceGroup:
         return self.sequences[0].cached_tokens
 
     @property
+    def embedding(self) -> bytes | None:
+        return self.sequences[0].embedding
+
+    @property
     def prompt_logprobs(self) -> list[TokenLogprobs]:
         return self.sequences[0].prompt_logprobs
 

@@ -51,7 +51,7 @@ class _Planned(Struct, frozen=True):
     step: int
     sequences: list[Sequence]
     samplers: list[Sequence]
-    scored: dict[int, tuple[Sequence, int]]  # by index of the chunk: of whose prompt the tokens are scored, and from where
+    scored: dict[int, tuple[Sequence, int]]  # by index of the chunk: who asks for something of its prompt, and its start
     tokens: int
 
 
@@ -153,6 +153,8 @@ class Scheduler:
         assert result.step == planned.step and len(result.tokens) == len(planned.samplers)
         for index, logprobs in result.prompt_logprobs.items():
             _add_prompt_logprobs(*planned.scored[index], logprobs)
+        for index, embedding in result.embeddings.items():
+            planned.scored[index][0].embedding = embedding
         updates = []
         for index, (sequence, token) in enumerate(zip(planned.samplers, result.tokens, strict=True)):
             if sequence.ended:
@@ -429,7 +431,7 @@ class Scheduler:
 
     def _cached_prefix(self, sequence: Sequence) -> list[int]:
         """Blocks of the sequence's prefix that the pool knows. The last token is always computed: its logits are needed."""
-        if not self.prefix_cache or sequence.params.prompt_logprobs is not None:
+        if not self.prefix_cache or _computes_all(sequence):
             return []
         extend_hashes(sequence.hashes, sequence.tokens, self.block_size, sequence.media)
         return self.pool.match(sequence.hashes[: (len(sequence.tokens) - 1) // self.block_size])
@@ -477,7 +479,13 @@ class Scheduler:
 
 
 def _scored(sequence: Sequence) -> bool:
-    return sequence.params.prompt_logprobs is not None
+    """Whether it asks for something of its prompt."""
+    return sequence.params.prompt_logprobs is not None or sequence.params.pooling is not None
+
+
+def _computes_all(sequence: Sequence) -> bool:
+    """Whether what it asks for needs every position."""
+    return sequence.params.prompt_logprobs is not None or sequence.params.pooling == "mean"
 
 
 def _add_prompt_logprobs(sequence: Sequence, start: int, logprobs: PromptLogprobs) -> None:

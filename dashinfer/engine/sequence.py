@@ -26,6 +26,7 @@ class Sequence:
     cached_tokens: int = 0  # of the prompt, taken from the prefix cache at the first admission
     admitted: bool = False  # ran at least once
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the second token of the prompt, and so on
+    embedding: bytes | None = None  # of the prompt, float32 little endian
     held: set[bytes] = field(default_factory=set)  # keys of media that it pins, or wants while it waits
     ended: bool = False
 

@@ -23,7 +23,7 @@ _encode = msgspec.json.Encoder().encode
 Prompt = str | list[int]
 
 
-def _prompts(value: Any) -> Any:
+def prompts(value: Any) -> Any:
     """Every form as a list of prompts."""
     if isinstance(value, str):
         return [value]
@@ -44,20 +44,15 @@ def _are_tokens(value: list[Any]) -> bool:
 
 
 _TOKENS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
-Prompts = Annotated[
-    list[Any],
-    BeforeValidator(_prompts),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string"},
-                {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_PROMPTS},
-                _TOKENS_SCHEMA,
-                {"type": "array", "items": _TOKENS_SCHEMA, "minItems": 1, "maxItems": MAX_PROMPTS},
-            ]
-        }
-    ),
-]
+PROMPTS_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_PROMPTS},
+        _TOKENS_SCHEMA,
+        {"type": "array", "items": _TOKENS_SCHEMA, "minItems": 1, "maxItems": MAX_PROMPTS},
+    ]
+}
+Prompts = Annotated[list[Any], BeforeValidator(prompts), WithJsonSchema(PROMPTS_SCHEMA)]
 
 
 class CompletionRequest(SamplingFields):

@@ -19,6 +19,7 @@ from dashinfer.protocol.chat import (
     ModelList,
 )
 from dashinfer.protocol.completions import Completion, CompletionRequest
+from dashinfer.protocol.embeddings import EmbeddingList, EmbeddingRequest
 from dashinfer.protocol.status import Version
 from dashinfer.protocol.tokens import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse, TokenizerInfo
 
@@ -96,6 +97,17 @@ _ROUTES = (
         request=CompletionRequest,
         example={"prompt": "The capital of France is", "max_tokens": 16, "temperature": 0},
         events=Completion,
+        errors=_WORK,
+    ),
+    _Route(
+        "post",
+        "/v1/embeddings",
+        "createEmbedding",
+        "Vectors that stand for texts",
+        "embeddings",
+        {200: ("An embedding of each input.", EmbeddingList)},
+        request=EmbeddingRequest,
+        example={"input": ["What is the capital of France?", "Paris"]},
         errors=_WORK,
     ),
     _Route(

@@ -20,7 +20,7 @@ from werkzeug.exceptions import HTTPException
 from dashinfer.errors import InvalidRequest, MethodNotAllowed, NotFound, PayloadTooLarge, RequestError
 from dashinfer.protocol.openapi import openapi_document
 from dashinfer.protocol.stream import KEEP_ALIVE, error_body
-from dashinfer.serving import chat, completions, docs, status, tokens
+from dashinfer.serving import chat, completions, docs, embeddings, status, tokens
 from dashinfer.serving.auth import KeyRing
 from dashinfer.serving.edge import SCOPE_KEY, Edge, RequestRecord, Scope, error_headers, internal_error
 from dashinfer.serving.limits import Limits
@@ -38,9 +38,9 @@ MAX_OTHER_BODY = 16 * 1024  # bytes that are kept of a body nobody reads
 BODY_TIMEOUT = 120  # seconds a client may take to send its body
 
 CHAT_PATH = "/v1/chat/completions"
-COMPLETIONS_PATH = "/v1/completions"
+COMPLETIONS_PATH, EMBEDDINGS_PATH = "/v1/completions", "/v1/embeddings"
 TOKENIZE_PATH, DETOKENIZE_PATH = "/tokenize", "/detokenize"
-BODY_PATHS = (CHAT_PATH, COMPLETIONS_PATH, TOKENIZE_PATH, DETOKENIZE_PATH)  # that take more than a small body
+BODY_PATHS = (CHAT_PATH, COMPLETIONS_PATH, EMBEDDINGS_PATH, TOKENIZE_PATH, DETOKENIZE_PATH)  # that take more than a small body
 OPEN_PATHS = ("/", "/openapi.json", *status.OPEN_PATHS, *docs.OPEN_PATHS)
 
 _JSON = {"content-type": "application/json"}
@@ -175,6 +175,14 @@ def create_app(service: Service) -> QuartTrio:
     async def text_completions() -> Response:
         service.require()
         return await answer(await completions.start(service, await request.get_data(), _record().stack))
+
+    @app.post(EMBEDDINGS_PATH)
+    async def embedding() -> Response:
+        service.require()
+        record = _record()
+        body, summary = await embeddings.embeddings(service, await request.get_data(), record.stack)
+        record.describe = lambda: summary
+        return Response(body, headers=_JSON)
 
     @app.post(TOKENIZE_PATH)
     async def tokenize() -> Response:

@@ -47,34 +47,47 @@ def _begin(service: Service, engine: EngineAPI, text: TextModel, body: bytes | b
 
 def _prepare(engine: EngineAPI, text: TextModel, request: CompletionRequest, prompt: Prompt) -> _Prepared:
     assert engine.info is not None, "an engine that is ready knows its model"
-    max_length, vocab_size = engine.info.max_length, engine.info.vocab_size
-    if isinstance(prompt, str):
-        tokens, echoed = text.tokenizer.encode(prompt, add_special_tokens=request.add_special_tokens), prompt
-    else:
-        tokens = prompt
-        if tokens and (max(tokens) >= vocab_size or min(tokens) < 0):
-            raise InvalidRequest(f"`prompt` has a token that is none: they go from 0 to {vocab_size - 1}", param="prompt")
-        echoed = text.tokenizer.decode(prompt, skip_special_tokens=False) if request.echo else ""
-    if not tokens:
-        raise InvalidRequest("`prompt` has no tokens", param="prompt")
-    if len(tokens) >= max_length:
-        raise ContextLengthExceeded(
-            f"the context holds {max_length} tokens, and the prompt has {len(tokens)}: "
-            "shorten it, or start the server with a larger --max-length",
-            param="prompt",
-        )
+    tokens = prompt_tokens(engine, text, prompt, "prompt", add_special_tokens=request.add_special_tokens)
+    echoed = prompt if isinstance(prompt, str) else ""
+    if request.echo and not isinstance(prompt, str):
+        echoed = text.tokenizer.decode(prompt, skip_special_tokens=False)
     params = sampling_params(
         request,
         generation_config=text.generation_config,
         eos_token_ids=text.tokenizer.eos_token_ids,
-        vocab_size=vocab_size,
+        vocab_size=engine.info.vocab_size,
         prompt_tokens=len(tokens),
-        max_length=max_length,
+        max_length=engine.info.max_length,
         new_seed=partial(secrets.randbits, 63),
     )
     if request.echo and request.logprobs is not None:
         params[0] = msgspec.structs.replace(params[0], prompt_logprobs=request.logprobs)  # the others' are the same
     return _Prepared(tokens, echoed, params)
+
+
+def prompt_tokens(engine: EngineAPI, text: TextModel, prompt: Prompt, param: str, *, add_special_tokens: bool) -> list[int]:
+    """Tokens that the engine takes, of a text or of what a client says are tokens, in the field `param`.
+
+    Raises:
+        InvalidRequest, ContextLengthExceeded: there is none, too many, or one that is no token.
+    """
+    assert engine.info is not None, "an engine that is ready knows its model"
+    max_length, vocab_size = engine.info.max_length, engine.info.vocab_size
+    if isinstance(prompt, str):
+        tokens = text.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+    else:
+        tokens = prompt
+        if tokens and (max(tokens) >= vocab_size or min(tokens) < 0):
+            raise InvalidRequest(f"`{param}` has a token that is none: they go from 0 to {vocab_size - 1}", param=param)
+    if not tokens:
+        raise InvalidRequest(f"`{param}` has no tokens", param=param)
+    if len(tokens) >= max_length:
+        raise ContextLengthExceeded(
+            f"the context holds {max_length} tokens, and `{param}` has {len(tokens)}: "
+            "shorten it, or start the server with a larger --max-length",
+            param=param,
+        )
+    return tokens
 
 
 class _Logprobs:

@@ -217,6 +217,10 @@ class MeasuredGeneration:
         return self._generation.cached_tokens
 
     @property
+    def embedding(self) -> bytes | None:
+        return self._generation.embedding
+
+    @property
     def prompt_logprobs(self) -> list[TokenLogprobs]:
         return self._generation.prompt_logprobs
 

@@ -22,6 +22,7 @@ from dashinfer.types import Chunk, Enter, StepPlan, StepResult, TokenLogprobs
 from dashinfer.worker.graphs import DecodeGraphs
 from dashinfer.worker.media import Media
 from dashinfer.worker.placements import Placements, Shown
+from dashinfer.worker.pooling import LaunchedEmbeddings, Pooling
 from dashinfer.worker.prompt_scores import LaunchedScores, PromptScores
 from dashinfer.worker.staging import Download, Staging
 from dashinfer_kernels import PagedBatch, Sampled, SamplingBatch, SamplingState, sample, warm_up_sampling
@@ -59,7 +60,9 @@ class Executor:
         self._num_blocks = [0] * max_batch  # in each slot's table
         self._staging = Staging(device)
         self._scores = PromptScores()
+        self._pooling = Pooling()
         self._launched_scores: LaunchedScores | None = None  # of the step that is being launched
+        self._launched_embeddings: LaunchedEmbeddings | None = None  # likewise
         self._graphs: DecodeGraphs | None = None
 
     def use_caches(self, kv_caches: list[KVCache]) -> None:
@@ -96,17 +99,19 @@ class Executor:
                 self._num_blocks[enter.slot] = 0
                 enter_slot(self._state, enter)
                 self._scores.enter(enter)
+                self._pooling.enter(enter)
                 if self._placements is not None:
                     self._placements.enter(enter)
             decodes = all(chunk.length == 1 and chunk.sample and len(chunk.new_blocks) <= 1 for chunk in plan.chunks)
             if decodes and self._placements is not None:
                 decodes = not any(map(self._placements.has_positions, plan.chunks))
-            self._launched_scores = None
+            self._launched_scores = self._launched_embeddings = None
+            decodes = decodes and not self._pooling.wanted(plan.chunks)
             run = self._replay if decodes and self._graphs is not None else self._run
             logits, slots, positions = run(plan.chunks)
-            scores = self._launched_scores
+            asked = (self._launched_scores, self._launched_embeddings)
             if not len(slots):
-                return LaunchedStep(plan.step, [], None, scores)
+                return LaunchedStep(plan.step, [], None, *asked)
             if self._group.rank > 0:
                 self._hear_tokens(slots, positions)
                 return LaunchedStep(plan.step, [], None)
@@ -115,7 +120,7 @@ class Executor:
             sampled = sample(logits, self._state, SamplingBatch(slots, positions, reduce(or_, needs)))
             if self._group.world_size > 1:
                 self._group.broadcast(sampled.tokens)
-            return LaunchedStep(plan.step, [each.top_logprobs for each in needs], sampled, scores)
+            return LaunchedStep(plan.step, [each.top_logprobs for each in needs], sampled, *asked)
 
     def _hear_tokens(self, slots: Tensor, positions: Tensor) -> None:
         """Have the tokens that rank 0 samples written to the history; of a row that failed, too, whose sequence ends."""
@@ -187,6 +192,7 @@ class Executor:
             seen["images"] = self._embeddings(shown, uploaded[-1].long())
         hidden = self._model.forward(self._state.history[owner, position].long(), batch, self._kv_caches, **seen)
         self._launched_scores = self._scores.compute(chunks, hidden, self._state.history, self._model.logits)
+        self._launched_embeddings = self._pooling.compute(chunks, hidden)
         if not len(samplers):
             return None, sampled_slots, sampled_positions
         if len(samplers) < len(hidden):
@@ -271,10 +277,15 @@ class LaunchedStep:
     """A step on its way. `wanted` says how many of the likeliest tokens each row asked for, None for no log-probabilities."""
 
     def __init__(
-        self, number: int, wanted: list[int | None], sampled: Sampled | None, scores: LaunchedScores | None = None
+        self,
+        number: int,
+        wanted: list[int | None],
+        sampled: Sampled | None,
+        scores: LaunchedScores | None = None,
+        embeddings: LaunchedEmbeddings | None = None,
     ) -> None:
         self.number = number
-        self._scores = scores
+        self._scores, self._embeddings = scores, embeddings
         self._wanted = wanted
         self._download = None
         if sampled is not None:
@@ -287,6 +298,7 @@ class LaunchedStep:
     def result(self) -> StepResult:
         """What the step produced, once it has."""
         scores = self._scores.result() if self._scores is not None else {}
+        embeddings = self._embeddings.result() if self._embeddings is not None else {}
         if self._download is None:
             return StepResult(self.number, [], prompt_logprobs=scores)
         tokens, failed, *logprobs = (each.tolist() for each in self._download.wait())
@@ -296,4 +308,4 @@ class LaunchedStep:
             for row, (count, chosen, ids, values) in enumerate(zip(self._wanted, *logprobs, strict=True)):
                 if count is not None and not failed[row]:
                     found[row] = TokenLogprobs(chosen, tuple(ids[:count]), tuple(values[:count]))
-        return StepResult(self.number, tokens, found, failures, scores)
+        return StepResult(self.number, tokens, found, failures, scores, embeddings)

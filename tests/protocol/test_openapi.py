@@ -7,6 +7,7 @@ import pytest
 from dashinfer.protocol.base import RequestModel
 from dashinfer.protocol.chat import ChatCompletionRequest
 from dashinfer.protocol.completions import CompletionRequest
+from dashinfer.protocol.embeddings import EmbeddingRequest
 from dashinfer.protocol.openapi import openapi_document
 from dashinfer.protocol.parse import parse_request
 from dashinfer.protocol.tokens import DetokenizeRequest, TokenizeRequest
@@ -59,6 +60,7 @@ def test_routes(document: dict[str, Any]) -> None:
     [
         ("/v1/chat/completions", ChatCompletionRequest),
         ("/v1/completions", CompletionRequest),
+        ("/v1/embeddings", EmbeddingRequest),
         ("/tokenize", TokenizeRequest),
         ("/detokenize", DetokenizeRequest),
     ],

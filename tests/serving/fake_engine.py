@@ -8,6 +8,7 @@ The last line of a prompt is a command, and the tokens are bytes:
 """
 
 import math
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -77,6 +78,7 @@ class FakeGeneration:
     def __init__(self, engine: "FakeEngine", prompt: list[int], params: list[SamplingParams]) -> None:
         self.cached_tokens = len(prompt) // 16 * 16
         self.queue_time = 0.25
+        self.embedding = None if params[0].pooling is None else array("f", [3.0, 4.0, float(len(prompt))]).tobytes()
         asked = params[0].prompt_logprobs
         self.prompt_logprobs: list[TokenLogprobs] = []
         if asked is not None:
