@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -397,9 +398,11 @@ class ServerConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("pipeline_parallel", "nnodes"):
-            if (size := getattr(self, name)) > 1:
-                raise ConfigurationError(f"{flag(name)} {size} is not supported yet: this version serves {flag(name)} 1")
+        self._check_machines()
+        if self.pipeline_parallel > 1:
+            raise ConfigurationError(
+                f"--pipeline-parallel {self.pipeline_parallel} is not supported yet: this version serves --pipeline-parallel 1"
+            )
         if self.quant_group_size is not None:
             if self.quant_group_size not in (32, 64, 128):
                 raise ConfigurationError(f"--quant-group-size {self.quant_group_size} is none of 32, 64 and 128")
@@ -421,6 +424,29 @@ class ServerConfig:
         if not self.model.strip():
             raise ConfigurationError("--model is empty; try --model demo")
 
+    def _check_machines(self) -> None:
+        if self.node_rank >= self.nnodes:
+            raise ConfigurationError(f"--node-rank {self.node_rank} is not below --nnodes {self.nnodes}")
+        if self.num_ranks % self.nnodes:
+            sizes = " x ".join(flag(name) for name in ("tensor_parallel", "pipeline_parallel", "data_parallel"))
+            raise ConfigurationError(
+                f"--nnodes {self.nnodes} does not divide the number of workers, which is {self.num_ranks} ({sizes})"
+            )
+        if self.nnodes == 1:
+            return
+        if not self.cluster_secret and not _is_loopback(self.master_addr):
+            raise ConfigurationError(
+                "machines need a secret that they all know: set DASHINFER_CLUSTER_SECRET to the same on each, "
+                "such as what `openssl rand -hex 32` prints"
+            )
+        if self.master_port == 0:
+            raise ConfigurationError("--master-port 0: the other machines must know the port")
+
+    @property
+    def num_ranks(self) -> int:
+        """Of workers, in all."""
+        return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
+
     @property
     def model_name(self) -> str:
         """The model's name in the API: as set, or the last part of --model (`..` is the directory it stands for)."""
@@ -430,6 +456,13 @@ class ServerConfig:
         if name in ("", ".", "..") or name.startswith("~"):
             name = Path(os.path.expanduser(self.model)).resolve().name or "model"
         return name.removesuffix(".gguf")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def flag(name: str) -> str:
@@ -493,6 +526,28 @@ def environment_settings(environment: Mapping[str, str]) -> dict[str, Any]:
         except ValueError as error:
             raise ConfigurationError(f"{name}: {error}") from None
     return values
+
+
+def torchrun_settings(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Settings that a process finds in its environment if torchrun started it; none in any other process. The port is the one
+    above torchrun's, which it may hold itself.
+
+    Raises:
+        ConfigurationError: a variable is missing or no number.
+    """
+    if "TORCHELASTIC_RUN_ID" not in environment:
+        return {}
+    try:
+        return {
+            "nnodes": _positive(environment["GROUP_WORLD_SIZE"]),
+            "node_rank": _not_negative(environment["GROUP_RANK"]),
+            "master_addr": environment["MASTER_ADDR"],
+            "master_port": _port(str(_port(environment["MASTER_PORT"]) + 1)),
+        }
+    except KeyError as error:
+        raise ConfigurationError(f"torchrun's variable {error.args[0]} is not set") from None
+    except ValueError as error:
+        raise ConfigurationError(f"torchrun's variables: {error}") from None
 
 
 def from_environment(environment: Mapping[str, str] = os.environ) -> ServerConfig:

@@ -21,7 +21,8 @@
     │   ├── InternalError            500
     │   └── EngineUnavailable        503  loading, draining or failed
     └── WorkerError                  a rank died, hung or broke the protocol
-        └── PeerLost                 a rank cannot reach another one, whose end is the cause
+        ├── PeerLost                 a rank cannot reach another one, whose end is the cause
+        └── LinkLost                 the connection to another machine was cut, fell silent, or is not authentic
 
 Errors for people are written for people: one line, what is wrong, what to change. Broken invariants of our own are `assert`s.
 This module imports nothing.
@@ -178,3 +179,7 @@ class WorkerError(DashInferError):
 
 class PeerLost(WorkerError):
     """A rank cannot reach another one: most likely that one ended, and what ended it is the cause."""
+
+
+class LinkLost(WorkerError):
+    """The connection to another machine was cut, fell silent, or carried what the other machine did not send."""

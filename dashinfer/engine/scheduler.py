@@ -270,13 +270,14 @@ class Scheduler:
         With a pipeline, all that could be computed are dealt over this plan and the next ones as evenly as those are filled by
         the sequences that return there. Decodes come first, and of those the ones that were computed the longest ago.
         """
-        able = [sequence for sequence in self.running if sequence.num_to_compute and self._usable(sequence.slot)]
         if self.stages == 1:
-            return able, len(self.waiting)
+            return self.running.copy(), len(self.waiting)
         able = [
             sequence
-            for sequence in able
-            if sequence.media is None or self._reach(sequence, sequence.computed) > sequence.computed
+            for sequence in self.running
+            if sequence.num_to_compute
+            and self._usable(sequence.slot)
+            and (sequence.media is None or self._reach(sequence, sequence.computed) > sequence.computed)
         ]
         newcomers = 0
         if (
@@ -304,7 +305,7 @@ class Scheduler:
         preempted = False
         for sequence in turn:
             remaining = sequence.num_to_compute
-            if sequence.slot is None:
+            if sequence.slot is None or remaining == 0:
                 continue
             length = 1 if remaining == 1 else min(remaining, budget)
             if sequence.media is not None:

@@ -173,7 +173,10 @@ class GateUpLinear(ColumnParallelLinear):
 
 
 class RowParallelLinear:
-    """x [tokens, this rank's inputs] -> [tokens, out], summed over the ranks."""
+    """x [tokens, this rank's inputs] -> [tokens, out], summed over the ranks.
+
+    On CPU the sum is made in float32, and is; on GPUs, where long prompts wait for the links, it has the type of `x`.
+    """
 
     def __init__(self, linear: Linear, group: Group) -> None:
         self.linear = linear
@@ -205,8 +208,10 @@ class RowParallelLinear:
         return cls(load_linear(reader, [part], bias=bias and group.rank == 0), group)
 
     def __call__(self, x: Tensor | QuantizedRows) -> Tensor:
-        y = self.linear(x)
-        return self.group.all_reduce(y) if self.reduce else y
+        if not self.reduce:
+            return self.linear(x)
+        on_cpu = (x if isinstance(x, Tensor) else x.values).device.type == "cpu"
+        return self.group.all_reduce(self.linear.wide(x) if on_cpu else self.linear(x))
 
     @property
     def takes(self) -> Activations | None:

@@ -46,6 +46,8 @@ class Application:
         assert message["type"] == "lifespan.startup", "the first event of a lifespan"
         try:
             settings = configuration.from_environment(os.environ)
+            if settings.nnodes > 1:
+                raise ConfigurationError("DASHINFER_NNODES: several machines are served by the command dashinfer_serve alone")
             service = Service(settings, version=version())
             self._app = create_app(service)
         except ConfigurationError as error:

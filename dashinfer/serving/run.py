@@ -12,25 +12,27 @@ import signal
 import socket
 import sys
 import threading
-import traceback
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import trio
 
 from dashinfer.config import ServerConfig
-from dashinfer.errors import DashInferError, StartupError, WorkerError
+from dashinfer.errors import WorkerError
 from dashinfer.serving import listen, log
 from dashinfer.serving.backend import Backend, ModelBackend, RunnableEngine
 from dashinfer.serving.cli import version
+from dashinfer.serving.ending import run_to_end
 from dashinfer.serving.progress import Display, make_display, report_progress
 from dashinfer.serving.service import Service, TextModel
-from dashinfer.types import Ready
+from dashinfer.types import ModelFiles, Ready
 
 if TYPE_CHECKING:
     from hypercorn.config import Config
     from quart_trio import QuartTrio
+
+    from dashinfer.cluster.hub import Hub
 
 logger = logging.getLogger(__name__)
 
@@ -52,21 +54,8 @@ def run(config: ServerConfig, backend: Backend | None = None) -> int:
     """
     log.configure(config.log_level, config.log_format)
     server = Server(config, backend or ModelBackend())
-    try:
-        trio.run(server.serve)
-    except (Exception, BaseExceptionGroup, KeyboardInterrupt) as error:
-        causes = log.leaves(error)
-        for cause in causes:
-            if isinstance(cause, StartupError):
-                raise cause from error
-        if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
-            return 128 + signal.SIGINT
-        if config.log_level == "debug" or not all(isinstance(cause, DashInferError) for cause in causes):
-            traceback.print_exception(error)
-        for line in dict.fromkeys(map(log.describe, causes)):
-            print(f"dashinfer_serve: error: {line}", file=sys.stderr)
-        return 1
-    return 0 if server.exit_code is None else server.exit_code
+    status = run_to_end(server.serve, config.log_level)
+    return status or server.exit_code or 0
 
 
 class Server:
@@ -96,7 +85,7 @@ class Server:
         watchdog = threading.Timer(WATCHDOG, self._end_hard)
         watchdog.daemon = True
         try:
-            with self._bind() as sockets, make_display() as display:
+            with self._bind() as sockets, self._bind_for_machines() as self._for_machines, make_display() as display:
                 # Signals are taken to the very end, or one that comes while the workers stop would kill this process instead.
                 async with trio.open_nursery() as outside:
                     await outside.start(self._watch_signals)
@@ -118,7 +107,10 @@ class Server:
     async def _load(self, display: Display, url: str) -> None:
         logger.info("taking %s; loading %s", url, self._config.model)
         source = await trio.to_thread.run_sync(self._backend.resolve, self._config, display.report, abandon_on_cancel=True)
-        self._engine = engine = self._backend.engine(self._config, source, partial(report_progress, display))
+        arguments: dict[str, Any] = {}
+        if self._for_machines is not None:
+            arguments["hub"] = await self._root.start(self._run_hub, self._for_machines, source.files)
+        self._engine = engine = self._backend.engine(self._config, source, partial(report_progress, display), **arguments)
         self._resolved.set()
         text: TextModel | None = None
 
@@ -134,6 +126,22 @@ class Server:
         display.__exit__(None, None, None)
         self._service.ready(engine, text)
         _announce(self._config, url, info)
+
+    def _bind_for_machines(self) -> AbstractContextManager[socket.socket | None]:
+        """The port for the other machines, if there are any."""
+        if self._config.nnodes == 1:
+            return nullcontext()
+        from dashinfer.cluster import network
+
+        return network.bind(self._config.master_addr, self._config.master_port, self._config.cluster_interface)
+
+    async def _run_hub(self, listener: socket.socket, files: ModelFiles, *, task_status: trio.TaskStatus["Hub"]) -> None:
+        from dashinfer.cluster.hub import Hub
+
+        hub = Hub.from_config(self._config, listener, files)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(hub.run)
+            task_status.started(hub)
 
     async def _run_engine(self, engine: RunnableEngine, *, task_status: trio.TaskStatus[Ready]) -> None:
         try:

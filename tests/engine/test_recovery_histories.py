@@ -182,6 +182,7 @@ class History:
                 assert whole or ending != "finished" or (outcome.stopped and index == 0)
             if ending == "failed" and self.error is None and "too often" not in outcome.why:
                 assert self.chaos.guilty & {params.seed for params in self.params[number]}, outcome.why
+        assert len(self.chaos.configs) - 1 <= self.chaos.causes
         assert max(self.chaos.kills.values(), default=0) <= 3
         scheduler, cache = self.engine._scheduler, self.engine._media_cache
         assert not scheduler.running and not scheduler.waiting and not self.engine._groups
@@ -235,7 +236,7 @@ geometries = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink])
+@settings(max_examples=2000, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink])
 @given(arrivals=some_arrivals, faults=some_faults, geometry=geometries)
 def test_nothing_is_lost_or_doubled_in_any_history(arrivals, faults, geometry):
     history = History(arrivals, faults, geometry).play()
@@ -265,6 +266,25 @@ def test_a_server_that_gives_up_tells_every_request(arrivals, faults, geometry, 
 
     event(f"given up: {history.error is not None}")
     event(f"victims: {any('too often' in outcome.why for outcome in history.outcomes)}")
+
+
+@pytest.mark.parametrize("manner", ["die", "hang", "memory"])
+def test_every_boundary_of_one_history(manner):
+    arrivals = [
+        Arrival(SHARED, 12),
+        Arrival(SHARED, 4, at=1, choices=2),
+        Arrival([3], 6, at=2, media=((0, 1), (1, 2))),
+        Arrival([2], 3, at=2, media=((1, 1),)),
+        Arrival([1], 9, at=4, enough=3),
+    ]
+    boundaries, restarts = 0, 1
+    while restarts:
+        history = History(arrivals, [(2 + boundaries, manner)], Geometry(num_blocks=16)).play()
+        assert history.endings == ["finished"] * 4 + ["left"]
+        boundaries += 1
+        restarts = len(history.chaos.configs) - 1
+
+    assert boundaries > 50
 
 
 def test_a_request_that_always_kills_costs_three_restarts_and_nobody_else():
@@ -314,7 +334,7 @@ def test_ranks_that_hang_are_replaced():
 
 @pytest.mark.parametrize("resets", [True, False])
 def test_memory_that_runs_out_makes_steps_smaller(resets):
-    arrivals = [Arrival([number] * 8, 4) for number in range(4)]
+    arrivals = [Arrival(SHARED, 4) for number in range(4)]
     history = History(arrivals, [(2, "exhaust")], Geometry(memory=2, resets=resets)).play()
 
     assert history.endings == ["finished"] * 4
