@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -20,6 +21,7 @@ Mode = Literal["auto", "llm", "vlm"]
 ToolParserName = Literal["auto", "none", "hermes", "llama3_json", "mistral", "pythonic", "qwen3_coder"]
 ReasoningParserName = Literal["auto", "none", "qwen3", "deepseek_r1", "mistral"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["text", "json"]
 LoadFormat = Literal["auto", "dummy"]
 Device = Literal["auto", "cuda", "cpu"]
 
@@ -96,6 +98,33 @@ def _directory(text: str) -> Path:
     return path.absolute()
 
 
+def _file(text: str) -> Path:
+    path = Path(text).expanduser()
+    if not path.is_file():
+        raise ValueError(f"{text!r} is not a file")
+    return path.absolute()
+
+
+_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[A-Za-z0-9.\[\]:_-]+")
+
+
+def _origins(text: str) -> tuple[str, ...]:
+    origins = tuple(origin.strip() for origin in text.split(",") if origin.strip())
+    if not origins:
+        raise ValueError("no origin given")
+    for origin in origins:
+        if not _ORIGIN.fullmatch(origin):
+            raise ValueError(f"{origin!r} is not an origin; write https://example.com, without a path, or *")
+    return origins
+
+
+def _root_path(text: str) -> str:
+    path = text.rstrip("/")
+    if path and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", path):
+        raise ValueError(f"{text!r} is not a path; write for example /api")
+    return path
+
+
 _DOMAIN = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
 
 
@@ -159,7 +188,7 @@ class ServerConfig:
     )
     data_type: DataType = _setting("bfloat16", "type of weights and activations")
     api_keys: tuple[str, ...] = _setting(
-        (), "comma-separated keys; requests under /v1 must carry one", parse=_keys, metavar="KEYS"
+        (), "comma-separated keys; requests must carry one, but for probes and the documentation", parse=_keys, metavar="KEYS"
     )
     log_level: LogLevel = _setting("info", "how much to log")
 
@@ -235,6 +264,41 @@ class ServerConfig:
         "auto",
         "how the model marks its thinking; auto finds out from its chat template and vocabulary, none leaves it in the answer",
         group=_SERVER,
+    )
+    log_format: LogFormat = _setting("text", "lines for people, or a JSON object a line", group=_SERVER)
+    log_prompts: bool = _setting(False, "log the text of prompts, which is never logged otherwise", group=_SERVER)
+    cors_origins: tuple[str, ...] = _setting(
+        (),
+        "comma-separated origins whose pages may use the API, such as https://example.com; * for all",
+        group=_SERVER,
+        parse=_origins,
+        metavar="ORIGINS",
+    )
+    ssl_certfile: Path | None = _setting(
+        None, "certificate chain in PEM, to serve HTTPS; needs --ssl-keyfile", group=_SERVER, parse=_file, metavar="FILE"
+    )
+    ssl_keyfile: Path | None = _setting(None, "its private key in PEM", group=_SERVER, parse=_file, metavar="FILE")
+    root_path: str = _setting(
+        "",
+        "path that a proxy has the API under, such as /api, whether it takes it off or not (default: none)",
+        group=_SERVER,
+        parse=_root_path,
+        metavar="PATH",
+    )
+    uds: Path | None = _setting(
+        None, "Unix socket to listen on, in place of --host and --port", group=_SERVER, parse=Path, metavar="PATH"
+    )
+    api_keys_file: Path | None = _setting(
+        None, "file with a key a line, besides --api-keys; read again on SIGHUP", group=_SERVER, parse=_file, metavar="FILE"
+    )
+    rate_limit_requests: int | None = _setting(
+        None, "requests a minute of a key, or of all together without keys", group=_SERVER, parse=_positive, metavar="N"
+    )
+    rate_limit_tokens: int | None = _setting(
+        None, "tokens a minute of a key, in prompts and answers", group=_SERVER, parse=_positive, metavar="N"
+    )
+    rate_limit_concurrent: int | None = _setting(
+        None, "requests of a key that are answered at a time", group=_SERVER, parse=_positive, metavar="N"
     )
 
     device: Device = _setting("auto", "where the model runs; auto takes CUDA if there is a GPU", group=_ENGINE)
@@ -344,9 +408,11 @@ class ServerConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("tensor_parallel", "pipeline_parallel", "nnodes"):
-            if (size := getattr(self, name)) > 1:
-                raise ConfigurationError(f"{flag(name)} {size} is not supported yet: this version serves {flag(name)} 1")
+        self._check_machines()
+        if self.pipeline_parallel > 1:
+            raise ConfigurationError(
+                f"--pipeline-parallel {self.pipeline_parallel} is not supported yet: this version serves --pipeline-parallel 1"
+            )
         if self.quant_group_size is not None:
             if self.quant_group_size not in (32, 64, 128):
                 raise ConfigurationError(f"--quant-group-size {self.quant_group_size} is none of 32, 64 and 128")
@@ -354,6 +420,8 @@ class ServerConfig:
                 raise ConfigurationError("--quant-group-size goes with --quant-type a16w4 or a16w8")
         if self.quantize_head and self.quant_type is None:
             raise ConfigurationError("--quantize-head goes with --quant-type")
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ConfigurationError("--ssl-certfile and --ssl-keyfile go together")
         if self.min_pixels > self.max_pixels:
             raise ConfigurationError(f"--min-pixels {self.min_pixels} is more than --max-pixels {self.max_pixels}")
         if self.block_size is not None and self.block_size & (self.block_size - 1):
@@ -366,6 +434,29 @@ class ServerConfig:
         if not self.model.strip():
             raise ConfigurationError("--model is empty; try --model demo")
 
+    def _check_machines(self) -> None:
+        if self.node_rank >= self.nnodes:
+            raise ConfigurationError(f"--node-rank {self.node_rank} is not below --nnodes {self.nnodes}")
+        if self.num_ranks % self.nnodes:
+            sizes = " x ".join(flag(name) for name in ("tensor_parallel", "pipeline_parallel", "data_parallel"))
+            raise ConfigurationError(
+                f"--nnodes {self.nnodes} does not divide the number of workers, which is {self.num_ranks} ({sizes})"
+            )
+        if self.nnodes == 1:
+            return
+        if not self.cluster_secret and not _is_loopback(self.master_addr):
+            raise ConfigurationError(
+                "machines need a secret that they all know: set DASHINFER_CLUSTER_SECRET to the same on each, "
+                "such as what `openssl rand -hex 32` prints"
+            )
+        if self.master_port == 0:
+            raise ConfigurationError("--master-port 0: the other machines must know the port")
+
+    @property
+    def num_ranks(self) -> int:
+        """Of workers, in all."""
+        return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
+
     @property
     def model_name(self) -> str:
         """The model's name in the API: as set, or the last part of --model (`..` is the directory it stands for)."""
@@ -375,6 +466,13 @@ class ServerConfig:
         if name in ("", ".", "..") or name.startswith("~"):
             name = Path(os.path.expanduser(self.model)).resolve().name or "model"
         return name.removesuffix(".gguf")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def flag(name: str) -> str:
@@ -438,6 +536,28 @@ def environment_settings(environment: Mapping[str, str]) -> dict[str, Any]:
         except ValueError as error:
             raise ConfigurationError(f"{name}: {error}") from None
     return values
+
+
+def torchrun_settings(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Settings that a process finds in its environment if torchrun started it; none in any other process. The port is the one
+    above torchrun's, which it may hold itself.
+
+    Raises:
+        ConfigurationError: a variable is missing or no number.
+    """
+    if "TORCHELASTIC_RUN_ID" not in environment:
+        return {}
+    try:
+        return {
+            "nnodes": _positive(environment["GROUP_WORLD_SIZE"]),
+            "node_rank": _not_negative(environment["GROUP_RANK"]),
+            "master_addr": environment["MASTER_ADDR"],
+            "master_port": _port(str(_port(environment["MASTER_PORT"]) + 1)),
+        }
+    except KeyError as error:
+        raise ConfigurationError(f"torchrun's variable {error.args[0]} is not set") from None
+    except ValueError as error:
+        raise ConfigurationError(f"torchrun's variables: {error}") from None
 
 
 def from_environment(environment: Mapping[str, str] = os.environ) -> ServerConfig:

@@ -17,10 +17,12 @@
     │   ├── MethodNotAllowed         405
     │   ├── PayloadTooLarge          413
     │   ├── QueueFull                429  carries `retry_after` in seconds
+    │   ├── RateLimitExceeded        429  as well, and headers about the limits
     │   ├── InternalError            500
     │   └── EngineUnavailable        503  loading, draining or failed
     └── WorkerError                  a rank died, hung or broke the protocol
-        └── PeerLost                 a rank cannot reach another one, whose end is the cause
+        ├── PeerLost                 a rank cannot reach another one, whose end is the cause
+        └── LinkLost                 the connection to another machine was cut, fell silent, or is not authentic
 
 Errors for people are written for people: one line, what is wrong, what to change. Broken invariants of our own are `assert`s.
 This module imports nothing.
@@ -143,6 +145,23 @@ class QueueFull(RequestError):
     retry_after = 1
 
 
+class RateLimitExceeded(RequestError):
+    """A key has used what it may for now.
+
+    Attributes:
+        headers: what is left, and until when, for the answer.
+    """
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after: int, headers: dict[str, str]) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+        self.headers = headers
+
+
 class InternalError(RequestError):
     code = "internal_error"
 
@@ -160,3 +179,7 @@ class WorkerError(DashInferError):
 
 class PeerLost(WorkerError):
     """A rank cannot reach another one: most likely that one ended, and what ended it is the cause."""
+
+
+class LinkLost(WorkerError):
+    """The connection to another machine was cut, fell silent, or carried what the other machine did not send."""

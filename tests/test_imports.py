@@ -44,7 +44,7 @@ PARENT: list[set[str]] = [
         "dashinfer.engine.scheduler",
     },
     {"dashinfer.worker", "dashinfer.worker.frames", "dashinfer.worker.supervisor"},
-    {"dashinfer.engine.engine", "dashinfer.engine.replicas"},
+    {"dashinfer.engine.engine", "dashinfer.engine.replicas", "dashinfer.cluster"},
     {"dashinfer.serving"},
 ]
 CHILD: list[set[str]] = [

@@ -106,6 +106,7 @@ class Engine:
         self._open = 0
         self._prompt_tokens = 0
         self._generated_tokens = 0
+        self._restarts = 0  # of workers, that were ready again
 
     async def run(self, *, task_status: trio.TaskStatus[Ready] = trio.TASK_STATUS_IGNORED) -> None:
         """Load the model, then serve until cancelled; started with what was loaded.
@@ -120,7 +121,8 @@ class Engine:
             while True:
                 life = _Life(self._make_workers(self._worker_configs))
                 try:
-                    await self._live(life, task_status)
+                    with _cancelled_first():
+                        await self._live(life, task_status)
                 except (WorkerError, StartupError) as error:
                     if self._scheduler is None:
                         raise
@@ -188,7 +190,7 @@ class Engine:
         )
 
     def stats(self) -> EngineStats:
-        scheduler = self._scheduler
+        scheduler, media = self._scheduler, self._media_cache
         if scheduler is None:
             return EngineStats(0, 0, 0, 0, 0, 0, 0, 0)
         return EngineStats(
@@ -200,6 +202,9 @@ class Engine:
             preemptions=scheduler.preemptions,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
+            media_queries=media.hits + media.misses if media is not None else 0,
+            media_hits=media.hits if media is not None else 0,
+            restarts=self._restarts,
         )
 
     @property
@@ -227,6 +232,7 @@ class Engine:
                     task_status.started(info)
                 else:
                     _compare(info, self.info)
+                    self._restarts += 1
                     if self.state == "recovering":
                         self.state = "ready"
                     seconds = life.ready_at - self._failed_at
@@ -334,9 +340,8 @@ class Engine:
                 await life.workers.send(Reset())
             await self._send_masks(life)
             due = math.inf  # when there may be something to plan
-            while scheduler.num_planned <= scheduler.stages and self._isolated(
-                scheduler
-            ):  # one in each stage, one that follows
+            # a plan that runs in each stage, one that follows
+            while scheduler.num_planned <= scheduler.stages and self._isolated(scheduler):
                 if (
                     steps
                     and scheduler.next_step >= steps[0].number + scheduler.stages  # no stage wants for it yet
@@ -345,6 +350,7 @@ class Engine:
                     break
                 plan = scheduler.schedule()
                 if plan is not None:
+                    self._note_admissions(scheduler.running[len(scheduler.running) - len(plan.enter) :])
                     await life.workers.send(plan)
                     await self._send_masks(life)
                 for message in cache.take_messages() if cache is not None else ():
@@ -456,6 +462,10 @@ class Engine:
         if not self._wake.is_set() and trio.current_time() <= end + LATE:
             raise WorkerError(f"the workers hang: no image or video encoded for {self._config.step_timeout:g} s")
 
+    def _note_admissions(self, sequences: Many[Sequence]) -> None:
+        for sequence in sequences:
+            self._groups[sequence].admitted()
+
     def _apply(self, scheduler: Scheduler, result: StepResult) -> None:
         for update in scheduler.apply(result):
             group = self._groups.get(update.sequence)
@@ -565,6 +575,18 @@ def can_jump(sequence: Sequence) -> bool:
     params = sequence.params
     penalised = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
     return params.logprobs is None and not penalised
+
+
+@contextmanager
+def _cancelled_first() -> Iterator[None]:
+    """Whoever is cancelled while workers fail is cancelled."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        cancelled, others = group.split(trio.Cancelled)
+        if cancelled is None or (others is not None and others.split((WorkerError, StartupError))[1] is not None):
+            raise
+        raise cancelled from None
 
 
 def _compare(again: Ready, first: Ready) -> None:

@@ -3,7 +3,8 @@
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
-SLACK = 4  # sequences more than another replica that one may have whatever it has cached
+SLACK = 2  # sequences that a replica may have more than another one, whatever it has cached
+WORTH = 8  # cached blocks for which it may have one more
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +29,16 @@ def choose(outlooks: Many[Outlook], turn: int = 0) -> int:
     one with the fewest tokens to compute, of those with equally few the next from number `turn` on. But:
 
     - where some would run it at once, it waits for none of the others, whatever they have cached;
-    - a replica whose sequences outnumber those of the one with the fewest by more than `SLACK` and the blocks it has cached is
-      passed over, lest a beginning that all prompts share gather all of them in the first replica that computed it.
+    - a replica is passed over whose sequences outnumber those of the one with the fewest by more than `SLACK`, and one for each
+      `WORTH` blocks that it has cached: a beginning that all prompts share must not gather all of them in the first replica
+      that computed it, and costs another one a single computation.
     """
     order = [(turn + offset) % len(outlooks) for offset in range(len(outlooks))]
     able = [number for number in order if outlooks[number].admits] or order
     fewest = min(outlooks[number].sequences for number in able)
 
     def overloaded(outlook: Outlook) -> bool:
-        return outlook.sequences - fewest > SLACK + outlook.cached_blocks
+        return outlook.sequences - fewest > SLACK + outlook.cached_blocks // WORTH
 
     fit = [number for number in able if not overloaded(outlooks[number])]
     return min(fit, key=lambda number: (-outlooks[number].cached_blocks, outlooks[number].tokens))

@@ -131,7 +131,8 @@ class DecoderLayer:
         held, scales = kv_cache.values, kv_cache.scales
         q = rope_kv_write(self.qkv(normed), positions, cos_sin, held, batch.slot_mapping, **self.heads, kv_scales=scales)
         attended = paged_attention(q, held, batch, scale=self.scale, window=self.window, kv_scales=scales)
-        normed = add_rms_norm(self.output(attended), residual, self.mlp_norm, self.eps, quantize=self.gate_up.takes)
+        output = self.output(attended)
+        normed = add_rms_norm(output, residual, self.mlp_norm, self.eps, attended.dtype, quantize=self.gate_up.takes)
         return self.down(self.activate(self.gate_up(normed), quantize=self.down.takes))
 
     @property
@@ -219,8 +220,8 @@ class DecoderLM:
                 added = deepstack[index].to(residual.dtype)
                 residual.index_add_(0, images.rows, added if self.rotation is None else self.rotation(added))
             if self.rotation is not None and layer is self.layers[-1]:
-                return rms_norm(self.rotation(residual.add_(output)), norm_after, eps, output.dtype)
-            normed = add_rms_norm(output, residual, norm_after, eps, quantize=quantize)
+                return rms_norm(self.rotation(residual.add_(output)), norm_after, eps, embedded.dtype)
+            normed = add_rms_norm(output, residual, norm_after, eps, embedded.dtype, quantize=quantize)
         return normed
 
     @torch.inference_mode()

@@ -7,6 +7,7 @@ rank nothing is communicated. Knows nothing of the models that are built from it
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed
@@ -19,6 +20,14 @@ from dashinfer_kernels import Linear, QuantizedRows, pack_linear, pack_quantized
 from dashinfer_kernels.quant_matmul.reference import Activations
 
 
+class SmallSum(Protocol):
+    """Sums tensors over a group's ranks, all of which take the same ones."""
+
+    def take(self, x: Tensor) -> bool: ...
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Group:
     """This rank's place among those that hold one model, or one stage of a pipeline, together. Whoever starts the ranks has set
@@ -27,12 +36,14 @@ class Group:
     Attributes:
         ranks: torch.distributed's group of these ranks; None: its default one.
         ordered: sum in the order of the ranks, so that the bits of a sum do not depend on its place in a tensor.
+        small: what sums the tensors faster that it takes; None: nothing does.
     """
 
     rank: int = 0
     world_size: int = 1
     ranks: torch.distributed.ProcessGroup | None = None
     ordered: bool = False
+    small: SmallSum | None = None
 
     def share(self, size: int) -> tuple[int, int]:
         """This rank's [start, stop) of `size` things, which must be a multiple of the world size."""
@@ -41,7 +52,9 @@ class Group:
         return self.rank * step, (self.rank + 1) * step
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum of all ranks' `x`, in place."""
+        """The sum of all ranks' `x`, which may be overwritten."""
+        if self.small is not None and self.small.take(x):
+            return self.small(x)
         if not self.ordered:
             torch.distributed.all_reduce(x, group=self.ranks)
             return x
@@ -160,7 +173,10 @@ class GateUpLinear(ColumnParallelLinear):
 
 
 class RowParallelLinear:
-    """x [tokens, this rank's inputs] -> [tokens, out], summed over the ranks."""
+    """x [tokens, this rank's inputs] -> [tokens, out], summed over the ranks.
+
+    On CPU the sum is made in float32, and is; on GPUs, where long prompts wait for the links, it has the type of `x`.
+    """
 
     def __init__(self, linear: Linear, group: Group) -> None:
         self.linear = linear
@@ -192,8 +208,10 @@ class RowParallelLinear:
         return cls(load_linear(reader, [part], bias=bias and group.rank == 0), group)
 
     def __call__(self, x: Tensor | QuantizedRows) -> Tensor:
-        y = self.linear(x)
-        return self.group.all_reduce(y) if self.reduce else y
+        if not self.reduce:
+            return self.linear(x)
+        on_cpu = (x if isinstance(x, Tensor) else x.values).device.type == "cpu"
+        return self.group.all_reduce(self.linear.wide(x) if on_cpu else self.linear(x))
 
     @property
     def takes(self) -> Activations | None:

@@ -1,4 +1,4 @@
-"""The vision tower of a checkpoint, run by the engine that is asked for."""
+"""The vision tower of a checkpoint, run by the engine that is asked for; every rank has all of it, and encodes by itself."""
 
 import logging
 from collections.abc import Generator, Sequence

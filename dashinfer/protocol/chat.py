@@ -160,6 +160,11 @@ class ChatCompletionRequest(ConstrainedRequest, CallingRequest):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
+    def num_logprobs(self) -> int | None:
+        """Of each token, how many of the likeliest ones besides it; None: no log-probabilities."""
+        return self.top_logprobs if self.logprobs else None
+
+    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 

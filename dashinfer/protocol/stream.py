@@ -197,10 +197,18 @@ def completion_body(
     )
 
 
+def _model(model: str, created: int, max_length: int) -> dict[str, Any]:
+    return {"id": model, "object": "model", "created": created, "owned_by": "dashinfer", "max_model_len": max_length}
+
+
+def model_body(*, model: str, created: int, max_length: int) -> bytes:
+    """JSON of a Model. `max_length` in tokens."""
+    return _encode(_model(model, created, max_length))
+
+
 def model_list_body(*, model: str, created: int, max_length: int) -> bytes:
     """JSON of a ModelList with the one model there is. `max_length` in tokens."""
-    entry = {"id": model, "object": "model", "created": created, "owned_by": "dashinfer", "max_model_len": max_length}
-    return _encode({"object": "list", "data": [entry]})
+    return _encode({"object": "list", "data": [_model(model, created, max_length)]})
 
 
 def health_body(status: str, mode: str | None) -> bytes:
@@ -219,4 +227,9 @@ def error_body(error: RequestError) -> bytes:
 
 def error_event(error: RequestError) -> bytes:
     """The same as a server-sent event, for a stream that fails after it began."""
-    return b"data: " + _escape_line_ends(_encode(_error(error))) + b"\n\n"
+    return event(_error(error))
+
+
+def event(value: Any) -> bytes:
+    """Anything that becomes JSON, as a server-sent event."""
+    return b"data: " + _escape_line_ends(_encode(value)) + b"\n\n"

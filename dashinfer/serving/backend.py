@@ -5,7 +5,7 @@ Nothing is imported before it is needed: what starts the worker comes first, the
 
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import trio
 
@@ -15,6 +15,9 @@ from dashinfer.serving.detect import check, load_vision
 from dashinfer.serving.service import TextModel
 from dashinfer.sources import ModelSource, ReportProgress
 from dashinfer.types import Progress, Ready
+
+if TYPE_CHECKING:
+    from dashinfer.cluster.hub import Hub
 
 
 class RunnableEngine(EngineAPI, Protocol):
@@ -34,7 +37,11 @@ class Backend(Protocol):
         """Find the model. Blocking; called in a thread."""
         ...
 
-    def engine(self, config: ServerConfig, source: ModelSource, on_progress: Callable[[Progress], None]) -> RunnableEngine: ...
+    def engine(
+        self, config: ServerConfig, source: ModelSource, on_progress: Callable[[Progress], None], hub: "Hub | None" = None
+    ) -> RunnableEngine:
+        """`hub`: has the workers on other machines; given where there are some."""
+        ...
 
     def text(self, config: ServerConfig, source: ModelSource) -> TextModel:
         """The text side, with what is needed to see. Blocking; called in a thread while the engine loads."""
@@ -49,20 +56,35 @@ class ModelBackend:
 
         return resolve(config.model, load_format=config.load_format, report=report, check=partial(check, config))
 
-    def engine(self, config: ServerConfig, source: ModelSource, on_progress: Callable[[Progress], None]) -> RunnableEngine:
+    def engine(
+        self, config: ServerConfig, source: ModelSource, on_progress: Callable[[Progress], None], hub: "Hub | None" = None
+    ) -> RunnableEngine:
         from dashinfer.engine.engine import Engine
+        from dashinfer.worker.supervisor import WorkerGroup
 
         vision = load_vision(config, source)
         pixel_values = b"" if vision is None else vision.pixel_values
+
+        def make(replica: int, on_progress: Callable[[Progress], None]) -> Engine:
+            if hub is None:
+                make_workers = partial(WorkerGroup, heartbeat_timeout=config.heartbeat_timeout)
+            else:
+                make_workers = partial(hub.workers, replica=replica)
+            return Engine(
+                config,
+                source.files,
+                on_progress=on_progress,
+                make_workers=make_workers,
+                pixel_values=pixel_values,
+                replica=replica,
+            )
+
         if config.data_parallel == 1:
-            return Engine(config, source.files, on_progress=on_progress, pixel_values=pixel_values)
+            return make(0, on_progress)
         from dashinfer.engine.replicas import Replicas, SlowestProgress
 
         progress = SlowestProgress(config.data_parallel, on_progress)
-        engines = [
-            Engine(config, source.files, on_progress=progress.of(number), pixel_values=pixel_values, replica=number)
-            for number in range(config.data_parallel)
-        ]
+        engines = [make(number, progress.of(number)) for number in range(config.data_parallel)]
         return Replicas(engines, max_queue=config.max_queue, prefix_cache=not config.disable_prefix_cache)
 
     def text(self, config: ServerConfig, source: ModelSource) -> TextModel:

@@ -15,12 +15,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
-
-import trio
+from typing import TYPE_CHECKING, Any
 
 from dashinfer.engine.api import EngineAPI, Generation, PromptMedia, TokenOutput
-from dashinfer.errors import InvalidRequest, ModelNotServed, QueueFull, RequestError
+from dashinfer.errors import InvalidRequest, RequestError
 from dashinfer.protocol import stream
 from dashinfer.protocol.chat import ChatCompletionRequest, ChoiceFinish
 from dashinfer.protocol.parse import parse_chat_request
@@ -36,9 +34,7 @@ if TYPE_CHECKING:
     from dashinfer.vision.intake import Seen
     from dashinfer.vision.request import MediumRequest
 
-T = TypeVar("T")
 Buffer = bytes | bytearray
-INLINE_BYTES = 4096  # a body up to this size is prepared on the event loop, in about a millisecond
 # No vocabulary averages more characters a token than this: a longer prompt need not be tokenised to know that it does not fit.
 _MAX_CHARACTERS_PER_TOKEN = 256
 
@@ -74,11 +70,7 @@ def parse(service: Service, body: Buffer) -> ChatCompletionRequest:
         ModelNotServed: another model is asked for.
     """
     request = parse_chat_request(body)
-    if request.model not in (service.config.model_name, service.config.model):
-        raise ModelNotServed(
-            f"the model {request.model[:200]!r} is not served here; this server has {service.config.model_name!r}",
-            param="model",
-        )
+    service.check_model(request.model)
     return request
 
 
@@ -352,7 +344,7 @@ async def start(service: Service, body: Buffer, stack: ExitStack, account: "Medi
     engine, text = service.require()
     size = len(body)
 
-    begun = await _off_the_loop(service, size, partial(_begin, service, engine, text, body))
+    begun = await service.off_the_loop(size, partial(_begin, service, engine, text, body))
     del body  # the request has its own copy of what it needs
     if isinstance(begun, Prepared):
         prepared = begun
@@ -362,7 +354,7 @@ async def start(service: Service, body: Buffer, stack: ExitStack, account: "Medi
         request = begun
         seen = await _see(service, engine, request.media(), stack, account)
         request.drop_media()
-        prepared = await _off_the_loop(service, size, partial(prepare, engine, text, request, seen))
+        prepared = await service.off_the_loop(size, partial(prepare, engine, text, request, seen))
     constraint = prepared.answer.constraint
     grammar = None if constraint is None else await service.compile(constraint)
     generation = stack.enter_context(engine.submit(prepared.prompt, prepared.params, prepared.media, grammar))
@@ -373,15 +365,6 @@ def _begin(service: Service, engine: EngineAPI, text: TextModel, body: Buffer) -
     """A request that is ready, or one whose media are still to be seen."""
     request = parse(service, body)
     return request if request.has_media else prepare(engine, text, request)
-
-
-async def _off_the_loop(service: Service, size: int, work: Callable[[], T]) -> T:
-    """Runs what takes long in a thread. `size` is of the request's body, in bytes."""
-    if size <= INLINE_BYTES:
-        return work()
-    if (waiting := service.thread_limiter.statistics().tasks_waiting) >= service.config.max_queue:
-        raise QueueFull(f"{waiting} long requests are waiting already; try again later")
-    return await trio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=service.thread_limiter)
 
 
 async def _see(

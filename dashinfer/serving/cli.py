@@ -16,7 +16,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dashinfer.config import ServerConfig, choices, did_you_mean, environment_settings, flag, parse_setting
+from dashinfer.config import (
+    ServerConfig,
+    choices,
+    did_you_mean,
+    environment_settings,
+    flag,
+    parse_setting,
+    torchrun_settings,
+)
 from dashinfer.errors import ConfigurationError, StartupError
 
 _HOW_TO_START = (
@@ -93,7 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse_arguments(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> ServerConfig:
-    """Settings from command-line arguments, and from `DASHINFER_*` variables where there is no flag.
+    """Settings from command-line arguments, from `DASHINFER_*` variables where there is no flag, and from those of torchrun.
 
     Raises:
         ConfigurationError: an unknown flag or variable, a bad value, or no model.
@@ -109,7 +117,7 @@ def parse_arguments(arguments: Sequence[str], environment: Mapping[str, str] = o
         raise ConfigurationError(
             f"unknown flag {word}" + (did_you_mean(word.replace("_", "-"), flags, most=2) or "; see --help")
         )
-    values = environment_settings(environment) | vars(known)
+    values = torchrun_settings(environment) | environment_settings(environment) | vars(known)
     if "model" not in values:
         raise ConfigurationError(_HOW_TO_START)
     return ServerConfig(**values)
@@ -122,6 +130,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigurationError as error:
         print(f"dashinfer_serve: error: {error}", file=sys.stderr)
         return error.exit_code
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            print("dashinfer_serve: the process of LOCAL_RANK 0 starts all workers of this machine", file=sys.stderr)
+            return 0
+        # Workers meet by themselves. With this they would look for a store of torchrun's where they meet, and wait for ever.
+        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     try:
         status = _serve(config)
     except KeyboardInterrupt:
@@ -143,7 +157,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _serve(config: ServerConfig) -> int:
     try:
-        from dashinfer.serving.run import run
+        if config.node_rank:
+            from dashinfer.serving.node import run
+        else:
+            from dashinfer.serving.run import run
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.startswith("dashinfer"):
             raise

@@ -140,6 +140,11 @@ class Tokenizer:
         raw = self.token_bytes(token)
         return raw.decode("utf-8", "replace"), list(raw)
 
+    def token_piece(self, token: int) -> str:
+        """A token as the vocabulary spells it; "" for an id outside of it."""
+        piece = self._tokenizer.id_to_token(token) if 0 <= token < 2**32 else None
+        return piece or ""
+
     def token_bytes(self, token: int) -> bytes:
         """What a token adds to the text, before a first space is dropped; b"" for an id outside of the vocabulary."""
         raw = self._bytes.get(token)

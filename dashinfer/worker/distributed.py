@@ -16,6 +16,7 @@ import torch.distributed as dist
 from dashinfer.errors import ConfigurationError, PeerLost
 from dashinfer.models.parallel import Group
 from dashinfer.types import WorkerConfig
+from dashinfer.worker.symmetric import small_sums
 
 PATIENCE = timedelta(days=1)
 # What gloo and NCCL say when the other end of a connection is gone.
@@ -74,7 +75,7 @@ def join(config: WorkerConfig, device: torch.device) -> World:
                 timeout=PATIENCE,
                 device_id=device if on_gpu else None,
             )
-            world = World(_tensor_group(config), size=size)
+            world = World(_tensor_group(config, device), size=size)
             world.wait()
     except RuntimeError as error:
         if "Unable to find address" in str(error):
@@ -86,7 +87,7 @@ def join(config: WorkerConfig, device: torch.device) -> World:
     return world
 
 
-def _tensor_group(config: WorkerConfig) -> Group:
+def _tensor_group(config: WorkerConfig, device: torch.device) -> Group:
     size = config.world_size // config.pipeline_parallel
     assert size * config.pipeline_parallel == config.world_size
     ranks = None
@@ -95,7 +96,11 @@ def _tensor_group(config: WorkerConfig) -> Group:
         groups = [dist.new_group(list(range(first, first + size))) for first in range(0, config.world_size, size)]
         ranks = groups[config.rank // size]
     # in a ring, and so with more than two ranks, a number's place in a tensor decides in which order it is summed
-    return Group(config.rank % size, size, ranks, ordered=config.deterministic and size > 2)
+    ordered = config.deterministic and size > 2
+    small = None
+    if device.type == "cuda" and size > 1 and config.world_size <= config.local_size and not config.deterministic:
+        small = small_sums(ranks or dist.group.WORLD, getattr(torch, config.data_type), device)
+    return Group(config.rank % size, size, ranks, ordered, small)
 
 
 def select_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.device:

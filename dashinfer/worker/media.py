@@ -1,4 +1,5 @@
 """A rank's images and videos: encoded between steps, a slice at a time; their embeddings kept until the parent forgets them.
+Each rank of several encodes everything, and tells the others nothing of it.
 
 What waits together is encoded together, up to a number of patches. A video's steps in time do not see each other in a tower, so
 a long one is encoded in pieces, and takes no more memory at a time than a large image. Everything is queued on the stream that

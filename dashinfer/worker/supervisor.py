@@ -78,11 +78,21 @@ class Rank:
     """One worker process. `run` is its life; the other methods are valid while it runs."""
 
     def __init__(
-        self, config: WorkerConfig, *, command: Sequence[str] = COMMAND, heartbeat_timeout: float = HEARTBEAT_TIMEOUT
+        self,
+        config: WorkerConfig,
+        *,
+        command: Sequence[str] = COMMAND,
+        heartbeat_timeout: float = HEARTBEAT_TIMEOUT,
+        on_line: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """`heartbeat_timeout`: seconds of silence after which a rank that was ready hangs."""
+        """
+        Args:
+            heartbeat_timeout: seconds of silence after which a rank that was ready hangs.
+            on_line: is told each line that the rank writes, besides the log.
+        """
         self._config = config
         self._command = command
+        self._on_line = on_line
         self._heartbeat_timeout = heartbeat_timeout
         self._name = f"rank {config.rank}"
         self._last_words: deque[str] = deque(maxlen=LAST_WORDS)
@@ -220,6 +230,7 @@ class Rank:
         if text:
             self._last_words.append(text)
             logger.info("%s: %s", self._name, text)
+            self._on_line(text)
 
     def _words(self) -> str:
         return f"; its last words: {' | '.join(self._last_words)}" if self._last_words else ""

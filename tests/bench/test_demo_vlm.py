@@ -208,7 +208,6 @@ def test_positions_are_those_of_the_server(tokenizer: Tokenizer) -> None:
     assert np.array_equal(positions, placement.positions)
 
 
-@pytest.mark.xfail(reason="the packaged weights are of a training that is not finished", strict=True)
 def test_the_packaged_model_sees() -> None:
     """Through transformers alone, so a wrong answer of the server is the server's."""
     answer = oracle(DIRECTORY)

@@ -203,8 +203,8 @@ def test_a_killed_server_leaves_no_worker():
     server.stop()
 
 
-def test_a_killed_worker_is_told_to_the_client_and_ends_the_server():
-    server = ServerProcess.start("--model", "demo", "--kv-cache-memory", "256MiB")
+def test_a_killed_worker_that_is_not_replaced_is_told_to_the_client_and_ends_the_server():
+    server = ServerProcess.start("--model", "demo", "--kv-cache-memory", "256MiB", "--max-restarts", "0")
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=LONG_STREAM, timeout=60) as response:
         lines = response.iter_lines()
         next(lines)

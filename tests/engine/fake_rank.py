@@ -7,6 +7,7 @@ a later plan will write, shows at once.
 import zlib
 from array import array
 from collections import deque
+from collections.abc import Collection
 
 from dashinfer.engine.api import Medium, PromptMedia
 from dashinfer.types import Encode, Forget, MediaSpan, SamplingParams, StepPlan, StepResult
@@ -116,8 +117,8 @@ class FakeRank:
         for slot in range(len(self.tables)):
             self.tokens[slot], self.tables[slot] = {}, []
 
-    def execute(self, plan: StepPlan, *, finish: bool = False) -> StepResult:
-        """`finish`: what is about to be encoded and needed now is encoded first."""
+    def execute(self, plan: StepPlan, *, finish: Collection[bytes] = ()) -> StepResult:
+        """`finish`: media that are encoded first if they are needed."""
         while self.late and self.late[0][0] + self.stages <= plan.step:
             _, slot, position, token = self.late.popleft()
             self.tokens[slot][position] = token
@@ -141,9 +142,10 @@ class FakeRank:
                 written.add(place)
                 self.cache[place] = prefix[: position + 1]
                 if not isinstance(prefix[position], int):
-                    if finish and prefix[position][0] in self.media:
-                        self.encoded.add(prefix[position][0])
-                    assert prefix[position][0] in self.encoded
+                    key = prefix[position][0]
+                    if key in finish and key in self.media:
+                        self.encoded.add(key)
+                    assert key in self.encoded
         tokens: list[int] = []
         failed: list[int] = []
         for chunk in plan.chunks:

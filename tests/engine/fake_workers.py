@@ -35,6 +35,7 @@ class Chaos:
         resets: whether ranks go on after running out of memory.
 
     Attributes:
+        causes: reasons that there were to start again.
         configs: of each group.
         group: the last one.
         kills: by seed, failures by its poison.
@@ -51,6 +52,7 @@ class Chaos:
     shows: Mapping[int, Collection[bytes]] = field(default_factory=dict)
     memory: int = 1 << 30
     resets: bool = True
+    causes: int = 0
     kills: Counter[int] = field(default_factory=Counter)
     strikes: Counter[int] = field(default_factory=Counter)
     guilty: set[int] = field(default_factory=set)
@@ -76,6 +78,7 @@ class FakeWorkers:
         self._come = trio.Event()
         self._passed = 0  # message boundaries
         self._exhausted = False
+        self._told: set[bytes] = set()  # keys that the parent has been told are encoded
         self._seeds: dict[int, int] = {}  # by slot
         self._computing: deque[list[int]] = deque()  # seeds of each plan without a result
 
@@ -88,12 +91,16 @@ class FakeWorkers:
 
     async def run(self, *, on_progress, on_result, on_encoded, on_memory, task_status) -> None:
         self._on_result, self._on_encoded, self._on_memory = on_result, on_encoded, on_memory
-        await self._boundary()
-        await trio.sleep(LOAD)
-        await self._boundary()
-        task_status.started(self._chaos.ready)
-        while True:
-            await self._serve()
+        try:
+            await self._boundary()
+            await trio.sleep(LOAD)
+            await self._boundary()
+            task_status.started(self._chaos.ready)
+            while True:
+                await self._serve()
+        except (WorkerError, StartupError):
+            self._chaos.causes += 1
+            raise
 
     async def _serve(self) -> None:
         if not self._inbox:
@@ -118,7 +125,9 @@ class FakeWorkers:
         if key in self._chaos.sick:
             raise WorkerError("a sick image")
         await self._boundary(lambda: self._on_encoded(Encoded([key])))
-        self._on_encoded(Encoded(self._rank.encode(1)))
+        keys = self._rank.encode(1)
+        self._told.update(keys)
+        self._on_encoded(Encoded(keys))
 
     async def _step(self, plan: StepPlan) -> None:
         chaos = self._chaos
@@ -130,8 +139,9 @@ class FakeWorkers:
             await self._run_out(plan)
             return
         # What was forgotten, and asked for again before the parent knew that it had been there, is waited for.
-        result = self._rank.execute(plan, finish=True)
-        self._on_encoded(Encoded(list(self._rank.encoded)))
+        result = self._rank.execute(plan, finish=self._told)
+        if self._rank.encoded:
+            self._on_encoded(Encoded(list(self._rank.encoded)))
         for seed, chunk in zip(self._computing[0], plan.chunks, strict=True):
             if chunk.start <= chaos.poison.get(seed, -1) < chunk.start + chunk.length:
                 chaos.kills[seed] += 1
@@ -182,7 +192,11 @@ class FakeWorkers:
                 raise StartupError("refuses")
             case "memory":
                 raise InsufficientMemory("memory ran out")
-        await trio.sleep(SILENCE)
+        try:
+            await trio.sleep(SILENCE)
+        except trio.Cancelled:
+            self._chaos.causes += 1
+            raise
         raise WorkerError("silent")
 
     def blame(self) -> None:

@@ -2,10 +2,12 @@
 
 import sys
 import time
+from collections import deque
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 
@@ -25,6 +27,7 @@ from dashinfer.types import ModelFiles, Ready, SamplingParams
 from dashinfer.worker.supervisor import WorkerGroup, one_error
 
 from .fake_rank import FakeRank, continuation, show
+from .fake_workers import Chaos
 
 FAKE_WORKER = Path(__file__).parents[1] / "worker" / "fake_worker.py"
 FILES = ModelFiles("fake", "safetensors", (), {})
@@ -95,6 +98,19 @@ async def test_the_choices_of_a_request_are_told_apart_and_one_can_be_stopped():
                     generation.stop(0)
 
     assert received == {0: 2, 1: 3, 2: 6}
+
+
+async def test_the_time_in_the_queue_is_told():
+    async with running(max_batch=1) as engine:
+        with engine.submit([1], [params(50)]) as first, engine.submit([2], [params(2)]) as second:
+            assert (first.queue_time, second.queue_time) == (None, None)
+            await first.receive()
+            assert second.queue_time is None
+            while await first.receive():
+                pass
+            await second.receive()
+
+    assert 0 <= first.queue_time < second.queue_time
 
 
 async def test_leaving_the_block_frees_everything():
@@ -209,6 +225,98 @@ async def test_a_draining_engine_finishes_what_runs_and_takes_no_more():
         await engine.drained()
 
     assert count == 4
+
+
+@pytest.mark.parametrize("mode", ["die", "garbage", "hang"])
+async def test_a_worker_that_fails_is_replaced_and_no_token_is_lost(mode, caplog):
+    results = {}
+
+    async def request(number: int) -> None:
+        results[number] = await generate(engine, [number], params(12))
+
+    caplog.set_level("INFO", "dashinfer.engine")
+    async with running(mode, step_timeout=0.5) as engine:
+        async with trio.open_nursery() as requests:
+            for number in range(3):
+                requests.start_soon(request, number)
+        assert engine.state == "ready"
+
+    assert results == {number: continuation([number], params(12)) for number in range(3)}
+    assert engine.stats().generated_tokens == 36
+    told = [text for text in caplog.messages if "start again" in text or "ready again" in text]
+    assert [text.split(";")[-1].split(" after")[0].strip() for text in told] == ["workers start again", "3 requests go on"]
+
+
+def failing_engine(faults: list, **settings) -> Engine:
+    """On the test's clock, with ranks that fail after so many messages."""
+    sizes = {"num_blocks": 64, "block_size": 4, "max_step_tokens": 32}
+    ready = Ready("F", "llm", "cpu", "float32", 50, 64, **sizes, weight_bytes=0, kv_cache_bytes=0)
+    chaos = Chaos(rank={**sizes, "max_batch": 4}, ready=ready, faults=deque(faults))
+    return Engine(ServerConfig(model="fake", max_batch=4, **settings), FILES, make_workers=chaos.make_workers)
+
+
+async def until_state(engine: Engine, state: str) -> None:
+    while engine.state != state:
+        await trio.sleep(0.1)
+
+
+async def test_requests_that_come_while_workers_start_again_wait_in_the_queue(autojump_clock):
+    engine = failing_engine([(4, "die")], max_queue=1)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(engine.run)
+        nursery.start_soon(generate, engine, [1], params(6))
+        await until_state(engine, "recovering")
+        with ExitStack() as stack:
+            for number in range(4):  # three places beside the one that goes on, and one in the queue
+                generation = stack.enter_context(engine.submit([number], [params(2)]))
+            with pytest.raises(QueueFull):
+                engine.submit([5], [params(2)])
+            assert (engine.state, engine.stats().waiting) == ("recovering", 5)
+            tokens = []
+            while outputs := await generation.receive():
+                tokens += [output.token for output in outputs]
+        nursery.cancel_scope.cancel()
+
+    assert tokens == continuation([3], params(2))
+
+
+async def test_an_engine_that_drains_while_workers_start_again_finishes_its_requests(autojump_clock):
+    results = []
+
+    async def request() -> None:
+        results.append(await generate(engine, [1], params(6)))
+
+    engine = failing_engine([(4, "die")])
+    async with trio.open_nursery() as nursery:
+        await nursery.start(engine.run)
+        nursery.start_soon(request)
+        await until_state(engine, "recovering")
+        engine.begin_drain()
+        with pytest.raises(EngineUnavailable, match="draining"):
+            engine.submit([2], [params(1)])
+        await engine.drained()
+        assert engine.state == "draining"
+        nursery.cancel_scope.cancel()
+
+    assert results == [continuation([1], params(6))]
+
+
+async def test_workers_that_come_back_smaller_are_a_failure(autojump_clock, caplog):
+    engine = failing_engine([(4, "die")], max_restarts=1)
+    make_workers = engine._make_workers
+
+    def make_smaller(configs):
+        workers = make_workers(configs)
+        if configs[0].num_blocks is not None:
+            workers._chaos.ready = msgspec.structs.replace(workers._chaos.ready, num_blocks=63)
+        return workers
+
+    engine._make_workers = make_smaller
+    with pytest.raises(WorkerError, match="have num_blocks 63, not 64"), one_error():
+        async with trio.open_nursery() as nursery:
+            await nursery.start(engine.run)
+            with pytest.raises(InternalError):
+                await generate(engine, [1], params(6))
 
 
 @pytest.mark.parametrize("mode", ["die", "killed", "garbage"])

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -14,6 +15,7 @@ from dashinfer.engine.engine import Engine
 from dashinfer.types import ModelFiles, Ready, SamplingParams, StepPlan
 
 from .fake_rank import FakeRank, continuation
+from .test_recovery_histories import History, geometries, quiet, some_arrivals, some_faults  # noqa: F401
 from .test_scheduler import Harness, actions, new_sequence, play
 
 
@@ -211,7 +213,7 @@ class TimedPipeline:
         self._underway: set[int] = set()
         self._done = trio.Event()
 
-    async def run(self, *, on_progress, on_result, on_encoded, task_status) -> None:
+    async def run(self, *, on_progress, on_result, on_encoded, on_memory, task_status) -> None:
         rank = FakeRank(num_blocks=64, block_size=4, max_batch=8, max_step_tokens=32, stages=self.stages)
 
         async def stage(number: int) -> None:
@@ -244,8 +246,9 @@ class TimedPipeline:
 @asynccontextmanager
 async def running(stages: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ServerConfig, "__post_init__", lambda self: None)
-    engine = Engine(ServerConfig(model="m", max_batch=8, pipeline_parallel=stages), ModelFiles("m", "safetensors", (), {}))
-    engine._workers = workers = TimedPipeline(stages)
+    workers = TimedPipeline(stages)
+    config = ServerConfig(model="m", max_batch=8, pipeline_parallel=stages)
+    engine = Engine(config, ModelFiles("m", "safetensors", (), {}), make_workers=lambda configs: workers)
     async with trio.open_nursery() as nursery:
         await nursery.start(engine.run)
         yield engine, workers
@@ -299,3 +302,16 @@ async def test_what_arrives_while_all_stages_work_is_in_the_next_plan(autojump_c
     assert entered[2][0] == entered[3][0] == 200
     assert entered[2][1] + 1 == entered[3][1]
     assert 215 < entered[4][0] <= entered[5][0] <= 232
+
+
+@settings(max_examples=100, deadline=None)
+@given(stages=st.integers(2, 3), arrivals=some_arrivals, faults=some_faults, geometry=geometries)
+def test_nothing_is_lost_or_doubled_when_ranks_fail(stages, arrivals, faults, geometry):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ServerConfig, "__post_init__", lambda self: None)
+        history = History(arrivals, faults, replace(geometry, resets=False), pipeline_parallel=stages)
+    history.chaos.rank = {**history.chaos.rank, "stages": stages}
+    history.play()
+
+    assert history.error is None
+    event(f"failures: {min(len(history.chaos.configs) - 1, 4)}")

@@ -114,7 +114,7 @@ class History:
             memory=geometry.block_size + geometry.memory,
             resets=geometry.resets,
         )
-        config = {"max_restarts": NEVER, "restart_window": 60.0, **config}
+        config = {"max_restarts": 100, "restart_window": 60.0, **config}
         batch = {"max_batch": geometry.max_batch, "max_queue": NEVER, "disable_prefix_cache": not geometry.prefix_cache}
         settings = ServerConfig(model="fake", step_timeout=10.0, **batch, **config)
         self.engine = Engine(settings, FILES, make_workers=self.chaos.make_workers)
@@ -182,6 +182,7 @@ class History:
                 assert whole or ending != "finished" or (outcome.stopped and index == 0)
             if ending == "failed" and self.error is None and "too often" not in outcome.why:
                 assert self.chaos.guilty & {params.seed for params in self.params[number]}, outcome.why
+        assert len(self.chaos.configs) - 1 <= self.chaos.causes
         assert max(self.chaos.kills.values(), default=0) <= 3
         scheduler, cache = self.engine._scheduler, self.engine._media_cache
         assert not scheduler.running and not scheduler.waiting and not self.engine._groups
@@ -205,8 +206,8 @@ some_arrivals = st.lists(
             st.integers(1, 8).map(lambda length: SHARED[:length]),
             st.lists(st.integers(0, 3), min_size=1, max_size=8),
         ),
-        max_tokens=st.one_of(st.integers(1, 12), st.integers(8, 12)),
-        at=st.one_of(st.just(0), st.integers(0, 3), st.integers(0, 40)),
+        max_tokens=st.one_of(st.integers(1, 12), st.just(12)),
+        at=st.one_of(st.just(0), st.just(0), st.integers(0, 3), st.integers(0, 40)),
         choices=rarely(st.integers(2, 3), 1),
         stop=st.lists(st.integers(0, 49), max_size=2).map(tuple),
         media=rarely(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 3)), min_size=1, max_size=2).map(tuple), ()),
@@ -215,7 +216,7 @@ some_arrivals = st.lists(
         stop_first=rarely(st.integers(1, 4), NEVER),
         poison=rarely(st.integers(0, 16), None),
     ),
-    min_size=1,
+    min_size=2,
     max_size=7,
 )
 manners = st.sampled_from(["die", "die", "die", "hang", "refuse", "memory", "exhaust"])
@@ -226,7 +227,7 @@ geometries = st.builds(
     Geometry,
     num_blocks=st.one_of(st.just(14), st.integers(14, 24)),
     block_size=st.sampled_from([2, 2, 4]),
-    max_batch=st.integers(1, 4),
+    max_batch=st.sampled_from([4, 4, 3, 2, 1]),
     spare_tokens=st.integers(0, 12),
     media_tokens=st.integers(1, 6),
     prefix_cache=st.booleans(),
@@ -245,3 +246,111 @@ def test_nothing_is_lost_or_doubled_in_any_history(arrivals, faults, geometry):
     for ending in set(history.endings):
         event(f"some {ending}")
     event(f"preemptions: {history.engine._scheduler.preemptions > 0}")
+
+
+some_crashes = st.lists(st.tuples(st.integers(0, 8), manners), min_size=2, max_size=14).map(
+    lambda faults: [(max(after, 2) if index == 0 else after, manner) for index, (after, manner) in enumerate(faults)]
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    arrivals=some_arrivals,
+    faults=some_crashes,
+    geometry=geometries,
+    max_restarts=st.integers(0, 4),
+    window=st.sampled_from([1.0, 20.0, 1000.0]),
+)
+def test_a_server_that_gives_up_tells_every_request(arrivals, faults, geometry, max_restarts, window):
+    history = History(arrivals, faults, geometry, max_restarts=max_restarts, restart_window=window).play()
+
+    event(f"given up: {history.error is not None}")
+    event(f"victims: {any('too often' in outcome.why for outcome in history.outcomes)}")
+
+
+@pytest.mark.parametrize("manner", ["die", "hang", "memory"])
+def test_every_boundary_of_one_history(manner):
+    arrivals = [
+        Arrival(SHARED, 12),
+        Arrival(SHARED, 4, at=1, choices=2),
+        Arrival([3], 6, at=2, media=((0, 1), (1, 2))),
+        Arrival([2], 3, at=2, media=((1, 1),)),
+        Arrival([1], 9, at=4, enough=3),
+    ]
+    boundaries, restarts = 0, 1
+    while restarts:
+        history = History(arrivals, [(2 + boundaries, manner)], Geometry(num_blocks=16)).play()
+        assert history.endings == ["finished"] * 4 + ["left"]
+        boundaries += 1
+        restarts = len(history.chaos.configs) - 1
+
+    assert boundaries > 50
+
+
+def test_a_request_that_always_kills_costs_three_restarts_and_nobody_else():
+    arrivals = [Arrival([number], 10, at=number % 3, poison=6 if number == 2 else None) for number in range(4)]
+    history = History(arrivals, max_restarts=8).play()
+
+    assert history.endings == ["finished", "finished", "failed", "finished"]
+    assert history.outcomes[2].tokens == [continuation([2], history.params[2][0])[:6]]
+    assert len(history.chaos.configs) == 1 + 3
+
+
+def test_an_image_that_always_kills_costs_three_restarts_and_nobody_else():
+    arrivals = [Arrival([number], 10, media=((0, number),)) for number in range(3)]
+    history = History(arrivals, sick={bytes([1]) * 32}, max_restarts=8).play()
+
+    assert history.endings == ["finished", "failed", "finished"]
+    assert len(history.chaos.configs) == 1 + 3
+
+
+def test_many_requests_that_kill_do_not_end_the_server():
+    arrivals = [Arrival([number], 4, poison=0) for number in range(12)]
+    history = History([*arrivals, Arrival([1, 2], 4)], max_restarts=8, restart_window=1).play()
+
+    assert history.endings == [*["failed"] * 12, "finished"]
+
+
+def test_all_choices_of_a_request_that_kills_end():
+    history = History([Arrival([1, 2], 6, choices=3, poison=4), Arrival([3], 6)]).play()
+
+    assert history.endings == ["failed", "finished"]
+    assert len(history.chaos.configs) == 1 + 3
+
+
+def test_workers_start_again_with_what_the_first_ones_found():
+    history = History([Arrival([1], 4)], [(4, "die")]).play()
+    first, again = (configs[0] for configs in history.chaos.configs)
+
+    assert (first.num_blocks, first.media_cache_memory) == (None, None)
+    assert (again.num_blocks, again.media_cache_memory) == (20, 12)
+
+
+def test_ranks_that_hang_are_replaced():
+    history = History([Arrival([1], 4)], [(4, "hang"), (0, "hang"), (4, "hang")]).play()
+
+    assert history.endings == ["finished"]
+
+
+@pytest.mark.parametrize("resets", [True, False])
+def test_memory_that_runs_out_makes_steps_smaller(resets):
+    arrivals = [Arrival(SHARED, 4) for number in range(4)]
+    history = History(arrivals, [(2, "exhaust")], Geometry(memory=2, resets=resets)).play()
+
+    assert history.endings == ["finished"] * 4
+    assert len(history.chaos.configs) == (1 if resets else 3)
+
+
+def test_a_request_that_there_is_no_memory_for_fails_alone():
+    history = History([Arrival([0], 2), Arrival([1] * 8, 2, at=5)], geometry=Geometry(block_size=4, memory=-2)).play()
+
+    assert history.endings == ["finished", "failed"]
+    assert "memory ran out" in history.outcomes[1].why
+
+
+def test_failures_that_never_end_do_end_the_server():
+    history = History([Arrival([1], 4)] * 2, [(3, "die"), *[(0, "refuse")] * 20], max_restarts=3).play()
+
+    assert str(history.error) == "workers cannot start again: refuses"
+    assert history.endings == ["failed"] * 2
+    assert len(history.chaos.configs) == 1 + 3

@@ -300,6 +300,75 @@ def test_what_is_stuck_cannot_start_in_the_next_plan():
     assert harness.scheduler.stuck() == []
 
 
+def test_what_runs_is_computed_again_after_the_ranks_are_lost():
+    harness = Harness(max_batch=2, max_step_tokens=16)
+    sequences = [new_sequence([*range(8), n], 6) for n in range(3)]
+    for sequence in sequences:
+        harness.scheduler.add(sequence)
+    for _ in range(3):
+        harness.plan()
+        harness.apply()
+    harness.plan()
+    harness.plan()
+
+    assert harness.scheduler.recover() == sequences[:2]
+    assert list(harness.scheduler.waiting) == sequences
+    assert (harness.scheduler.pool.num_available, harness.scheduler.num_free_slots) == (64, 2)
+    harness.results.clear()
+    harness.rank.reset()
+    harness.run()
+    assert [sequence.cached_tokens for sequence in sequences] == [0, 8, 8]  # as they entered first
+    for sequence in sequences:
+        assert sequence.tokens[9:] == continuation(sequence.tokens[:9], sequence.params)
+    harness.assert_empty()
+
+
+def test_an_ended_sequence_is_not_lost_with_the_ranks():
+    harness = Harness()
+    sequence = new_sequence([1, 2], 6)
+    harness.scheduler.add(sequence)
+    harness.plan()
+    harness.scheduler.abort(sequence)
+
+    assert harness.scheduler.recover() == []
+    harness.assert_empty()
+
+
+def test_one_is_computed_alone():
+    harness = Harness(max_step_tokens=32)
+    sequences = [new_sequence([n] * 6, 6) for n in range(4)]
+    for sequence in sequences[:3]:
+        harness.scheduler.add(sequence)
+    harness.plan()
+    harness.apply()
+    harness.scheduler.isolate(sequences[1])
+    harness.scheduler.add(sequences[3])
+    for _ in range(3):
+        harness.plan()
+        harness.apply()
+
+    assert harness.scheduler.running == [sequences[1]]
+    assert [sequence.num_output for sequence in sequences] == [1, 4, 1, 0]
+    harness.scheduler.isolate(None)
+    harness.run()
+    for sequence in sequences:
+        assert sequence.tokens[6:] == continuation(sequence.tokens[:6], sequence.params)
+    harness.assert_empty()
+
+
+def test_no_more_run_than_may():
+    harness = Harness()
+    harness.scheduler.max_running = 2
+    for n in range(4):
+        harness.scheduler.add(new_sequence([n], 3))
+    harness.plan()
+
+    assert len(harness.scheduler.running) == 2
+    assert len(harness.scheduler.stuck()) == 2
+    harness.run()
+    harness.assert_empty()
+
+
 SHARED = [0, 1, 2, 3]  # most prompts begin alike
 requests = st.tuples(
     st.one_of(

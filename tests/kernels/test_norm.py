@@ -55,6 +55,16 @@ def test_add_rms_norm_adds_in_place_and_norms_the_sum(dtype: torch.dtype, tolera
     torch.testing.assert_close(normed.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+def test_the_norm_of_a_wide_sum_has_the_type_asked_for() -> None:
+    x, residual, weight = torch.randn(7, 96), torch.randn(7, 96), torch.randn(96)
+    total = residual + x
+
+    normed = add_rms_norm(x, residual, weight, 1e-5, torch.bfloat16)
+
+    assert torch.equal(residual, total)
+    assert torch.equal(normed, reference.rms_norm(total, weight, 1e-5, torch.bfloat16))
+
+
 def test_small_additions_to_a_large_residual_are_not_lost() -> None:
     residual, small = torch.full((1, 8), 256.0), torch.full((1, 8), 0.25, dtype=torch.bfloat16)
     for _ in range(16):

@@ -148,6 +148,22 @@ def test_a_vocabulary_that_ranks_do_not_divide():
     torch.testing.assert_close(results[0][1], x @ weight.T)
 
 
+def test_small_tensors_are_summed_by_what_is_faster_for_them():
+    class Doubled:
+        def take(self, x):
+            return x.numel() < 4
+
+        def __call__(self, x):
+            return x * 2
+
+    exchange = Exchange(1)
+    group = ThreadGroup(0, 2, small=Doubled(), exchange=exchange)
+
+    assert Group.all_reduce(group, torch.ones(3)).tolist() == [2, 2, 2]
+    with pytest.raises(ValueError, match="process group"):  # torch.distributed's turn
+        Group.all_reduce(group, torch.ones(4))
+
+
 def test_one_rank_communicates_nothing():
     class Silent(Group):
         def all_reduce(self, x):

@@ -8,6 +8,7 @@ The last line of a prompt is a command, and the tokens are bytes, but for marker
 """
 
 import math
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -82,6 +83,14 @@ def make_text(folder: Path) -> TextModel:
 class FakeGeneration:
     def __init__(self, engine: "FakeEngine", prompt: list[int], params: list[SamplingParams]) -> None:
         self.cached_tokens = len(prompt) // 16 * 16
+        self.queue_time = 0.25
+        self.embedding = None if params[0].pooling is None else array("f", [3.0, 4.0, float(len(prompt))]).tobytes()
+        asked = params[0].prompt_logprobs
+        self.prompt_logprobs: list[TokenLogprobs] = []
+        if asked is not None:
+            self.prompt_logprobs = [
+                TokenLogprobs(-float(place), tuple(range(65, 65 + asked)), (-0.25,) * asked) for place in range(1, len(prompt))
+            ]
         self._engine = engine
         self._params = params
         end = len(prompt) - prompt[::-1].index(END) - 1 if END in prompt else len(prompt)
@@ -217,7 +226,7 @@ class FakeEngine:
     ) -> Any:
         if self.refusal is not None:
             raise self.refusal
-        if self.state != "ready":
+        if self.state not in ("ready", "recovering"):
             raise EngineUnavailable(f"the engine is {self.state}")
         if len(prompt) >= self.model.max_length:
             raise ContextLengthExceeded("the prompt leaves no room")

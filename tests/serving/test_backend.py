@@ -11,7 +11,6 @@ from dashinfer.config import ServerConfig
 from dashinfer.errors import ConfigurationError, StartupError, UnsupportedModel
 from dashinfer.serving import detect
 from dashinfer.serving.backend import ModelBackend
-from dashinfer.worker.supervisor import WorkerGroup
 
 from .seeing import FAMILIES, source, write_model
 
@@ -97,22 +96,20 @@ def test_bounds_that_leave_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mode", ["auto", "vlm", "llm"])
-def test_what_a_worker_is_told_of_vision(tmp_path: Path, family: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = []
-    monkeypatch.setattr(WorkerGroup, "__init__", lambda self, configs, command: told.extend(configs))
+def test_what_a_worker_is_told_of_vision(tmp_path: Path, family: str, mode: str) -> None:
     config = ServerConfig(model=str(write_model(tmp_path, family)), load_format="dummy", mode=mode, vision_engine="native")
     backend = ModelBackend()
     source = backend.resolve(config, lambda *event: None)
-    backend.engine(config, source, lambda progress: None)
+    (told,) = backend.engine(config, source, lambda progress: None)._worker_configs
     text = backend.text(config, source)
 
-    assert (told[0].vision, told[0].vision_engine) == (mode != "llm", "native")
+    assert (told.vision, told.vision_engine) == (mode != "llm", "native")
     assert (text.vision is None) == (mode == "llm")
     assert text.template.content_format == "parts"
     if mode == "llm":
-        assert told[0].pixel_values == b""
+        assert told.pixel_values == b""
     else:
-        values = np.frombuffer(told[0].pixel_values, np.float32).reshape(3, 256)
+        values = np.frombuffer(told.pixel_values, np.float32).reshape(3, 256)
         assert np.array_equal(values, text.vision.image.table())
 
 

@@ -89,7 +89,7 @@ def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None
         (["--model", " "], "--model is empty"),
         (["--model", "demo", "--drain-timeout", "soon"], "--drain-timeout: 'soon' is not a number"),
         (["--model", "demo", "--min-pixels", "9", "--max-pixels", "8"], "--min-pixels 9 is more than --max-pixels 8"),
-        (["--model", "demo", "--tensor-parallel", "4"], "this version serves --tensor-parallel 1"),
+        (["--model", "demo", "--pipeline-parallel", "4"], "this version serves --pipeline-parallel 1"),
         (["--model", "demo", "--quant-type", "fp8", "--quant-group-size", "64"], "goes with --quant-type a16w4 or a16w8"),
         (["--model", "demo", "--quant-type", "a16w4", "--quant-group-size", "48"], "is none of 32, 64 and 128"),
         (["--model", "demo", "--quantize-head"], "--quantize-head goes with --quant-type"),
@@ -119,6 +119,27 @@ def test_variables_stand_for_flags_that_are_not_given(monkeypatch: pytest.Monkey
     assert cli.parse_arguments([], environment).model == "other"
     monkeypatch.setenv("DASHINFER_API_KEYS", "sk-3")
     assert cli.parse_arguments(["--model", "demo"]).api_keys == ("sk-3",)
+
+
+def test_flags_and_variables_go_before_what_torchrun_tells() -> None:
+    told = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29400", "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1"}
+    environment = {"TORCHELASTIC_RUN_ID": "none", "DASHINFER_MASTER_ADDR": "10.0.0.2", **told}
+    plain = cli.parse_arguments(["--model", "demo"], environment)
+    with_flag = cli.parse_arguments(["--model", "demo", "--master-port", "1234"], environment)
+
+    assert (plain.master_addr, plain.master_port) == ("10.0.0.2", 29401)
+    assert (with_flag.master_addr, with_flag.master_port) == ("10.0.0.2", 1234)
+
+
+def test_torchruns_other_processes_have_nothing_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29400", "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1", "LOCAL_RANK": "1"}
+    for name, value in (told | {"TORCHELASTIC_RUN_ID": "none"}).items():
+        monkeypatch.setenv(name, value)
+
+    assert cli.main(["--model", "demo"]) == 0
+    assert capsys.readouterr().err == "dashinfer_serve: the process of LOCAL_RANK 0 starts all workers of this machine\n"
 
 
 def test_as_a_process() -> None:

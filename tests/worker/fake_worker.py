@@ -97,6 +97,7 @@ def fake_rank(config: WorkerConfig) -> FakeRank:
 class QueuedStep:
     def __init__(self, result: StepResult) -> None:
         self._result = result
+        self.number = result.step
         self.followed = threading.Event()
 
     def result(self) -> StepResult:
@@ -119,13 +120,18 @@ class QueuingRunner:
         self._last: QueuedStep | None = None
 
     def launch(self, plan: StepPlan) -> QueuedStep:
-        if MODE == "exhausted" and plan.step == 2:
-            raise InsufficientMemory("fake: memory ran out in a step")
-        step = QueuedStep(self._rank.execute(plan))
         if self._last is not None:
             self._last.followed.set()
-        self._last = step
-        return step
+        if MODE == "exhausted" and plan.step == 2:
+            raise InsufficientMemory("fake: memory ran out in a step")
+        self._last = QueuedStep(self._rank.execute(plan))
+        return self._last
+
+    def result(self, step: QueuedStep) -> StepResult:
+        return step.result()
+
+    def reset(self) -> None:
+        self._rank.reset()
 
 
 def serve(connection: worker.Connection) -> None:

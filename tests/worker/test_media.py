@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 
+from dashinfer.errors import InsufficientMemory
 from dashinfer.models.vision_config import VisionConfig
 from dashinfer.models.vision_qwen import VisionOutput
 from dashinfer.types import Encode
@@ -65,6 +66,28 @@ def test_what_waits_together_is_encoded_together_up_to_a_bound():
     assert media[b"2"].deepstack[0][:, 0].tolist() == [4, 4]
     assert media[b"3"].embeddings.shape == (9, 3)
     assert media[b"3"].embeddings.dtype == media[b"3"].deepstack[0].dtype == torch.float32
+
+
+def test_what_memory_ran_out_for_is_begun_anew():
+    tower = FakeTower()
+    media = make(tower)
+    steps, failures = tower.steps, [MemoryError()]
+
+    def failing(patches, grids):
+        for block in steps(patches, grids):
+            if tower.blocks == 2 and failures:
+                raise failures.pop()
+            yield block
+        return VisionOutput(patches[::4].float(), ())
+
+    tower.steps = failing
+    for value in range(2):
+        media.ask(image(value))
+    with pytest.raises(InsufficientMemory, match="while images were encoded"):
+        media.finish([b"1"])
+
+    assert drain(media) == [b"0", b"1"]
+    assert [media[key].embeddings[0, 0].item() for key in (b"0", b"1")] == [0, 1]
 
 
 def test_alone_where_company_would_change_the_bits():

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import msgspec
@@ -14,7 +15,7 @@ import pytest
 import trio
 
 from dashinfer.errors import InsufficientMemory, PeerLost, StartupError, UnsupportedModel, WorkerError
-from dashinfer.types import Chunk, Enter, ModelFiles, OutOfMemory, SamplingParams, StepPlan, WorkerConfig
+from dashinfer.types import Chunk, Enter, ModelFiles, OutOfMemory, Reset, SamplingParams, StepPlan, WorkerConfig
 from dashinfer.worker import supervisor
 from dashinfer.worker.supervisor import WorkerGroup
 
@@ -110,17 +111,38 @@ async def test_plans_go_out_and_results_come_back(mode, stages):
 
 
 @pytest.mark.parametrize(
-    ("mode", "error", "message"),
+    ("mode", "size", "error", "message"),
     [
-        ("refuse", UnsupportedModel, "this model is not supported"),
-        ("crash", WorkerError, "rank 0: RuntimeError: something broke"),
-        ("illegal", WorkerError, "rank 0: RuntimeError: CUDA error: an illegal memory access was encountered"),
-        ("exhausted", InsufficientMemory, "fake: memory ran out in a step"),
+        ("refuse", 1, UnsupportedModel, "this model is not supported"),
+        ("crash", 1, WorkerError, "rank 0: RuntimeError: something broke"),
+        ("illegal", 1, WorkerError, "rank 0: RuntimeError: CUDA error: an illegal memory access was encountered"),
+        ("exhausted", 2, InsufficientMemory, "fake: memory ran out in a step"),
     ],
 )
-async def test_a_rank_that_fails_says_why(mode, error, message):
+async def test_a_rank_that_fails_says_why(mode, size, error, message):
     with trio.fail_after(30), pytest.raises(error, match=message):
-        await run_steps(mode)
+        await run_steps(mode, size)
+
+
+async def test_a_lone_rank_without_memory_drops_plans_until_it_is_reset():
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            recorder = Recorder(group("exhausted"))
+            await recorder.start(nursery)
+            sent = list(islice(plans(), 4))
+            for plan in sent:
+                await recorder.group.send(plan)
+            while not recorder.memory:
+                await trio.sleep(0.01)
+            await recorder.group.send(Reset())
+            for plan in sent[:2]:
+                await recorder.group.send(msgspec.structs.replace(plan, step=plan.step + 4))
+            while len(recorder.results) < 3:
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+
+    assert [message.step for message in recorder.memory] == [2]
+    assert [result.step for result in recorder.results] == [0, 1, 4]
 
 
 @pytest.mark.parametrize(
@@ -171,8 +193,8 @@ async def test_a_rank_that_speaks_again_within_the_grace_goes_on(monkeypatch, ca
                 await recorder.group.send(plan)
             while "rank 0: no sign of life for 1 s" not in caplog.messages:
                 await trio.sleep(0.01)
-            os.kill(pids(recorder.group)[0], signal.SIGCONT)
             while len(recorder.results) < 3:
+                os.kill(pids(recorder.group)[0], signal.SIGCONT)
                 await trio.sleep(0.01)
             nursery.cancel_scope.cancel()
 
@@ -299,7 +321,7 @@ async def test_the_death_of_one_rank_ends_all_at_once(children):
                 left = children()
 
     assert left == []
-    assert elapsed < 0.5
+    assert elapsed < 2  # and not the time that a rank has to end by itself
 
 
 @pytest.mark.parametrize(
@@ -343,9 +365,9 @@ async def test_a_stopped_rank_that_takes_no_frames_keeps_none_from_others(monkey
     params = SamplingParams(max_tokens=50, seed=0, stop_token_ids=tuple(range(100, 200_000)))  # more than a socket's buffer
     large = StepPlan(0, [Enter(0, b"\x01\x00\x00\x00", 1, params)], [Chunk(0, 0, 1, True, tuple(range(16)))])
     answered = None
-    with trio.fail_after(30), pytest.raises(WorkerError, match="rank 0 hangs: no sign of life for 2 s"), supervisor.one_error():
+    with trio.fail_after(30), pytest.raises(WorkerError, match="rank 0 hangs: no sign of life for 3 s"), supervisor.one_error():
         async with trio.open_nursery() as nursery:
-            recorder = Recorder(group("good", 3, stages=3, heartbeat_timeout=2.0))
+            recorder = Recorder(group("good", 3, stages=3, heartbeat_timeout=3.0))
             await recorder.start(nursery)
             os.kill(pids(recorder.group)[0], signal.SIGSTOP)
             begun = trio.current_time()
@@ -355,8 +377,8 @@ async def test_a_stopped_rank_that_takes_no_frames_keeps_none_from_others(monkey
             answered = trio.current_time() - begun
             await trio.sleep_forever()
 
-    assert answered is not None and answered < 2
-    assert trio.current_time() - begun < 4
+    assert answered is not None and answered < 3
+    assert trio.current_time() - begun < 6
     assert children() == []
 
 
@@ -384,7 +406,7 @@ async def test_cancelling_reaps_the_process(children):
 
 @pytest.mark.parametrize("new_session", [False, True])
 @pytest.mark.parametrize(("mode", "stop"), [("good", False), ("loading", False), ("good", True), ("loading,good", True)])
-def test_no_rank_outlives_a_killed_parent(mode, stop, new_session):
+def test_no_rank_outlives_a_killed_parent(mode, stop, new_session, tmp_path):
     if stop and not new_session and os.getsid(1) == os.getsid(0):
         pytest.skip("the process that inherits orphans is in this session")
     program = f"""
@@ -401,7 +423,7 @@ async def main():
         await trio.sleep_forever()
 trio.run(main)
 """
-    with running(program, new_session) as parent:
+    with running(program, new_session, tmp_path) as parent:
         ranks = [int(pid) for pid in parent.stdout.readline().split()]
         if stop:
             os.kill(ranks[1], signal.SIGSTOP)
@@ -417,10 +439,14 @@ trio.run(main)
 
 
 @contextmanager
-def running(program: str, new_session: bool):
-    """A Python process with its output as a pipe."""
+def running(program: str, new_session: bool, directory: Path):
+    """A Python process with its output as a pipe, and what it leaves behind in a directory."""
     with subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, start_new_session=new_session
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=new_session,
+        env={**os.environ, "TMPDIR": str(directory)},
     ) as process:
         try:
             yield process

@@ -36,10 +36,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tenso
     return torch.div(wide, root).mul_(weight).to(dtype)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    if loops.fit(x) and residual.dtype == torch.float32 and residual.is_contiguous():
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    if loops.fit(x) and dtype == x.dtype and residual.dtype == torch.float32 and residual.is_contiguous():
         return _loop().add_rms_norm(x, residual, weight, eps)
-    return rms_norm(residual.add_(x), weight, eps, x.dtype)
+    return rms_norm(residual.add_(x), weight, eps, dtype)
 
 
 @cache

@@ -46,13 +46,27 @@ def rms_norm(
 
 
 @overload
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, quantize: None = None) -> Tensor: ...
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None, *, quantize: None = None
+) -> Tensor: ...
 @overload
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, quantize: Activations | None
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    dtype: torch.dtype | None = None,
+    *,
+    quantize: Activations | None,
 ) -> Tensor | QuantizedRows: ...
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, quantize: Activations | None = None
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    dtype: torch.dtype | None = None,
+    *,
+    quantize: Activations | None = None,
 ) -> Tensor | QuantizedRows:
     """Add to the residual stream, then norm.
 
@@ -64,15 +78,16 @@ def add_rms_norm(
         residual: [tokens, hidden], contiguous, float32 (or float64, in tests on CPU); `x` is added to it in place.
         weight: [hidden], the type of `residual`.
         eps: added to the mean square.
-        quantize: the result to 8 bits, row by row. On CPU, what the type of `x` can hold of it is.
+        dtype: of the result; the type of `x` where it is None.
+        quantize: the result to 8 bits, row by row. On CPU, what `dtype` can hold of it is.
 
     Returns:
-        `rms_norm(residual + x)`, [tokens, hidden], the type of `x`.
+        `rms_norm(residual + x)`, [tokens, hidden].
     """
     assert residual.shape == x.shape and weight.shape == x.shape[-1:] and weight.dtype == residual.dtype
     if use_triton(x):
-        return _launch(x, residual, weight, eps, x.dtype, quantize)
-    normed = cpu.add_rms_norm(x, residual, weight, eps)
+        return _launch(x, residual, weight, eps, dtype or x.dtype, quantize)
+    normed = cpu.add_rms_norm(x, residual, weight, eps, dtype or x.dtype)
     return normed if quantize is None else quantize_rows(normed, quantize)
 
 

@@ -10,7 +10,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = 
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(dtype or x.dtype)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Adds `x` to `residual` in place, in the type of `residual`, and norms the sum to the type of `x`."""
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    """Adds `x` to `residual` in place, in the type of `residual`, and norms the sum to `dtype`, or the type of `x`."""
     residual += x
-    return rms_norm(residual, weight, eps, x.dtype)
+    return rms_norm(residual, weight, eps, dtype or x.dtype)
