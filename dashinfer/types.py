@@ -15,6 +15,7 @@ KVCacheDtype = Literal["auto", "int8", "fp8"]
 VisionEngine = Literal["native", "transformers", "tensorrt"]
 Grid = tuple[int, int, int]  # patches of an image or a video: steps in time, rows, columns
 MAX_FRAME_BYTES = 256 * 1024 * 1024  # of one encoded message
+PoolingType = Literal["mean", "last"]  # over a prompt's hidden states
 FinishReason = Literal["stop", "length"]
 
 
@@ -39,6 +40,8 @@ class SamplingParams(Struct, frozen=True, omit_defaults=True):
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()  # includes the model's end-of-sequence ids unless the request ignores them
     logprobs: int | None = None  # None: off; k: the chosen token's and the k likeliest ones'
+    prompt_logprobs: int | None = None  # the same of the prompt's tokens, which are then all computed
+    pooling: PoolingType | None = None  # the prompt's embedding comes with the first token, which is the only one
 
 
 class ModelFiles(Struct, frozen=True):
@@ -244,6 +247,15 @@ class TokenLogprobs(Struct, frozen=True, array_like=True):
     top_logprobs: tuple[float, ...]
 
 
+class PromptLogprobs(Struct, frozen=True, array_like=True):
+    """Of the tokens at positions start + 1, start + 2, ... of a prompt, where a chunk begins at start; as `TokenLogprobs`."""
+
+    chosen: bytes  # float32 little endian [positions]
+    count: int  # of the likeliest tokens
+    top_tokens: bytes  # int32 little endian [positions, count]
+    top_logprobs: bytes  # float32 little endian [positions, count]
+
+
 class StepResult(Struct, tag="result", frozen=True):
     """What a step produced: one token for each chunk that sampled, in the plan's order."""
 
@@ -251,6 +263,8 @@ class StepResult(Struct, tag="result", frozen=True):
     tokens: list[int]
     logprobs: dict[int, TokenLogprobs] = {}  # by index into `tokens`, for those that asked
     failed: list[int] = []  # indexes into `tokens` of those that mean nothing: the model gave no finite logits for them
+    prompt_logprobs: dict[int, PromptLogprobs] = {}  # by index of the plan's chunk, for sequences that asked
+    embeddings: dict[int, bytes] = {}  # float32 little endian [hidden], likewise
 
 
 FromParent = Start | StepPlan | Masks | Encode | Forget | Reset

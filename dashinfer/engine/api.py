@@ -83,12 +83,18 @@ class EngineStats:
     preemptions: int
     prompt_tokens: int  # since start
     generated_tokens: int
+    media_queries: int = 0  # images and videos that a sequence asked for
+    media_hits: int = 0  # of those, encoded already or about to be
+    restarts: int = 0  # of workers, after failures
 
 
 class Generation(Protocol):
     """A submitted request with `n` choices."""
 
     cached_tokens: int  # of the prompt, found in the prefix cache; final once the first output is there
+    prompt_logprobs: list[TokenLogprobs]  # of the prompt's tokens from the second on, if asked for; there with the first output
+    embedding: bytes | None  # of the prompt, float32 little endian [hidden], if asked for; there with the first output
+    queue_time: float | None  # seconds until the first step that computes some of it; None before
 
     async def receive(self) -> list[TokenOutput]:
         """All outputs that are ready, at least one. An empty list once every choice has finished or was stopped.

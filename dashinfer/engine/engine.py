@@ -106,6 +106,7 @@ class Engine:
         self._open = 0
         self._prompt_tokens = 0
         self._generated_tokens = 0
+        self._restarts = 0  # of workers, that were ready again
 
     async def run(self, *, task_status: trio.TaskStatus[Ready] = trio.TASK_STATUS_IGNORED) -> None:
         """Load the model, then serve until cancelled; started with what was loaded.
@@ -189,7 +190,7 @@ class Engine:
         )
 
     def stats(self) -> EngineStats:
-        scheduler = self._scheduler
+        scheduler, media = self._scheduler, self._media_cache
         if scheduler is None:
             return EngineStats(0, 0, 0, 0, 0, 0, 0, 0)
         return EngineStats(
@@ -201,6 +202,9 @@ class Engine:
             preemptions=scheduler.preemptions,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
+            media_queries=media.hits + media.misses if media is not None else 0,
+            media_hits=media.hits if media is not None else 0,
+            restarts=self._restarts,
         )
 
     @property
@@ -228,6 +232,7 @@ class Engine:
                     task_status.started(info)
                 else:
                     _compare(info, self.info)
+                    self._restarts += 1
                     if self.state == "recovering":
                         self.state = "ready"
                     seconds = life.ready_at - self._failed_at
@@ -345,6 +350,7 @@ class Engine:
                     break
                 plan = scheduler.schedule()
                 if plan is not None:
+                    self._note_admissions(scheduler.running[len(scheduler.running) - len(plan.enter) :])
                     await life.workers.send(plan)
                     await self._send_masks(life)
                 for message in cache.take_messages() if cache is not None else ():
@@ -455,6 +461,10 @@ class Engine:
             await self._wake.wait()
         if not self._wake.is_set() and trio.current_time() <= end + LATE:
             raise WorkerError(f"the workers hang: no image or video encoded for {self._config.step_timeout:g} s")
+
+    def _note_admissions(self, sequences: Many[Sequence]) -> None:
+        for sequence in sequences:
+            self._groups[sequence].admitted()
 
     def _apply(self, scheduler: Scheduler, result: StepResult) -> None:
         for update in scheduler.apply(result):

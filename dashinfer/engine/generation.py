@@ -15,7 +15,7 @@ from dashinfer.engine.scheduler import Update
 from dashinfer.engine.sequence import Sequence
 from dashinfer.errors import RequestError
 from dashinfer.guidance.guide import Grammar
-from dashinfer.types import SamplingParams
+from dashinfer.types import SamplingParams, TokenLogprobs
 
 
 def _guided(params: SamplingParams, grammar: Grammar) -> SamplingParams:
@@ -52,6 +52,8 @@ class SequenceGroup:
         ]
         self._index = {sequence: index for index, sequence in enumerate(self.sequences)}
         self._open = set(range(len(params)))  # choices that the reader still expects something of
+        self.queue_time: float | None = None
+        self._entered = 0.0  # trio's time
         self._on_enter = on_enter
         self._on_exit = on_exit
         self._on_stop = on_stop
@@ -63,9 +65,23 @@ class SequenceGroup:
     def cached_tokens(self) -> int:
         return self.sequences[0].cached_tokens
 
+    @property
+    def embedding(self) -> bytes | None:
+        return self.sequences[0].embedding
+
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprobs]:
+        return self.sequences[0].prompt_logprobs
+
     def __enter__(self) -> "SequenceGroup":
+        self._entered = trio.current_time()
         self._on_enter(self)
         return self
+
+    def admitted(self) -> None:
+        """One of the sequences runs."""
+        if self.queue_time is None:
+            self.queue_time = trio.current_time() - self._entered
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._on_exit(self)

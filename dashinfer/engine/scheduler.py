@@ -32,7 +32,7 @@ from dashinfer.engine.api import Medium
 from dashinfer.engine.blocks import BlockPool, extend_hashes
 from dashinfer.engine.media import MediaCache
 from dashinfer.engine.sequence import Sequence
-from dashinfer.types import Chunk, Enter, FinishReason, StepPlan, StepResult, TokenLogprobs
+from dashinfer.types import Chunk, Enter, FinishReason, PromptLogprobs, StepPlan, StepResult, TokenLogprobs
 
 
 class Update(Struct, frozen=True):
@@ -52,6 +52,7 @@ class _Planned(Struct, frozen=True):
     sequences: list[Sequence]
     samplers: list[Sequence]
     positions: list[int]  # that they sample
+    scored: dict[int, tuple[Sequence, int]]  # by index of the chunk: who asks for something of its prompt, and its start
     tokens: int
 
 
@@ -172,6 +173,10 @@ class Scheduler:
         """Take the result of the oldest plan that has none."""
         planned = self._planned.popleft()
         assert result.step == planned.step and len(result.tokens) == len(planned.samplers)
+        for index, logprobs in result.prompt_logprobs.items():
+            _add_prompt_logprobs(*planned.scored[index], logprobs)
+        for index, embedding in result.embeddings.items():
+            planned.scored[index][0].embedding = embedding
         updates = []
         for index, (sequence, token) in enumerate(zip(planned.samplers, result.tokens, strict=True)):
             if sequence.ended or planned.positions[index] < len(sequence.tokens):  # what was forced stands there
@@ -293,8 +298,9 @@ class Scheduler:
         positions = [sequence.computed for sequence in samplers]
         masked = any(sequence.guide is not None for sequence in samplers)
         plan = StepPlan(step=self._step, enter=enter, chunks=[chunk for _, chunk in ordered], masked=masked)
+        scored = {index: (sequence, chunk.start) for index, (sequence, chunk) in enumerate(ordered) if _scored(sequence)}
         tokens = sum(chunk.length for chunk in plan.chunks)
-        self._planned.append(_Planned(self._step, list(chunks), samplers, positions, tokens))
+        self._planned.append(_Planned(self._step, list(chunks), samplers, positions, scored, tokens))
         if masked:
             self._unmasked.append(self._planned[-1])
         self._step += 1
@@ -472,7 +478,7 @@ class Scheduler:
 
     def _cached_prefix(self, sequence: Sequence) -> list[int]:
         """Blocks of the sequence's prefix that the pool knows. The last token is always computed: its logits are needed."""
-        if not self.prefix_cache:
+        if not self.prefix_cache or _computes_all(sequence):
             return []
         extend_hashes(sequence.hashes, sequence.tokens, self.block_size, sequence.media)
         return self.pool.match(sequence.hashes[: (len(sequence.tokens) - 1) // self.block_size])
@@ -517,3 +523,22 @@ class Scheduler:
 
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
+
+
+def _scored(sequence: Sequence) -> bool:
+    """Whether it asks for something of its prompt."""
+    return sequence.params.prompt_logprobs is not None or sequence.params.pooling is not None
+
+
+def _computes_all(sequence: Sequence) -> bool:
+    """Whether what it asks for needs every position."""
+    return sequence.params.prompt_logprobs is not None or sequence.params.pooling == "mean"
+
+
+def _add_prompt_logprobs(sequence: Sequence, start: int, logprobs: PromptLogprobs) -> None:
+    """Add what a chunk from `start` on gave, but for what is known from before a preemption."""
+    known = sequence.prompt_logprobs
+    chosen, tokens, values = array("f", logprobs.chosen), array("i", logprobs.top_tokens), array("f", logprobs.top_logprobs)
+    for place in range(len(known) - start, len(chosen)):
+        top = slice(place * logprobs.count, (place + 1) * logprobs.count)
+        known.append(TokenLogprobs(chosen[place], tuple(tokens[top]), tuple(values[top])))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from dashinfer.engine.api import PromptMedia
 from dashinfer.guidance.guide import Guide
-from dashinfer.types import SamplingParams
+from dashinfer.types import SamplingParams, TokenLogprobs
 
 
 @dataclass(eq=False, slots=True)
@@ -28,6 +28,8 @@ class Sequence:
     told: int = 0  # leading tokens that the ranks have or will have sampled
     cached_tokens: int = 0  # of the prompt, taken from the prefix cache at the first admission
     admitted: bool = False  # ran at least once
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the second token of the prompt, and so on
+    embedding: bytes | None = None  # of the prompt, float32 little endian
     held: set[bytes] = field(default_factory=set)  # keys of media that it pins, or wants while it waits
     ended: bool = False
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 STACK = 3 << 20  # bytes; threads of the server have 8 MiB
 MEMORY = 1 << 30  # bytes of address space
 STEPS = 48  # bytes that are drawn
+TOKENS = 1 << 19  # more than any vocabulary has
 SLOW = 0.3  # seconds for one mask; most take some microseconds
 
 
@@ -72,9 +73,23 @@ def check(grammar: str) -> str:
 
 @cache
 def _bytes_alone() -> "LLTokenizer":
-    from llguidance import LLTokenizer
+    from llguidance import LLTokenizer, TokenizerWrapper
 
-    return LLTokenizer("byte")
+    return LLTokenizer(TokenizerWrapper(_Bytes()))
+
+
+class _Bytes:
+    """The vocabulary of bytes, with numbers for as many other tokens as a model may have, which grammars may name."""
+
+    def __init__(self) -> None:
+        bytes_ = [bytes([byte]) for byte in range(256)]
+        self.tokens = [*bytes_, b"<end>", *[b""] * (TOKENS - len(bytes_) - 1)]
+        self.special_token_ids = [256]
+        self.eos_token_id = 256
+        self.bos_token_id = None
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return list(text.encode() if isinstance(text, str) else text)
 
 
 def _bytes_in(mask: bytes) -> list[int]:

@@ -4,6 +4,7 @@ The limits bound what one grammar costs in time and memory once it is compiled. 
 rules overflows the stack, and some keywords take as long as their numbers are large. So `dashinfer.guidance.check` goes first.
 """
 
+import json
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,13 +25,19 @@ def new_matcher(vocabulary: "LLTokenizer", grammar: str) -> "LLMatcher":
 
 
 def to_lark(grammar: str) -> str:
-    """GBNF as Lark, and anything else as it is.
+    """GBNF as Lark, by itself or among the grammars of llguidance's JSON, and anything else as it is.
 
     Raises:
         ValueError: it looks like GBNF and is none.
     """
     if "::=" not in grammar:
         return grammar
+    if grammar.startswith("{"):
+        whole = json.loads(grammar)
+        for part in whole.get("grammars", ()):
+            if "lark_grammar" in part:
+                part["lark_grammar"] = to_lark(part["lark_grammar"])
+        return json.dumps(whole)
     from llguidance.gbnf_to_lark import any_to_lark
 
     try:

@@ -56,13 +56,14 @@ class Constraint:
         return Constraint(json.dumps({"grammars": [whole, answer]}), self.param)
 
 
-def schema_term(schema: dict[str, Any] | bool, *, lenient: bool = False) -> str:
-    """A term of a rule's right side for JSON that a schema admits; `lenient` as above.
+def schema_term(schema: dict[str, Any] | bool, *, lenient: bool = False, whitespace: str = WHITESPACE) -> str:
+    """A term of a rule's right side for JSON that a schema admits; `lenient` as above. `whitespace` is a regular expression
+    for what may stand between its tokens.
 
     Raises:
         ValueError: a number in it is not finite.
     """
-    options = {"whitespace_pattern": WHITESPACE, "lenient": lenient}
+    options = {"whitespace_pattern": whitespace, "lenient": lenient}
     if isinstance(schema, bool):
         schema = {} if schema else {"not": {}}
     return "%json " + json.dumps({**schema, "x-guidance": options}, allow_nan=False)

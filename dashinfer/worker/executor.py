@@ -24,6 +24,8 @@ from dashinfer.worker.graphs import DecodeGraphs
 from dashinfer.worker.masks import MaskInbox
 from dashinfer.worker.media import Media
 from dashinfer.worker.placements import Placements, Shown
+from dashinfer.worker.pooling import LaunchedEmbeddings, Pooling
+from dashinfer.worker.prompt_scores import LaunchedScores, PromptScores
 from dashinfer.worker.staging import Download, Staging
 from dashinfer_kernels import PagedBatch, Sampled, SamplingBatch, SamplingState, sample, warm_up_sampling
 from dashinfer_kernels.dispatch import use_triton
@@ -59,6 +61,10 @@ class Executor:
         self._block_tables = torch.zeros(max_batch + 1, -(-max_length // block_size), dtype=torch.int32, device=device)
         self._num_blocks = [0] * max_batch  # in each slot's table
         self._staging = Staging(device)
+        self._scores = PromptScores()
+        self._pooling = Pooling()
+        self._launched_scores: LaunchedScores | None = None  # of the step that is being launched
+        self._launched_embeddings: LaunchedEmbeddings | None = None  # likewise
         self._graphs: DecodeGraphs | None = None
         self.masks = MaskInbox()
 
@@ -95,16 +101,21 @@ class Executor:
             for enter in plan.enter:
                 self._num_blocks[enter.slot] = 0
                 enter_slot(self._state, enter)
+                self._scores.enter(enter)
+                self._pooling.enter(enter)
                 if self._placements is not None:
                     self._placements.enter(enter)
             self._write_tokens(plan.chunks)
             decodes = all(chunk.length == 1 and chunk.sample and len(chunk.new_blocks) <= 1 for chunk in plan.chunks)
             if decodes and self._placements is not None:
                 decodes = not any(map(self._placements.has_positions, plan.chunks))
+            self._launched_scores = self._launched_embeddings = None
+            decodes = decodes and not self._pooling.wanted(plan.chunks)
             run = self._replay if decodes and self._graphs is not None else self._run
             logits, slots, positions = run(plan.chunks)
+            asked = (self._launched_scores, self._launched_embeddings)
             if not len(slots):
-                return LaunchedStep(plan.step, [], None)
+                return LaunchedStep(plan.step, [], None, *asked)
             if self._group.rank > 0:
                 self._hear_tokens(slots, positions)
                 return LaunchedStep(plan.step, [], None)
@@ -114,7 +125,7 @@ class Executor:
             sampled = sample(logits, self._state, SamplingBatch(slots, positions, reduce(or_, needs), *masks))
             if self._group.world_size > 1:
                 self._group.broadcast(sampled.tokens)
-            return LaunchedStep(plan.step, [each.top_logprobs for each in needs], sampled)
+            return LaunchedStep(plan.step, [each.top_logprobs for each in needs], sampled, *asked)
 
     def _hear_tokens(self, slots: Tensor, positions: Tensor) -> None:
         """Have the tokens that rank 0 samples written to the history; of a row that failed, too, whose sequence ends."""
@@ -209,6 +220,8 @@ class Executor:
         if shown is not None:
             seen["images"] = self._embeddings(shown, uploaded[-1].long())
         hidden = self._model.forward(self._state.history[owner, position].long(), batch, self._kv_caches, **seen)
+        self._launched_scores = self._scores.compute(chunks, hidden, self._state.history, self._model.logits)
+        self._launched_embeddings = self._pooling.compute(chunks, hidden)
         if not len(samplers):
             return None, sampled_slots, sampled_positions
         if len(samplers) < len(hidden):
@@ -292,8 +305,16 @@ def enter_slot(state: SamplingState, enter: Enter) -> None:
 class LaunchedStep:
     """A step on its way. `wanted` says how many of the likeliest tokens each row asked for, None for no log-probabilities."""
 
-    def __init__(self, number: int, wanted: list[int | None], sampled: Sampled | None) -> None:
+    def __init__(
+        self,
+        number: int,
+        wanted: list[int | None],
+        sampled: Sampled | None,
+        scores: LaunchedScores | None = None,
+        embeddings: LaunchedEmbeddings | None = None,
+    ) -> None:
         self.number = number
+        self._scores, self._embeddings = scores, embeddings
         self._wanted = wanted
         self._download = None
         if sampled is not None:
@@ -305,8 +326,10 @@ class LaunchedStep:
 
     def result(self) -> StepResult:
         """What the step produced, once it has."""
+        scores = self._scores.result() if self._scores is not None else {}
+        embeddings = self._embeddings.result() if self._embeddings is not None else {}
         if self._download is None:
-            return StepResult(self.number, [])
+            return StepResult(self.number, [], prompt_logprobs=scores)
         tokens, failed, *logprobs = (each.tolist() for each in self._download.wait())
         failures = [row for row, each in enumerate(failed) if each]
         found = {}
@@ -314,4 +337,4 @@ class LaunchedStep:
             for row, (count, chosen, ids, values) in enumerate(zip(self._wanted, *logprobs, strict=True)):
                 if count is not None and not failed[row]:
                     found[row] = TokenLogprobs(chosen, tuple(ids[:count]), tuple(values[:count]))
-        return StepResult(self.number, tokens, found, failures)
+        return StepResult(self.number, tokens, found, failures, scores, embeddings)

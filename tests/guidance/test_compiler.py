@@ -11,6 +11,7 @@ import trio.testing
 from dashinfer.errors import InvalidRequest
 from dashinfer.guidance import checker as checker_module
 from dashinfer.guidance import compiler as compiler_module
+from dashinfer.guidance.check import check
 from dashinfer.guidance.compiler import Compiler
 from dashinfer.guidance.guide import Grammar
 from dashinfer.guidance.spec import Constraint
@@ -78,6 +79,7 @@ async def test_what_is_drawn_is_of_the_schema(compiler, tokenizer):
         (Constraint('start: "a" b+\nb: /[bc]/', "p"), ["ab", "abcb"], ["a", "b"]),
         (Constraint('root ::= "a" b+\nb ::= [bc]', "p"), ["ab", "abcb"], ["a", "b"]),
         (Constraint.from_choice(["x"], "p").after('"<think>" /[a-z]*/ "</think>"'), ["<think>hm</think>x"], ["x"]),
+        (Constraint('root ::= "a" b+\nb ::= [bc]', "p").after('"-"'), ["-ab", "-abcb"], ["ab", "-a"]),
     ],
 )
 async def test_every_kind_of_constraint_admits_what_it_says(compiler, tokenizer, constraint, yes, no):
@@ -258,3 +260,7 @@ async def test_a_vocabulary_that_is_larger_than_the_model_is_cut(byte_level):
 
     assert len(mask) == -(-size // 32) * 4
     assert max(allowed(mask)) < size
+
+
+def test_tokens_of_any_vocabulary_may_be_named():
+    assert check('start: <[200018]> "a"\n') == 'start: <[200018]> "a"\n'
