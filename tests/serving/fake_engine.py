@@ -162,6 +162,7 @@ class FakeEngine:
         self.model = INFO
         self.record: list[str] = []
         self.submitted: list[tuple[list[int], list[SamplingParams], PromptMedia | None]] = []
+        self.grammars: list[Grammar | None] = []
         self.running = 0
         self.at_once = 1
         self.refusal: Exception | None = None
@@ -231,6 +232,7 @@ class FakeEngine:
         if len(prompt) >= self.model.max_length:
             raise ContextLengthExceeded("the prompt leaves no room")
         self.submitted.append((prompt, params, media))
+        self.grammars.append(grammar)
         return self._life(FakeGeneration(self, prompt, params))
 
     @contextmanager
