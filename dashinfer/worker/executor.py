@@ -4,10 +4,13 @@ What steps need of the sequences lives on the device: token histories and sampli
 A step brings a few numbers a sequence in one copy, finds its token ids where earlier steps wrote them, and is queued behind the
 step before; its tokens are read back while the next one runs. On a GPU, steps that only decode are replayed from CUDA graphs.
 
-Of several ranks the first samples, and the others are told the tokens: they could not differ if they tried.
+Of several ranks the first samples, and the others are told the tokens: they could not differ if they tried. In a pipeline the
+last stage samples, and the first is told; plan j's tokens it needs when it begins plan j + M, M being the number of stages.
 """
 
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import reduce
 from operator import or_
 from typing import Any
@@ -21,6 +24,7 @@ from dashinfer.models.kv_cache import KVCache
 from dashinfer.types import Chunk, Enter, StepPlan, StepResult, TokenLogprobs
 from dashinfer.worker.graphs import DecodeGraphs
 from dashinfer.worker.media import Media
+from dashinfer.worker.pipeline import Arriving, Pipeline
 from dashinfer.worker.placements import Placements, Shown
 from dashinfer.worker.staging import Download, Staging
 from dashinfer_kernels import PagedBatch, Sampled, SamplingBatch, SamplingState, sample, warm_up_sampling
@@ -33,7 +37,7 @@ _SLOT, _CONTEXT, _TABLE, _COLUMN, _BLOCK = range(5)
 
 class Executor:
     """Runs a model for up to `max_batch` sequences of up to `max_length` tokens, over caches that `use_caches` brings; with
-    `media`, one that sees those."""
+    `media`, one that sees those; with `pipeline`, a stage of one, without graphs."""
 
     def __init__(
         self,
@@ -44,8 +48,11 @@ class Executor:
         max_length: int,
         block_size: int,
         media: Media | None = None,
+        pipeline: Pipeline | None = None,
     ) -> None:
         self._model = model
+        self._pipeline = pipeline
+        self._expected: deque[_Expected] = deque()  # in the order of the plans
         self._group = model.group
         self._media = media
         self._placements = None if media is None else Placements(max_batch, max_length, device)
@@ -60,7 +67,7 @@ class Executor:
         self._graphs: DecodeGraphs | None = None
 
     def use_caches(self, kv_caches: list[KVCache]) -> None:
-        """Each layer's cache, as `allocate_kv_cache` makes them. Graphs recorded over others are dropped."""
+        """The cache of each layer of the stage, as `allocate_kv_cache` makes them. Graphs recorded over others are dropped."""
         self._kv_caches = kv_caches
         self._graphs = None
 
@@ -71,6 +78,7 @@ class Executor:
         report: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         """Have `make` record graphs for steps that only decode, and replay those from now on; `report` as of `DecodeGraphs`."""
+        assert self._pipeline is None
         padding = np.array([-1, 0, len(self._num_blocks), 0, 0], dtype=np.int32)
         with torch.inference_mode():
             self._graphs = make(
@@ -89,6 +97,8 @@ class Executor:
     def launch(self, plan: StepPlan) -> "LaunchedStep":
         """Queue a step behind those before it. Call it, and read results, in the order of the plans."""
         with torch.inference_mode():
+            if self._pipeline is not None:
+                self._take_tokens(plan.step - self._pipeline.stage.count)
             for enter in plan.enter:
                 self._num_blocks[enter.slot] = 0
                 enter_slot(self._state, enter)
@@ -101,20 +111,47 @@ class Executor:
             logits, slots, positions = run(plan.chunks)
             if not len(slots):
                 return LaunchedStep(plan.step, [], None)
+            if not self._model.stage.last:
+                if self._pipeline is not None and self._model.stage.first:
+                    tokens = self._pipeline.expect_tokens(len(slots), self._device)
+                    self._expected.append(_Expected(plan.step, slots, positions, tokens))
+                return LaunchedStep(plan.step, [], None)
             if self._group.rank > 0:
-                self._hear_tokens(slots, positions)
+                self._send_back(self._hear_tokens(slots, positions))
                 return LaunchedStep(plan.step, [], None)
             assert logits is not None
             needs = [self._state.needs[chunk.slot] for chunk in plan.chunks if chunk.sample]
             sampled = sample(logits, self._state, SamplingBatch(slots, positions, reduce(or_, needs)))
             if self._group.world_size > 1:
                 self._group.broadcast(sampled.tokens)
+            self._send_back(sampled.tokens)
             return LaunchedStep(plan.step, [each.top_logprobs for each in needs], sampled)
 
-    def _hear_tokens(self, slots: Tensor, positions: Tensor) -> None:
-        """Have the tokens that rank 0 samples written to the history; of a row that failed, too, whose sequence ends."""
-        tokens = torch.empty(len(slots), dtype=torch.int64, device=self._device)
-        self._state.history.index_put_((slots.long(), positions.long()), self._group.broadcast(tokens).int())
+    def settle(self) -> None:
+        """Take what other stages still have to say of the steps that were launched."""
+        if self._expected:
+            with torch.inference_mode():
+                self._take_tokens(self._expected[-1].step)
+
+    def _hear_tokens(self, slots: Tensor, positions: Tensor) -> Tensor:
+        """Have the tokens that rank 0 samples written to the history."""
+        tokens = self._group.broadcast(torch.empty(len(slots), dtype=torch.int64, device=self._device))
+        self._write_tokens(slots, positions, tokens)
+        return tokens
+
+    def _take_tokens(self, last: int) -> None:
+        """Have the tokens of all steps up to `last` in the history, on the first stage."""
+        while self._expected and self._expected[0].step <= last:
+            each = self._expected.popleft()
+            self._write_tokens(each.slots, each.positions, each.tokens.wait())
+
+    def _write_tokens(self, slots: Tensor, positions: Tensor, tokens: Tensor) -> None:
+        """Of a row that failed, too, whose sequence ends."""
+        self._state.history.index_put_((slots.long(), positions.long()), tokens.int())
+
+    def _send_back(self, tokens: Tensor) -> None:
+        if self._pipeline is not None:
+            self._pipeline.send_tokens(tokens)
 
     def _take_blocks(self, chunks: list[Chunk]) -> np.ndarray:
         """Slot, column and number of each block that a step adds to the tables, [3, blocks] int32."""
@@ -179,7 +216,14 @@ class Executor:
             seen["positions"] = uploaded[11].view(turned.shape).long()
         if shown is not None:
             seen["images"] = self._embeddings(shown, uploaded[-1].long())
-        hidden = self._model.forward(self._state.history[owner, position].long(), batch, self._kv_caches, **seen)
+        if self._pipeline is None or self._pipeline.stage.first:
+            inputs = self._state.history[owner, position].long()
+        else:
+            inputs = self._pipeline.receive(len(owner), self._model.config.hidden_size, self._device)
+        hidden = self._model.forward(inputs, batch, self._kv_caches, **seen)
+        if self._pipeline is not None and not self._pipeline.stage.last:
+            self._pipeline.send(hidden)
+            return None, sampled_slots, sampled_positions
         if not len(samplers):
             return None, sampled_slots, sampled_positions
         if len(samplers) < len(hidden):
@@ -236,6 +280,16 @@ class Executor:
         if self._placements is not None:  # a row without a sequence has the delta of another one's, perhaps below 0
             seen["positions"] = (positions + self._placements.deltas[rows]).clamp(min=0)
         return self._model.logits(self._model.forward(input_ids, batch, self._kv_caches, **seen))
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """The tokens of a step, and where in the history they belong."""
+
+    step: int
+    slots: Tensor
+    positions: Tensor
+    tokens: Arriving
 
 
 def enter_slot(state: SamplingState, enter: Enter) -> None:
