@@ -175,7 +175,7 @@ class GateUpLinear(ColumnParallelLinear):
 class RowParallelLinear:
     """x [tokens, this rank's inputs] -> [tokens, out], summed over the ranks.
 
-    On CPU the sum is made in float32, which is its type. On GPUs, where long prompts wait for the links, it has the type of `x`.
+    On CPU the sum is made in float32, and is; on GPUs, where long prompts wait for the links, it has the type of `x`.
     """
 
     def __init__(self, linear: Linear, group: Group) -> None:
