@@ -5,7 +5,8 @@ socket closes, in the middle of a step if need be, so that no rank outlives its 
 is alive; with a GPU, which is given steps before earlier ones have ended, one waits for their results.
 
 Of several ranks, the first of the last stage says what became of steps, and the first says all else. A step that fails for want
-of memory ends them, since the others wait in its midst. A rank that is alone drops that step and those after it, says so, and goes on when it is told that all begins anew.
+of memory ends them, since the others wait in its midst. A rank that is alone drops that step and those after it, says so, and
+goes on when it is told that all begins anew.
 
 Signals that a terminal or a service manager sends to the whole group are left to the parent.
 """

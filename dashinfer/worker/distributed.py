@@ -85,7 +85,7 @@ def join(config: WorkerConfig, device: torch.device) -> World:
                 timeout=PATIENCE,
                 device_id=device if on_gpu else None,
             )
-            world = World(_tensor_group(config, device), size=size, pipeline=make_pipeline(config))
+            world = make_world(config, device)
             world.wait()
     except RuntimeError as error:
         if "Unable to find address" in str(error):
@@ -97,9 +97,17 @@ def join(config: WorkerConfig, device: torch.device) -> World:
     return world
 
 
-def _tensor_group(config: WorkerConfig, device: torch.device) -> Group:
+def make_world(config: WorkerConfig, device: torch.device, ranks: dist.ProcessGroup | None = None) -> World:
+    """What `config.rank` sees of the ranks that have met; all of those call this at once.
+
+    Args:
+        ranks: torch.distributed's group of the first `config.world_size` ranks, which are the model's; None: they are all.
+    """
+    return World(_tensor_group(config, device, ranks), ranks, config.world_size, _pipeline(config))
+
+
+def _tensor_group(config: WorkerConfig, device: torch.device, ranks: dist.ProcessGroup | None) -> Group:
     size = _stage_size(config)
-    ranks = None
     if config.pipeline_parallel > 1 and size > 1:
         ranks = _make_groups(config.rank, [list(range(first, first + size)) for first in range(0, config.world_size, size)])
     # in a ring, and so with more than two ranks, a number's place in a tensor decides in which order it is summed
@@ -110,8 +118,7 @@ def _tensor_group(config: WorkerConfig, device: torch.device) -> Group:
     return Group(config.rank % size, size, ranks, ordered, small)
 
 
-def make_pipeline(config: WorkerConfig) -> Pipeline | None:
-    """The pipeline that `config.rank` is in; None where there is one stage. All ranks of torch.distributed call it at once."""
+def _pipeline(config: WorkerConfig) -> Pipeline | None:
     if config.pipeline_parallel == 1:
         return None
     size, count = _stage_size(config), config.pipeline_parallel
@@ -121,13 +128,8 @@ def make_pipeline(config: WorkerConfig) -> Pipeline | None:
         return _make_groups(config.rank, pairs)
 
     stage = Stage(config.rank // size, count)
-    links = [pair(each, each + 1) for each in range(count - 1)]
-    return Pipeline(
-        stage,
-        before=None if stage.first else links[stage.index - 1],
-        after=None if stage.last else links[stage.index],
-        ends=pair(0, count - 1),
-    )
+    links = {each: pair(each, each + 1) for each in range(count - 1)}
+    return Pipeline(stage, before=links.get(stage.index - 1), after=links.get(stage.index), ends=pair(0, count - 1))
 
 
 def _stage_size(config: WorkerConfig) -> int:
