@@ -409,10 +409,6 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         self._check_machines()
-        if self.pipeline_parallel > 1:
-            raise ConfigurationError(
-                f"--pipeline-parallel {self.pipeline_parallel} is not supported yet: this version serves --pipeline-parallel 1"
-            )
         if self.quant_group_size is not None:
             if self.quant_group_size not in (32, 64, 128):
                 raise ConfigurationError(f"--quant-group-size {self.quant_group_size} is none of 32, 64 and 128")

@@ -54,7 +54,7 @@ def test_variables_of_kubernetes_are_no_settings() -> None:
             {"DASHINFER_ZZZZZZZZZZ": "1"},
             "DASHINFER_ZZZZZZZZZZ is not a setting; known are DASHINFER_ALLOWED_MEDIA_DOMAINS, ",
         ),
-        ({"DASHINFER_MODEL": "m", "DASHINFER_PIPELINE_PARALLEL": "2"}, "--pipeline-parallel 2 is not supported yet"),
+        ({"DASHINFER_MODEL": "m", "DASHINFER_NNODES": "2"}, "--nnodes 2 does not divide the number of workers, which is 1"),
     ],
 )
 def test_a_bad_environment_is_said(variables: dict[str, str], message: str) -> None:

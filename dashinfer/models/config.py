@@ -193,6 +193,13 @@ class ModelConfig:
                 f"these do: {', '.join(works)}"
             )
 
+    def check_stages(self, count: int) -> None:
+        """Raises UnsupportedModel if the model has fewer layers than `count` stages of a pipeline."""
+        if count > self.num_layers:
+            raise UnsupportedModel(
+                f"--pipeline-parallel {count} is more than the {self.num_layers} layers of this model; each stage needs one"
+            )
+
     def tensor_parallel_sizes(self) -> list[int]:
         """How many ranks the model can be split over."""
         return [size for size in range(1, self.num_heads + 1) if self._divides(size)]

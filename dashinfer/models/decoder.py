@@ -26,7 +26,8 @@ from dashinfer.models.parallel import (
 )
 from dashinfer.models.rope import rope_table
 from dashinfer.models.rotation import Rotation
-from dashinfer.models.shapes import EMBEDDING, FINAL_NORM, HEAD
+from dashinfer.models.shapes import ALL, EMBEDDING, FINAL_NORM, HEAD
+from dashinfer.models.stage import Stage
 from dashinfer.models.weights import Part, WeightReader
 from dashinfer_kernels import (
     PagedBatch,
@@ -142,38 +143,44 @@ class DecoderLayer:
 
 
 class DecoderLM:
-    """A causal language model, loaded: one rank's share of it.
+    """A causal language model, loaded: one rank's share of one stage of it.
 
     Attributes:
         config: of the whole model.
-        group: the ranks that hold the rest of it.
+        group: the ranks that hold the rest of the stage.
+        stage: which layers it has. An embedding is at the first, and at the last that has it for a head, too; the final norm
+            and the head are at the last.
         weight_bytes: that this rank holds.
         rotation: of the residual stream between the embedding and the final norm; None: there is none.
     """
 
-    def __init__(self, config: ModelConfig, reader: WeightReader, group: Group, max_length: int) -> None:
+    def __init__(self, config: ModelConfig, reader: WeightReader, group: Group, max_length: int, stage: Stage = ALL) -> None:
         """Reads the weights. `max_length` in tokens bounds the positions that `forward` takes."""
-        self.config, self.group = config, group
-        embedding = load_vocab_share(reader, EMBEDDING, config.vocab_size, config.hidden_size, group)
-        self.embedding = VocabParallelEmbedding(embedding, group)
-        self.layers = [DecoderLayer(config, index, reader, group, max_length) for index in range(config.num_layers)]
-        self.rotation = Rotation(config.hidden_size, reader.device) if _rotates(reader) else None
-        self.final_norm = reader.read(Part(FINAL_NORM, (config.hidden_size,)), dtype=torch.float32)
+        self.config, self.group, self.stage = config, group, stage
+        self._dtype = reader.dtype
         tied = config.tie_word_embeddings
-        self.head = VocabParallelHead.load(
-            reader,
-            EMBEDDING if tied else HEAD,
-            config.vocab_size,
-            config.hidden_size,
-            group,
-            embedding=embedding if tied else None,
-        )
+        embedding = None
+        if stage.first or (stage.last and tied):
+            embedding = load_vocab_share(reader, EMBEDDING, config.vocab_size, config.hidden_size, group)
+        self.embedding = None if embedding is None else VocabParallelEmbedding(embedding, group)
+        layers = stage.layers(config.num_layers)
+        self.layers = [DecoderLayer(config, index, reader, group, max_length) for index in layers]
+        self.rotation = Rotation(config.hidden_size, reader.device) if _rotates(reader) else None
+        self.final_norm = self.head = None
+        if stage.last:
+            self.final_norm = reader.read(Part(FINAL_NORM, (config.hidden_size,)), dtype=torch.float32)
+            self.head = VocabParallelHead.load(
+                reader,
+                EMBEDDING if tied else HEAD,
+                config.vocab_size,
+                config.hidden_size,
+                group,
+                embedding=embedding if tied else None,
+            )
         factors = None
         if ROPE_FACTORS in reader:
             factors = reader.read(Part(ROPE_FACTORS, (config.rope.rotary_dim // 2,)), dtype=torch.float32).cpu()
         self.cos_sin = rope_table(config.rope, max_length, factors).to(reader.device)
-        # the norm after each layer, the next one's or the final one, and what its result is quantised to
-        self._norms_after = [*((layer.input_norm, layer.qkv.takes) for layer in self.layers[1:]), (self.final_norm, None)]
         reader.finish(config.num_layers)
         parts = (self.embedding, *self.layers, self.final_norm, self.cos_sin, self.head, self.rotation)
         self.weight_bytes = sum(part.nbytes for part in parts if part is not None)
@@ -181,7 +188,7 @@ class DecoderLM:
     @torch.inference_mode()
     def forward(
         self,
-        input_ids: Tensor,
+        inputs: Tensor,
         batch: PagedBatch,
         kv_caches: list[KVCache],
         *,
@@ -191,40 +198,50 @@ class DecoderLM:
         """Runs the layers, and writes the new keys and values to the cache.
 
         Args:
-            input_ids: [tokens] int64.
-            kv_caches: of each layer, as `allocate_kv_cache` makes them.
+            inputs: token ids, [tokens] int64; on stages after the first what the one before returned, which is changed in
+                place.
+            kv_caches: of each layer of the stage, as `allocate_kv_cache` makes them.
             positions: that tokens are rotated by, where they are not their places in the sequences: [tokens] int64, or
                 [3, tokens] temporal, height and width positions; all below the `max_length` that the model was made for.
             images: embeddings of tokens that stand for what a vision tower saw.
 
         Returns:
-            [tokens, hidden], after the final norm.
+            [tokens, hidden] after the final norm; on stages before the last float32, the residual stream.
         """
-        embedded = self.embedding(input_ids)
         if positions is None:
             positions = batch.positions
-        deepstack: tuple[Tensor, ...] = ()
+        residual = self._embed(inputs, images) if self.stage.first else inputs
+        eps, dtype = self.config.norm_eps, self._dtype
+        output = None
+        for index, (layer, kv_cache) in enumerate(zip(self.layers, kv_caches, strict=True)):
+            norm, quantize = layer.input_norm, layer.qkv.takes
+            if output is None:
+                normed = rms_norm(residual, norm, eps, dtype, quantize=quantize)
+            else:
+                normed = add_rms_norm(output, residual, norm, eps, dtype, quantize=quantize)
+            output = layer(normed, residual, batch, positions, self.cos_sin, kv_cache)
+            if images is not None and index < len(images.deepstack):
+                added = images.deepstack[index].to(residual.dtype)
+                residual.index_add_(0, images.rows, added if self.rotation is None else self.rotation(added))
+        assert output is not None
+        if self.final_norm is None:
+            return residual.add_(output)
+        if self.rotation is not None:
+            return rms_norm(self.rotation(residual.add_(output)), self.final_norm, eps, dtype)
+        return add_rms_norm(output, residual, self.final_norm, eps, dtype)
+
+    def _embed(self, input_ids: Tensor, images: InputEmbeddings | None) -> Tensor:
+        """[tokens] -> [tokens, hidden] float32, the residual stream before the first layer."""
+        assert self.embedding is not None
+        embedded = self.embedding(input_ids)
         if images is not None:
             embedded.index_copy_(0, images.rows, images.values.to(embedded.dtype))
-            deepstack = images.deepstack
         residual = embedded.to(torch.float32, copy=True)
-        if self.rotation is not None:
-            residual = self.rotation(residual)
-        eps = self.config.norm_eps
-        first = self.layers[0]
-        normed = rms_norm(residual, first.input_norm, eps, embedded.dtype, quantize=first.qkv.takes)
-        layers = zip(self.layers, kv_caches, self._norms_after, strict=True)
-        for index, (layer, kv_cache, (norm_after, quantize)) in enumerate(layers):
-            output = layer(normed, residual, batch, positions, self.cos_sin, kv_cache)
-            if images is not None and index < len(deepstack):
-                added = deepstack[index].to(residual.dtype)
-                residual.index_add_(0, images.rows, added if self.rotation is None else self.rotation(added))
-            if self.rotation is not None and layer is self.layers[-1]:
-                return rms_norm(self.rotation(residual.add_(output)), norm_after, eps, embedded.dtype)
-            normed = add_rms_norm(output, residual, norm_after, eps, embedded.dtype, quantize=quantize)
-        return normed
+        return residual if self.rotation is None else self.rotation(residual)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor | None:
-        """[rows, hidden] of `forward` -> [rows, vocab] float32 on rank 0 of the tensor-parallel group, None on the others."""
+        """[rows, hidden] of the last stage's `forward` -> [rows, vocab] float32 on rank 0 of the tensor-parallel group, None on
+        the others."""
+        assert self.head is not None
         return self.head(hidden)

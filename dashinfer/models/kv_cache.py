@@ -1,7 +1,7 @@
 """The paged KV cache's memory: types, size, tensors. Which sequence holds which block is the scheduler's business.
 
-A rank keeps the key-value heads that its query heads use: a share, or a copy of one where there are more ranks than heads. A
-quantised cache has a float32 scale for each token, head, and keys or values.
+A rank keeps the key-value heads that its query heads use, in the layers of its stage: a share, or a copy of one where there are
+more ranks than heads. A quantised cache has a float32 scale for each token, head, and keys or values.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from dashinfer.models.config import ModelConfig
 from dashinfer.models.parallel import share_heads
+from dashinfer.models.shapes import ALL
+from dashinfer.models.stage import Stage
 from dashinfer.types import DataType, KVCacheDtype
 
 _QUANTISED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -34,11 +36,13 @@ def kv_dtype(kv_cache_dtype: KVCacheDtype, data_type: DataType) -> torch.dtype:
     return _QUANTISED.get(kv_cache_dtype) or getattr(torch, data_type)
 
 
-def kv_bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype, world_size: int, rank: int = 0) -> int:
-    """Bytes that one block of `block_size` tokens takes on a rank, keys and values of all layers together, with scales."""
+def kv_bytes_per_block(
+    config: ModelConfig, block_size: int, dtype: torch.dtype, world_size: int, rank: int = 0, stage: Stage = ALL
+) -> int:
+    """Bytes that one block of `block_size` tokens takes on a rank, keys and values of its layers together, with scales."""
     heads = share_heads(config.num_heads, config.num_kv_heads, rank, world_size).num_kv_heads
     scale = torch.float32.itemsize if dtype in _QUANTISED.values() else 0
-    return 2 * config.num_layers * heads * block_size * (config.head_dim * dtype.itemsize + scale)
+    return 2 * len(stage.layers(config.num_layers)) * heads * block_size * (config.head_dim * dtype.itemsize + scale)
 
 
 def allocate_kv_cache(
@@ -49,8 +53,9 @@ def allocate_kv_cache(
     device: torch.device,
     world_size: int,
     rank: int = 0,
+    stage: Stage = ALL,
 ) -> list[KVCache]:
-    """A cache a layer; one of int8 or float8_e4m3fn has scales.
+    """A cache a layer of the stage; one of int8 or float8_e4m3fn has scales.
 
     The memory is not written, so on CPU it costs nothing before it is used.
     """
@@ -62,5 +67,5 @@ def allocate_kv_cache(
             torch.empty(*tokens, config.head_dim, dtype=dtype, device=device),
             torch.empty(tokens, dtype=torch.float32, device=device) if scaled else None,
         )
-        for _ in range(config.num_layers)
+        for _ in stage.layers(config.num_layers)
     ]

@@ -1,5 +1,6 @@
 """From a WorkerConfig to a model in memory: checks first, then reads."""
 
+import re
 from collections.abc import Mapping
 from contextlib import closing
 from typing import Protocol
@@ -17,8 +18,9 @@ from dashinfer.models.parallel import Group
 from dashinfer.models.quantization import rounding
 from dashinfer.models.quantized_config import check_quant_type
 from dashinfer.models.quantized_formats import checkpoint_format
-from dashinfer.models.shapes import tensor_shapes
+from dashinfer.models.shapes import ALL, EMBEDDING, FINAL_NORM, HEAD, tensor_shapes
 from dashinfer.models.split import check_split
+from dashinfer.models.stage import Stage
 from dashinfer.models.towers import Tower, load_tower
 from dashinfer.models.vision_config import VisionConfig
 from dashinfer.models.vision_shapes import tower_bytes, tower_shapes
@@ -35,10 +37,13 @@ def load_model(
     device: torch.device,
     free: int,
     group: Group,
+    stage: Stage = ALL,
     report: ReportProgress,
     vision: VisionConfig | None = None,
 ) -> tuple[DecoderLM, Tower | None]:
-    """One rank's share of the model, on `device`, and the vision tower, of which each rank has the whole.
+    """One rank's share of its stage of the model, on `device`, and the vision tower, of which each rank has the whole.
+
+    A model that sees is not split into stages.
 
     Args:
         max_length: of the longest sequence, in tokens.
@@ -53,8 +58,9 @@ def load_model(
         StartupError: the vision engine that is asked for cannot be used here.
     """
     model_config.check_world_size(group.world_size)
+    model_config.check_stages(stage.count)
     if vision is not None:
-        _check_vision(config, model_config, vision)
+        _check_vision(config, model_config, vision, stage)
     dtype = getattr(torch, config.data_type)
     on_cpu = device.type == "cpu"
     # a processor that cannot multiply the type keeps weights in another one: a layer of a single weight tells
@@ -65,14 +71,20 @@ def load_model(
     def needs(layer_bits: float | None = None, packed: Mapping[str, int] | None = None) -> int:
         copies = 2 if on_cpu else 1
         decoder = weight_bytes(
-            model_config, itemsize, group.world_size, tied_copies=copies, layer_bits=layer_bits, packed=packed
+            model_config,
+            itemsize,
+            group.world_size,
+            stage=stage,
+            tied_copies=copies,
+            layer_bits=layer_bits,
+            packed=packed,
         )
         return decoder + tower_needs
 
     # where the checkpoint's own codes are kept, its files tell how much memory they need; else the config does, before
     source = None
     if config.files.format == "gguf" or model_config.quantization is not None:
-        source = _source(config, model_config)
+        source = _source(config, model_config, stage)
     try:
         form, needed = _weight_format(config, model_config, source, needs, free, on_cpu=on_cpu)
         kind = config.data_type if form is None else config.quant_type or "the checkpoint's own type"
@@ -81,11 +93,11 @@ def load_model(
         if source is not None:
             source.close()
         raise
-    source = source or _source(config, model_config)
+    source = source or _source(config, model_config, stage)
     if vision is None:
         with WeightReader(source, dtype=dtype, device=device, report=report, format=form) as reader:
-            _check_split(reader, model_config, group)
-            return DecoderLM(model_config, reader, group, max_length), None
+            _check_split(reader, model_config, group, stage)
+            return DecoderLM(model_config, reader, group, max_length, stage), None
     with closing(source), closing(_tower_source(config, vision)) as tower_source:
         decoder_total, tower_total = (sum(each.sizes.values()) for each in (source, tower_source))
 
@@ -96,7 +108,7 @@ def load_model(
             report(stage, decoder_total + done, decoder_total + tower_total, unit)
 
         reader = WeightReader(source, dtype=dtype, device=device, report=report_decoder, format=form)
-        _check_split(reader, model_config, group)
+        _check_split(reader, model_config, group, stage)
         decoder = DecoderLM(model_config, reader, group, max_length)
         pixel_values = torch.frombuffer(bytearray(config.pixel_values), dtype=torch.float32).view(vision.channels, 256)
         tower = load_tower(
@@ -105,12 +117,17 @@ def load_model(
         return decoder, tower
 
 
-def _check_split(reader: WeightReader, model_config: ModelConfig, group: Group) -> None:
+def _check_split(reader: WeightReader, model_config: ModelConfig, group: Group, stage: Stage) -> None:
     if reader.format is not None:
-        check_split(reader.format, reader, model_config, group.world_size)
+        check_split(reader.format, reader, model_config, group.world_size, stage)
 
 
-def _check_vision(config: WorkerConfig, model_config: ModelConfig, vision: VisionConfig) -> None:
+def _check_vision(config: WorkerConfig, model_config: ModelConfig, vision: VisionConfig, stage: Stage) -> None:
+    if stage.count > 1:
+        raise UnsupportedModel(
+            f"--pipeline-parallel {stage.count}: a model that sees cannot be split into stages; "
+            "use --tensor-parallel, or --mode llm"
+        )
     if config.files.format == "gguf":
         raise UnsupportedModel(f"{config.files.name}: a .gguf file has no vision tower that is supported; use --mode llm")
     if vision.out_hidden_size != model_config.hidden_size:
@@ -166,7 +183,27 @@ def _weight_format(
     return GGUFFormat(source), own
 
 
-def _source(config: WorkerConfig, model_config: ModelConfig) -> Source:
+def _source(config: WorkerConfig, model_config: ModelConfig, stage: Stage) -> Source:
+    source = _open(config, model_config)
+    if stage.count > 1:
+        _forget_other_stages(source, model_config, stage)
+    return source
+
+
+def _forget_other_stages(source: Source, model_config: ModelConfig, stage: Stage) -> None:
+    """To a source that has no other tensors of layers, embedding, final norm and head than the stage's, those are not amiss."""
+    layers = {f"model.layers.{index}." for index in stage.layers(model_config.num_layers)}
+    held = tensor_shapes(model_config, stage)
+    others = tuple(name.removesuffix("weight") for name in (EMBEDDING, FINAL_NORM, HEAD) if name not in held)
+
+    def is_held(name: str) -> bool:
+        layer = re.match(r"model\.layers\.\d+\.", name)
+        return layer[0] in layers if layer else not name.startswith(others)
+
+    source.sizes = {name: size for name, size in source.sizes.items() if is_held(name)}
+
+
+def _open(config: WorkerConfig, model_config: ModelConfig) -> Source:
     if config.load_format == "dummy":
         return DummySource(tensor_shapes(model_config))
     if not config.files.weights:

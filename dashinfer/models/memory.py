@@ -7,7 +7,8 @@ from pathlib import Path
 
 from dashinfer.errors import InsufficientMemory
 from dashinfer.models.config import ModelConfig
-from dashinfer.models.shapes import EMBEDDING, tensor_shapes
+from dashinfer.models.shapes import ALL, EMBEDDING, tensor_shapes
+from dashinfer.models.stage import Stage
 
 
 def weight_bytes(
@@ -15,6 +16,7 @@ def weight_bytes(
     itemsize: int,
     world_size: int,
     *,
+    stage: Stage = ALL,
     tied_copies: int = 1,
     layer_bits: float | None = None,
     packed: Mapping[str, int] | None = None,
@@ -23,14 +25,15 @@ def weight_bytes(
 
     Args:
         itemsize: bytes that a linear layer keeps for a weight.
+        world_size: ranks of a stage.
         tied_copies: of an embedding that is the head too; 2 where linear layers keep weights in a layout of their own.
         layer_bits: that a weight of the layers' matrices takes with its share of a scale, where they are rounded on load.
         packed: the matrices that the checkpoint has quantised, by name, and their bytes.
     """
     packed = packed or {}
-    shapes = tensor_shapes(config)
+    shapes = tensor_shapes(config, stage)
     weights = sum(math.prod(shape) for name, shape in shapes.items() if name not in packed)
-    if config.tie_word_embeddings:
+    if config.tie_word_embeddings and stage.last:
         weights += (tied_copies - 1) * math.prod(shapes[EMBEDDING])
     needed = itemsize * weights + sum(packed.values())
     if layer_bits is not None:

@@ -1,12 +1,16 @@
 """The tensors a checkpoint of a decoder has: Hugging Face's names, and the shapes that its config implies. Knows no torch."""
 
 from dashinfer.models.config import ModelConfig
+from dashinfer.models.stage import Stage
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
-def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name to shape, in the order of the layers. Matrices are [outputs, inputs]."""
+ALL = Stage()
+
+
+def tensor_shapes(config: ModelConfig, stage: Stage = ALL) -> dict[str, tuple[int, ...]]:
+    """Name to shape of what a stage holds, in the order of the layers. Matrices are [outputs, inputs]."""
     hidden, intermediate, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
     queries, keys = config.num_heads * head_dim, config.num_kv_heads * head_dim
     linears = (
@@ -18,8 +22,10 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         ("mlp.up_proj", intermediate, hidden, config.mlp_bias),
         ("mlp.down_proj", hidden, intermediate, config.mlp_bias),
     )
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
-    for layer in range(config.num_layers):
+    shapes: dict[str, tuple[int, ...]] = {}
+    if stage.first or (stage.last and config.tie_word_embeddings):
+        shapes[EMBEDDING] = (config.vocab_size, hidden)
+    for layer in stage.layers(config.num_layers):
         prefix = f"model.layers.{layer}."
         for name, outputs, inputs, bias in linears:
             shapes[f"{prefix}{name}.weight"] = (outputs, inputs)
@@ -29,7 +35,8 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"{prefix}{name}.weight"] = (hidden,)
         if config.qk_norm:
             shapes[f"{prefix}self_attn.q_norm.weight"] = shapes[f"{prefix}self_attn.k_norm.weight"] = (head_dim,)
-    shapes[FINAL_NORM] = (hidden,)
-    if not config.tie_word_embeddings:
-        shapes[HEAD] = (config.vocab_size, hidden)
+    if stage.last:
+        shapes[FINAL_NORM] = (hidden,)
+        if not config.tie_word_embeddings:
+            shapes[HEAD] = (config.vocab_size, hidden)
     return shapes

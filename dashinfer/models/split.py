@@ -8,15 +8,16 @@ from dashinfer.models.config import ModelConfig
 from dashinfer.models.linears import WeightFormat
 from dashinfer.models.parallel import share_heads
 from dashinfer.models.shapes import HEAD, tensor_shapes
+from dashinfer.models.stage import Stage
 from dashinfer.models.weights import Part, WeightReader
 
 
-def check_split(form: WeightFormat, reader: WeightReader, config: ModelConfig, world_size: int) -> None:
+def check_split(form: WeightFormat, reader: WeightReader, config: ModelConfig, world_size: int, stage: Stage) -> None:
     """Raises UnsupportedModel, naming the sizes that work, if a rank's share of a matrix cuts what `form` cannot."""
     if world_size == 1:
         return
     limits = []
-    for name, shape in tensor_shapes(config).items():
+    for name, shape in tensor_shapes(config, stage).items():
         if len(shape) == 2 and (name.endswith("_proj.weight") or name == HEAD):
             outputs, inputs = form.steps(reader, Part(name, shape))
             limits += [(name, "outputs", shape[0], outputs), (name, "inputs", shape[1], inputs)]

@@ -4,8 +4,9 @@ The main thread loads the model, executes plans and encodes images between them;
 socket closes, in the middle of a step if need be, so that no rank outlives its parent; one says once a second that the process
 is alive; with a GPU, which is given steps before earlier ones have ended, one waits for their results.
 
-Of several ranks, the first speaks for all; a step that fails for want of memory ends them, since the others wait in its midst.
-A rank that is alone drops that step and those after it, says so, and goes on when it is told that all begins anew.
+Of several ranks, the first of the last stage says what became of steps, and the first says all else. A step that fails for want
+of memory ends them, since the others wait in its midst. A rank that is alone drops that step and those after it, says so, and
+goes on when it is told that all begins anew.
 
 Signals that a terminal or a service manager sends to the whole group are left to the parent.
 """
@@ -152,7 +153,7 @@ def serve(connection: Connection) -> None:
             arrange_threads(runner.ready.weight_bytes)
         connection.masks = runner.masks
         connection.send(runner.ready)
-        Loop(connection, runner, start.config.rank, start.config.world_size).run()
+        Loop(connection, runner, start.config.rank, start.config.world_size, start.config.pipeline_parallel).run()
 
 
 def arrange_threads(weight_bytes: int) -> None:
@@ -170,11 +171,12 @@ def arrange_threads(weight_bytes: int) -> None:
 class Loop:
     """What a rank does once it is ready: steps as their plans come, and images in between."""
 
-    def __init__(self, connection: Connection, runner: "Runner", rank: int, world_size: int = 1) -> None:
+    def __init__(self, connection: Connection, runner: "Runner", rank: int, world_size: int = 1, stages: int = 1) -> None:
         self._connection = connection
         self._runner = runner
         self._media: Media | None = runner.media
-        self._speaks = rank == 0  # for all ranks
+        # for all ranks; of images, too, which there are none of with several stages
+        self._speaks = rank == world_size - world_size // stages
         self._alone = world_size == 1
         self._dropping = False  # plans, until a Reset
         self._steps: queue.SimpleQueue[LaunchedStep | OutOfMemory | Reset] = queue.SimpleQueue()

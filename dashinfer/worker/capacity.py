@@ -8,8 +8,10 @@ import torch
 from dashinfer.errors import InsufficientMemory
 from dashinfer.models.config import ModelConfig
 from dashinfer.models.memory import available_memory, format_size
+from dashinfer.models.stage import Stage
 from dashinfer.models.vision_config import VisionConfig
 from dashinfer.types import DataType, KVCacheDtype
+from dashinfer.worker.pipeline import STEPS_UNDER_WAY
 
 MEMORY_SHARE = 0.5  # of host memory that is available once the weights are there
 # On CPU, a step's temporary tensors, generously, in bytes: for a token the greater of the first two, for a row of logits the
@@ -49,6 +51,11 @@ def step_bytes(config: ModelConfig, step_tokens: int, max_batch: int) -> int:
     """Bytes to keep for what a step of `step_tokens` tokens, `max_batch` of which sample, allocates and frees again."""
     token = max(HIDDEN_BYTES * config.hidden_size, INTERMEDIATE_BYTES * config.intermediate_size)
     return step_tokens * token + max_batch * config.vocab_size * LOGIT_BYTES
+
+
+def pipeline_bytes(config: ModelConfig, step_tokens: int, stage: Stage) -> int:
+    """Bytes to keep for what the stage after this one has not taken yet."""
+    return 0 if stage.last else STEPS_UNDER_WAY * step_tokens * config.hidden_size * torch.float32.itemsize
 
 
 def encode_bytes(vision: VisionConfig, patches: int) -> int:

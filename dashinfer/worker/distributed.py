@@ -15,7 +15,9 @@ import torch.distributed as dist
 
 from dashinfer.errors import ConfigurationError, PeerLost
 from dashinfer.models.parallel import Group
+from dashinfer.models.stage import Stage
 from dashinfer.types import WorkerConfig
+from dashinfer.worker.pipeline import Pipeline
 from dashinfer.worker.symmetric import small_sums
 
 PATIENCE = timedelta(days=1)
@@ -31,11 +33,18 @@ class World:
         group: the tensor-parallel group that this rank is in.
         ranks: torch.distributed's group of all ranks; None: torch's default one.
         size: how many ranks there are.
+        pipeline: to other stages; None: there is one stage.
     """
 
     group: Group
     ranks: dist.ProcessGroup | None = None
     size: int = 1
+    pipeline: Pipeline | None = None
+
+    @property
+    def stage(self) -> Stage:
+        """Of the pipeline, that this rank is in."""
+        return Stage() if self.pipeline is None else self.pipeline.stage
 
     def least(self, *values: int) -> list[int]:
         """The least that any rank has of each of these; no rank goes on before all have come here."""
@@ -53,7 +62,8 @@ class World:
 def join(config: WorkerConfig, device: torch.device) -> World:
     """Meet the other ranks at `config.rendezvous`.
 
-    Ranks `i * n` to `(i + 1) * n - 1`, n being the tensor-parallel size, are one tensor-parallel group.
+    Ranks `i * n` to `(i + 1) * n - 1`, n being the tensor-parallel size, are one tensor-parallel group and one stage of the
+    pipeline.
 
     Raises:
         ConfigurationError: there is no such network interface.
@@ -75,7 +85,7 @@ def join(config: WorkerConfig, device: torch.device) -> World:
                 timeout=PATIENCE,
                 device_id=device if on_gpu else None,
             )
-            world = World(_tensor_group(config, device), size=size)
+            world = make_world(config, device)
             world.wait()
     except RuntimeError as error:
         if "Unable to find address" in str(error):
@@ -87,20 +97,51 @@ def join(config: WorkerConfig, device: torch.device) -> World:
     return world
 
 
-def _tensor_group(config: WorkerConfig, device: torch.device) -> Group:
-    size = config.world_size // config.pipeline_parallel
-    assert size * config.pipeline_parallel == config.world_size
-    ranks = None
+def make_world(config: WorkerConfig, device: torch.device, ranks: dist.ProcessGroup | None = None) -> World:
+    """What `config.rank` sees of the ranks that have met; all of those call this at once.
+
+    Args:
+        ranks: torch.distributed's group of the first `config.world_size` ranks, which are the model's; None: they are all.
+    """
+    return World(_tensor_group(config, device, ranks), ranks, config.world_size, _pipeline(config))
+
+
+def _tensor_group(config: WorkerConfig, device: torch.device, ranks: dist.ProcessGroup | None) -> Group:
+    size = _stage_size(config)
     if config.pipeline_parallel > 1 and size > 1:
-        # every rank has a part in making each
-        groups = [dist.new_group(list(range(first, first + size))) for first in range(0, config.world_size, size)]
-        ranks = groups[config.rank // size]
+        ranks = _make_groups(config.rank, [list(range(first, first + size)) for first in range(0, config.world_size, size)])
     # in a ring, and so with more than two ranks, a number's place in a tensor decides in which order it is summed
     ordered = config.deterministic and size > 2
     small = None
     if device.type == "cuda" and size > 1 and config.world_size <= config.local_size and not config.deterministic:
         small = small_sums(ranks or dist.group.WORLD, getattr(torch, config.data_type), device)
     return Group(config.rank % size, size, ranks, ordered, small)
+
+
+def _pipeline(config: WorkerConfig) -> Pipeline | None:
+    if config.pipeline_parallel == 1:
+        return None
+    size, count = _stage_size(config), config.pipeline_parallel
+
+    def pair(one: int, other: int) -> dist.ProcessGroup | None:
+        pairs = [[stage * size + place for stage in (one, other)] for place in range(size)]
+        return _make_groups(config.rank, pairs)
+
+    stage = Stage(config.rank // size, count)
+    links = {each: pair(each, each + 1) for each in range(count - 1)}
+    return Pipeline(stage, before=links.get(stage.index - 1), after=links.get(stage.index), ends=pair(0, count - 1))
+
+
+def _stage_size(config: WorkerConfig) -> int:
+    size = config.world_size // config.pipeline_parallel
+    assert size * config.pipeline_parallel == config.world_size
+    return size
+
+
+def _make_groups(rank: int, groups: list[list[int]]) -> dist.ProcessGroup | None:
+    """Makes all of these groups, in which every rank has a part, and returns the one that `rank` is in."""
+    made = [(ranks, dist.new_group(ranks, timeout=PATIENCE)) for ranks in groups]
+    return next((group for ranks, group in made if rank in ranks), None)
 
 
 def select_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.device:

@@ -5,10 +5,13 @@ A step brings a few numbers a sequence in one copy, finds its token ids where ea
 step before; its tokens are read back while the next one runs. On a GPU, steps that only decode are replayed from CUDA graphs.
 What a grammar allows is known last: the thread waits for it when all of a step but sampling is queued.
 
-Of several ranks the first samples, and the others are told the tokens: they could not differ if they tried.
+Of several ranks the first samples, and the others are told the tokens: they could not differ if they tried. In a pipeline the
+last stage samples, and the first is told; plan j's tokens it needs when it begins plan j + M, M being the number of stages.
 """
 
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import reduce
 from operator import or_
 from typing import Any
@@ -23,6 +26,7 @@ from dashinfer.types import Chunk, Enter, StepPlan, StepResult, TokenLogprobs
 from dashinfer.worker.graphs import DecodeGraphs
 from dashinfer.worker.masks import MaskInbox
 from dashinfer.worker.media import Media
+from dashinfer.worker.pipeline import Arriving, Pipeline
 from dashinfer.worker.placements import Placements, Shown
 from dashinfer.worker.pooling import LaunchedEmbeddings, Pooling
 from dashinfer.worker.prompt_scores import LaunchedScores, PromptScores
@@ -37,7 +41,7 @@ _SLOT, _CONTEXT, _TABLE, _COLUMN, _BLOCK = range(5)
 
 class Executor:
     """Runs a model for up to `max_batch` sequences of up to `max_length` tokens, over caches that `use_caches` brings; with
-    `media`, one that sees those."""
+    `media`, one that sees those; with `pipeline`, a stage of one, without graphs."""
 
     def __init__(
         self,
@@ -48,8 +52,11 @@ class Executor:
         max_length: int,
         block_size: int,
         media: Media | None = None,
+        pipeline: Pipeline | None = None,
     ) -> None:
         self._model = model
+        self._pipeline = pipeline
+        self._expected: deque[_Expected] = deque()  # in the order of the plans
         self._group = model.group
         self._media = media
         self._placements = None if media is None else Placements(max_batch, max_length, device)
@@ -69,7 +76,7 @@ class Executor:
         self.masks = MaskInbox()
 
     def use_caches(self, kv_caches: list[KVCache]) -> None:
-        """Each layer's cache, as `allocate_kv_cache` makes them. Graphs recorded over others are dropped."""
+        """The cache of each layer of the stage, as `allocate_kv_cache` makes them. Graphs recorded over others are dropped."""
         self._kv_caches = kv_caches
         self._graphs = None
 
@@ -80,6 +87,7 @@ class Executor:
         report: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         """Have `make` record graphs for steps that only decode, and replay those from now on; `report` as of `DecodeGraphs`."""
+        assert self._pipeline is None
         padding = np.array([-1, 0, len(self._num_blocks), 0, 0], dtype=np.int32)
         with torch.inference_mode():
             self._graphs = make(
@@ -98,6 +106,8 @@ class Executor:
     def launch(self, plan: StepPlan) -> "LaunchedStep":
         """Queue a step behind those before it. Call it, and read results, in the order of the plans."""
         with torch.inference_mode():
+            if self._pipeline is not None:
+                self._take_tokens(plan.step - self._pipeline.stage.count)
             for enter in plan.enter:
                 self._num_blocks[enter.slot] = 0
                 enter_slot(self._state, enter)
@@ -116,8 +126,13 @@ class Executor:
             asked = (self._launched_scores, self._launched_embeddings)
             if not len(slots):
                 return LaunchedStep(plan.step, [], None, *asked)
+            if not self._model.stage.last:
+                if self._pipeline is not None and self._model.stage.first:
+                    tokens = self._pipeline.expect_tokens(len(slots), self._device)
+                    self._expected.append(_Expected(plan.step, slots, positions, tokens))
+                return LaunchedStep(plan.step, [], None)
             if self._group.rank > 0:
-                self._hear_tokens(slots, positions)
+                self._send_back(self._hear_tokens(slots, positions))
                 return LaunchedStep(plan.step, [], None)
             assert logits is not None
             needs = [self._state.needs[chunk.slot] for chunk in plan.chunks if chunk.sample]
@@ -125,12 +140,34 @@ class Executor:
             sampled = sample(logits, self._state, SamplingBatch(slots, positions, reduce(or_, needs), *masks))
             if self._group.world_size > 1:
                 self._group.broadcast(sampled.tokens)
+            self._send_back(sampled.tokens)
             return LaunchedStep(plan.step, [each.top_logprobs for each in needs], sampled, *asked)
 
-    def _hear_tokens(self, slots: Tensor, positions: Tensor) -> None:
-        """Have the tokens that rank 0 samples written to the history; of a row that failed, too, whose sequence ends."""
-        tokens = torch.empty(len(slots), dtype=torch.int64, device=self._device)
-        self._state.history.index_put_((slots.long(), positions.long()), self._group.broadcast(tokens).int())
+    def settle(self) -> None:
+        """Take what other stages still have to say of the steps that were launched."""
+        if self._expected:
+            with torch.inference_mode():
+                self._take_tokens(self._expected[-1].step)
+
+    def _hear_tokens(self, slots: Tensor, positions: Tensor) -> Tensor:
+        """Have the tokens that rank 0 samples written to the history."""
+        tokens = self._group.broadcast(torch.empty(len(slots), dtype=torch.int64, device=self._device))
+        self._keep_tokens(slots, positions, tokens)
+        return tokens
+
+    def _take_tokens(self, last: int) -> None:
+        """Have the tokens of all steps up to `last` in the history, on the first stage."""
+        while self._expected and self._expected[0].step <= last:
+            each = self._expected.popleft()
+            self._keep_tokens(each.slots, each.positions, each.tokens.wait())
+
+    def _keep_tokens(self, slots: Tensor, positions: Tensor, tokens: Tensor) -> None:
+        """Sampled ones, into the history; of a row that failed, too, whose sequence ends."""
+        self._state.history.index_put_((slots.long(), positions.long()), tokens.int())
+
+    def _send_back(self, tokens: Tensor) -> None:
+        if self._pipeline is not None:
+            self._pipeline.send_tokens(tokens)
 
     def _write_tokens(self, chunks: list[Chunk]) -> None:
         """Token ids that the chunks bring, into the history."""
@@ -219,7 +256,14 @@ class Executor:
             seen["positions"] = uploaded[11].view(turned.shape).long()
         if shown is not None:
             seen["images"] = self._embeddings(shown, uploaded[-1].long())
-        hidden = self._model.forward(self._state.history[owner, position].long(), batch, self._kv_caches, **seen)
+        if self._pipeline is None or self._pipeline.stage.first:
+            inputs = self._state.history[owner, position].long()
+        else:
+            inputs = self._pipeline.receive(len(owner), self._model.config.hidden_size, self._device)
+        hidden = self._model.forward(inputs, batch, self._kv_caches, **seen)
+        if self._pipeline is not None and not self._pipeline.stage.last:
+            self._pipeline.send(hidden)
+            return None, sampled_slots, sampled_positions
         self._launched_scores = self._scores.compute(chunks, hidden, self._state.history, self._model.logits)
         self._launched_embeddings = self._pooling.compute(chunks, hidden)
         if not len(samplers):
@@ -278,6 +322,16 @@ class Executor:
         if self._placements is not None:  # a row without a sequence has the delta of another one's, perhaps below 0
             seen["positions"] = (positions + self._placements.deltas[rows]).clamp(min=0)
         return self._model.logits(self._model.forward(input_ids, batch, self._kv_caches, **seen))
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """The tokens of a step, and where in the history they belong."""
+
+    step: int
+    slots: Tensor
+    positions: Tensor
+    tokens: Arriving
 
 
 def enter_slot(state: SamplingState, enter: Enter) -> None:

@@ -1,9 +1,11 @@
 """A rank's model: loaded, sized to the device's memory, ready for plans. How plans are executed is the executor's matter.
 
-All ranks of a model load at once, measure memory when all have come as far, and take what the one with the least can.
+All ranks of a model load at once, measure memory when all have come as far, and take what the one with the least can. With a
+pipeline no CUDA graphs are recorded: what stages tell each other is not in them.
 Sets for its process whether ops are deterministic.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +32,7 @@ from dashinfer.worker.capacity import (
     largest_image,
     media_cache_bytes,
     out_of_memory,
+    pipeline_bytes,
     step_bytes,
 )
 from dashinfer.worker.distributed import World, join, select_device
@@ -38,6 +41,8 @@ from dashinfer.worker.graphs import bucket_sizes
 from dashinfer.worker.masks import MaskInbox
 from dashinfer.worker.media import BATCH_PATCHES, Media
 from dashinfer_kernels import dispatch, share_cores, warm_up_loops
+
+logger = logging.getLogger("dashinfer.worker")
 
 BLOCK_SIZE = {"cpu": 16, "cuda": 64}  # from 64 on, Hopper's copy engine brings tiles of keys and values
 STEP_TOKENS = {"cpu": 1024, "cuda": 8192}
@@ -76,7 +81,8 @@ class Runner:
         compiling = None if on_gpu else _in_thread(warm_up_loops, getattr(torch, config.data_type))
         vision = VisionConfig.from_hf(config.files.config) if config.vision else None
         self._world = world = world or join(config, device)
-        place = world.group.world_size, world.group.rank
+        stage = world.stage
+        place = world.group.world_size, world.group.rank, stage
         (free,) = world.least(free_memory(device, config.local_size))
         with self._out_of_memory("while loading; use a smaller model or data type, or free some memory"):
             model, tower = load_model(
@@ -86,6 +92,7 @@ class Runner:
                 device=device,
                 free=free,
                 group=world.group,
+                stage=stage,
                 report=report,
                 vision=vision,
             )
@@ -103,14 +110,22 @@ class Runner:
             media = self._prepare_media(config, vision, tower, device, max_length)
         with self._out_of_memory(f"before the KV cache was there; {advice}"):
             self._executor = Executor(
-                model, device=device, max_batch=config.max_batch, max_length=max_length, block_size=block_size, media=self.media
+                model,
+                device=device,
+                max_batch=config.max_batch,
+                max_length=max_length,
+                block_size=block_size,
+                media=self.media,
+                pipeline=world.pipeline,
             )
             # graphs hold decoding kernels, whose sums are not those of the kernel that chunks of prompts take
-            graphs = on_gpu and not (config.enforce_eager or config.deterministic)
+            graphs = on_gpu and not (config.enforce_eager or config.deterministic or world.pipeline)
+            if on_gpu and world.pipeline is not None:
+                logger.info("no CUDA graphs are recorded for a pipeline of %d stages", stage.count)
             if on_gpu:
                 self._executor.use_caches(allocate_kv_cache(model_config, 1, block_size, dtype, device, *place))
                 activations = self._peak(step_tokens, config.max_batch, max_length, block_size)
-                activations += step_tokens * media.token_bytes
+                activations += step_tokens * media.token_bytes + pipeline_bytes(model_config, step_tokens, stage)
                 graph_bytes = 0
                 if graphs:
                     graph_bytes = self._peak(config.max_batch, config.max_batch, max_length, block_size)
@@ -128,7 +143,7 @@ class Runner:
             available = free - int((1 - config.gpu_memory_utilization) * total) - activations - graph_bytes
         else:
             activations, graph_bytes = step_bytes(model_config, step_tokens, config.max_batch), 0
-            activations += step_tokens * media.token_bytes
+            activations += step_tokens * media.token_bytes + pipeline_bytes(model_config, step_tokens, stage)
             available = int(free * MEMORY_SHARE) - activations
         available -= media.total
         block_bytes = kv_bytes_per_block(model_config, block_size, dtype, *place)
@@ -188,7 +203,8 @@ class Runner:
             return self._executor.launch(plan)
 
     def result(self, step: LaunchedStep) -> StepResult:
-        """What a step produced, once it has; raises as `launch`. On other ranks than 0 a result has no tokens."""
+        """What a step produced, once it has; raises as `launch`. On ranks other than the first of the last stage it has no
+        tokens."""
         with self._out_of_memory(self._in_a_step):
             return step.result()
 
@@ -208,6 +224,7 @@ class Runner:
         sizes = [min(1 << each, max_batch) for each in range((max_batch - 1).bit_length() + 1)] if decodes else []
         for plan in [costly_plan(2, 1, max_length, block_size), *(costly_plan(n, n, max_length, block_size) for n in sizes)]:
             self._executor.launch(plan).result()
+            self._executor.settle()
         self._executor.warm_up()
 
     def _peak(self, tokens: int, max_batch: int, max_length: int, block_size: int) -> int:
@@ -216,6 +233,7 @@ class Runner:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         self._executor.launch(costly_plan(tokens, max_batch, max_length, block_size)).result()
+        self._executor.settle()
         return torch.cuda.max_memory_allocated() - before
 
     def _prepare_media(

@@ -89,7 +89,7 @@ def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None
         (["--model", " "], "--model is empty"),
         (["--model", "demo", "--drain-timeout", "soon"], "--drain-timeout: 'soon' is not a number"),
         (["--model", "demo", "--min-pixels", "9", "--max-pixels", "8"], "--min-pixels 9 is more than --max-pixels 8"),
-        (["--model", "demo", "--pipeline-parallel", "4"], "this version serves --pipeline-parallel 1"),
+        (["--model", "demo", "--pipeline-parallel", "2", "--nnodes", "3"], "--nnodes 3 does not divide the number of workers"),
         (["--model", "demo", "--quant-type", "fp8", "--quant-group-size", "64"], "goes with --quant-type a16w4 or a16w8"),
         (["--model", "demo", "--quant-type", "a16w4", "--quant-group-size", "48"], "is none of 32, 64 and 128"),
         (["--model", "demo", "--quantize-head"], "--quantize-head goes with --quant-type"),

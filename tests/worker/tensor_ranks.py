@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -59,15 +60,18 @@ def main(rank: int, folder: Path) -> None:
 
     from dashinfer.errors import StartupError
     from dashinfer.models.config import ModelConfig
-    from dashinfer.models.parallel import Group
     from dashinfer.models.weights import SafetensorsSource
     from dashinfer.worker import runner as runner_module
-    from dashinfer.worker.distributed import World, join
+    from dashinfer.worker.distributed import join, make_world
 
     jobs = msgspec.msgpack.Decoder(list[Job]).decode((folder / "jobs").read_bytes())
     config = msgspec.structs.replace(jobs[0].config, rank=rank, world_size=WORLD_SIZE, rendezvous=f"file://{folder}/store")
     join(config, torch.device("cpu"))
-    worlds = {WORLD_SIZE: None, 2: dist.new_group([0, 1])}
+    sizes = {WORLD_SIZE: None, 2: dist.new_group([0, 1])}
+    worlds = {}
+    for size, stages in dict.fromkeys((job.config.world_size, job.config.pipeline_parallel) for job in jobs):
+        split = msgspec.structs.replace(config, world_size=size, pipeline_parallel=stages)
+        worlds[size, stages] = make_world(split, torch.device("cpu"), sizes[size])
 
     read_stored, read = SafetensorsSource.read_stored, 0
 
@@ -88,16 +92,17 @@ def main(rank: int, folder: Path) -> None:
         read = 0
         config = msgspec.structs.replace(job.config, rank=rank)
         runner_module.free_memory = (lambda *_, found=job.free: found[rank]) if job.free else free_memory
-        ordered = config.deterministic and size > 2
-        world = World(Group(rank, size, worlds[size], ordered), worlds[size], size)
+        world = worlds[size, config.pipeline_parallel]
+        world = replace(world, group=replace(world.group, ordered=config.deterministic and world.group.world_size > 2))
         try:
             runner = runner_module.Runner(config, ModelConfig.from_hf(config.files.config, vision=True), lambda *_: None, world)
         except StartupError as error:
             done.append(Done(f"{type(error).__name__}: {error}"))
             continue
         done.append(Done("", runner.ready, [runner.execute(plan) for plan in job.plans], read))
+        runner._executor.settle()
     (folder / str(rank)).write_bytes(msgspec.msgpack.encode(done))
-    world = None
+    world = worlds = None
     dist.barrier()
     dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""A model on 2 and 4 ranks, which are processes that speak gloo, answers as on one.
+"""A model on 2 and 4 ranks, which are processes that speak gloo, answers as on one, its layers split or dealt over stages.
 
 All ranks start once and load one small model after the other. The plans are those that a scheduler made for a single rank: they
 fit if, and only if, the tokens are the same.
@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from contextlib import ExitStack
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import msgspec
@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from dashinfer.models.config import ModelConfig
 from dashinfer.models.parallel import share_heads
 from dashinfer.models.shapes import tensor_shapes
+from dashinfer.models.stage import Stage
 from dashinfer.types import Alive, Failed, ModelFiles, Progress, Ready, Start, StepPlan, StepResult, WorkerConfig
 from dashinfer.worker.frames import encode, parent_reader
 from dashinfer.worker.runner import Runner
@@ -41,6 +42,16 @@ FAMILIES = {
         "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
     },
 }
+# layers that four stages cannot have as many of, with their own windows
+DEEP = MODEL | {
+    "architectures": ["Qwen2ForCausalLM"],
+    "num_hidden_layers": 6,
+    "tie_word_embeddings": True,
+    "use_sliding_window": True,
+    "sliding_window": 16,
+    "max_window_layers": 3,
+}
+STAGES = {**dict.fromkeys(((name, 2) for name in FAMILIES), (2, 4)), ("Deep", 4): (4,), ("a8w8", 2): (2,)}  # numbers of ranks
 QUANT_TYPES = ("a16w4", "a16w8", "a8w8", "fp8")
 TOKENS = 7  # that each is continued with
 PROMPTS = [prompt(length, seed) for seed, length in enumerate((23, 37, 5))]
@@ -78,24 +89,27 @@ class Recorder:
         return self.results[-1]
 
 
-def record(config: WorkerConfig, prompts=PROMPTS, sampling=SAMPLING) -> Recorder:
+def record(config: WorkerConfig, prompts=PROMPTS, sampling=SAMPLING, *, stages: int = 1) -> Recorder:
+    """With plans for a pipeline of so many stages."""
     recorder = Recorder(config)
-    generate(recorder, prompts, sampling, max_step_tokens=24)
+    generate(recorder, prompts, sampling, max_step_tokens=24, ahead=stages + 1, stages=stages)
     return recorder
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> dict[str, Recorder]:
-    """What a single rank makes of each family, of each quantisation, and in deterministic mode."""
+    """What a single rank makes of each family, of each quantisation, in deterministic mode, and of plans for stages."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("models")
-    configs = {name: save_model(config, folder / f"{name}.safetensors") for name, config in FAMILIES.items()}
+    models = FAMILIES | {"Deep": DEEP}
+    configs = {name: save_model(config, folder / f"{name}.safetensors") for name, config in models.items()}
     for kind in QUANT_TYPES:
         # groups that no share cuts, so that the scales are those of a single rank
         group_size = 16 if kind in ("a16w4", "a16w8") else None
         configs[kind] = msgspec.structs.replace(configs["Llama"], quant_type=kind, quant_group_size=group_size)
     recorders = {name: record(config) for name, config in configs.items()}
+    recorders |= {f"{name} in {stages}": record(configs[name], stages=stages) for name, stages in STAGES}
     recorders["deterministic"] = record(msgspec.structs.replace(configs["Llama"], deterministic=True))
     recorders["deterministic, alone"] = record(
         msgspec.structs.replace(configs["Llama"], deterministic=True), PROMPTS[1:2], SAMPLING[1:2]
@@ -104,21 +118,26 @@ def alone(tmp_path_factory) -> dict[str, Recorder]:
     return recorders
 
 
-def split(config: WorkerConfig, world_size: int) -> WorkerConfig:
-    return msgspec.structs.replace(config, world_size=world_size)
+def split(config: WorkerConfig, world_size: int, stages: int = 1) -> WorkerConfig:
+    return msgspec.structs.replace(config, world_size=world_size, pipeline_parallel=stages)
 
 
 @pytest.fixture(scope="module")
 def together(alone, tmp_path_factory) -> dict[tuple[str, int], list[Done]]:
     """What ranks make of the same plans, by name and number of ranks."""
     jobs = {}
-    for name, recorder in alone.items():
+    for name in (*FAMILIES, *QUANT_TYPES, "deterministic", "deterministic, alone"):
         for size in (2,) if name in QUANT_TYPES else (2, 4):
-            jobs[name, size] = Job(split(recorder.config, size), recorder.plans)
+            jobs[name, size] = Job(split(alone[name].config, size), alone[name].plans)
+    for (name, stages), sizes in STAGES.items():
+        recorder = alone[f"{name} in {stages}"]
+        for size in sizes:
+            jobs[f"{name} in {stages}", size] = Job(split(recorder.config, size, stages), recorder.plans)
     llama = alone["Llama"].config
     roomy = msgspec.structs.replace(split(llama, 2), num_blocks=None, max_batch=64)
     jobs["unequal memory", 2] = Job(roomy, free=[1 << 27, 6 << 20])
     jobs["blocks that fit", 2] = Job(msgspec.structs.replace(roomy, num_blocks=9), free=[1 << 27, 6 << 20])
+    jobs["too many stages", 4] = Job(split(llama, 4, 4))
     jobs["blocks that do not fit", 2] = Job(msgspec.structs.replace(roomy, num_blocks=1 << 20), free=[1 << 27, 6 << 20])
     found = run_jobs(tmp_path_factory.mktemp("ranks"), list(jobs.values()))
     return dict(zip(jobs, found, strict=True))
@@ -141,6 +160,43 @@ def test_ranks_answer_as_one(name: str, world_size: int, alone, together) -> Non
         assert found == pytest.approx(one, abs=1e-4)
     for other in ranks[1:]:
         assert not any(result.tokens for result in other.results)
+
+
+@pytest.mark.parametrize(("name", "stages", "world_size"), [(*each, size) for each, sizes in STAGES.items() for size in sizes])
+def test_stages_answer_as_one(name: str, stages: int, world_size: int, alone, together) -> None:
+    one = alone[f"{name} in {stages}"]
+    ranks = together[f"{name} in {stages}", world_size]
+    last = ranks[world_size - world_size // stages]
+
+    assert [result.tokens for result in last.results] == [result.tokens for result in one.results]
+    assert sorted(chain.from_iterable(result.tokens for result in one.results)) == sorted(
+        chain.from_iterable(result.tokens for result in alone[name].results)
+    )
+    waits = any(later.step > plan.step + 1 for plan, later in pairwise(one.plans))  # the first stage, for tokens
+    assert waits == (stages > len(PROMPTS))
+    for found, expected in zip(logprobs(last.results), logprobs(one.results), strict=True):
+        assert found == pytest.approx(expected, abs=1e-4)
+    for other in ranks:
+        assert other is last or not any(result.tokens for result in other.results)
+
+
+@pytest.mark.parametrize(("name", "stages"), [each for each in STAGES if each[0] not in QUANT_TYPES])
+def test_each_stage_reads_its_layers_alone(name: str, stages: int, alone, together) -> None:
+    config = ModelConfig.from_hf(alone[name].config.files.config, vision=True)
+    ranks = together[f"{name} in {stages}", stages]
+    parts = [tensor_shapes(config, Stage(index, stages)) for index in range(stages)]
+
+    assert [done.read for done in ranks] == [sum(4 * math.prod(shape) for shape in shapes.values()) for shapes in parts]
+    assert set().union(*parts) == set(tensor_shapes(config))
+    assert sum(map(len, parts)) == len(tensor_shapes(config)) + config.tie_word_embeddings
+    for shapes, done in zip(parts, ranks, strict=True):
+        layers = len({shape.split(".")[2] for shape in shapes if shape.startswith("model.layers.")})
+        assert done.ready.kv_cache_bytes * config.num_layers == alone[name].runner.ready.kv_cache_bytes * layers
+
+
+def test_more_stages_than_layers_are_refused(together) -> None:
+    for done in together["too many stages", 4]:
+        assert done.error.startswith("UnsupportedModel: --pipeline-parallel 4 is more than the 2 layers of this model")
 
 
 @pytest.mark.parametrize("kind", QUANT_TYPES)
@@ -220,8 +276,10 @@ class RankProcess:
         return self._messages.pop(0)
 
 
-def test_two_processes_answer_and_one_tells_of_the_loss_of_the_other(alone, tmp_path: Path) -> None:
-    recorder = alone["Llama"]
+@pytest.mark.parametrize("stages", [1, 2])
+def test_two_processes_answer_and_one_tells_of_the_loss_of_the_other(stages: int, alone, tmp_path: Path) -> None:
+    recorder = alone["Llama" if stages == 1 else "Llama in 2"]
+    speaks = stages - 1
     with ExitStack() as stack:
         ranks = [
             RankProcess(
@@ -229,6 +287,7 @@ def test_two_processes_answer_and_one_tells_of_the_loss_of_the_other(alone, tmp_
                     recorder.config,
                     rank=rank,
                     world_size=2,
+                    pipeline_parallel=stages,
                     local_rank=rank,
                     local_size=2,
                     rendezvous=f"file://{tmp_path}/ranks",
@@ -242,11 +301,11 @@ def test_two_processes_answer_and_one_tells_of_the_loss_of_the_other(alone, tmp_
         for plan, expected in zip(recorder.plans, recorder.results, strict=True):
             for rank in ranks:
                 rank.send(plan)
-            assert ranks[0].receive().tokens == expected.tokens
+            assert ranks[speaks].receive().tokens == expected.tokens
 
-        ranks[1].process.kill()
-        ranks[0].send(recorder.plans[0])
-        failed = ranks[0].receive()
+        ranks[1 - speaks].process.kill()
+        ranks[speaks].send(recorder.plans[0])
+        failed = ranks[speaks].receive()
 
     assert isinstance(failed, Failed)
     assert failed.kind == "PeerLost"

@@ -73,10 +73,16 @@ def prompt(length: int, seed: int) -> list[int]:
 
 
 def generate(
-    runner: Runner, prompts: list[list[int]], each: list[SamplingParams], *, max_step_tokens: int = 512, ahead: int = 2
+    runner: Runner,
+    prompts: list[list[int]],
+    each: list[SamplingParams],
+    *,
+    max_step_tokens: int = 512,
+    ahead: int = 2,
+    stages: int = 1,
 ) -> list[list[int]]:
     """What the prompts are continued with, all of them submitted at once."""
-    scheduler = Scheduler(num_blocks=24, block_size=8, max_batch=3, max_step_tokens=max_step_tokens)
+    scheduler = Scheduler(num_blocks=24, block_size=8, max_batch=3, max_step_tokens=max_step_tokens, stages=stages)
     sequences = [Sequence(len(tokens), list(tokens), one) for tokens, one in zip(prompts, each, strict=True)]
     for sequence in sequences:
         scheduler.add(sequence)
