@@ -96,6 +96,8 @@ class FakeGeneration:
         end = len(prompt) - prompt[::-1].index(END) - 1 if END in prompt else len(prompt)
         spelled = b"".join(bytes([token]) if token < END else chr(_MARKERS + token).encode() for token in prompt[:end])
         command = spelled.decode().rsplit(": ", 1)[-1]
+        while command and ord(command[0]) > _MARKERS:  # what stands for images
+            command = command[1:]
         self._verb, _, rest = command.partition(" ")
         self._waits_after = 1 if self._verb in ("wait", "crash") else math.inf
         said = [[ord(c) - _MARKERS] if ord(c) > _MARKERS else list(c.encode()) for c in rest]
