@@ -1,6 +1,7 @@
 """`Checker`: the process that tries grammars, seen from the server. Blocking, for threads."""
 
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ from contextlib import suppress
 from dashinfer.errors import InternalError
 
 COMMAND = (sys.executable, "-P", "-m", "dashinfer.guidance.check")
+PATIENCE = 6  # times the timeout, by the clock: the machine may have other things to do
 
 
 class Checker:
@@ -17,7 +19,7 @@ class Checker:
     ends with this object. One grammar at a time."""
 
     def __init__(self, *, timeout: float) -> None:
-        """`timeout` in seconds, for one grammar."""
+        """`timeout` in seconds of the processor's time, for one grammar."""
         self._timeout = timeout
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
@@ -38,13 +40,16 @@ class Checker:
                 late.set()
                 process.kill()
 
-            timer = threading.Timer(self._timeout, give_up)
+            timer = threading.Timer(PATIENCE * self._timeout, give_up)
             timer.start()
             try:
                 answer = _ask(process, grammar)
             finally:
                 timer.cancel()
             if not answer:
+                process.kill()
+                if process.wait() == -signal.SIGPROF:
+                    late.set()
                 self.close()
         if answer:
             found = json.loads(answer)
@@ -66,7 +71,7 @@ class Checker:
         if self._process is None:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
             try:
-                self._process = subprocess.Popen(COMMAND, text=True, encoding="utf-8", **pipes)
+                self._process = subprocess.Popen([*COMMAND, str(self._timeout)], text=True, encoding="utf-8", **pipes)
             except OSError as error:
                 raise InternalError(f"grammars cannot be checked: {error}") from None
             self._stop = weakref.finalize(self, _end, self._process)

@@ -228,9 +228,15 @@ async def test_a_request_that_is_gone_leaves_the_others_theirs(compiler):
 
 async def test_what_takes_too_long_is_given_up(byte_level, monkeypatch):
     compiler = Compiler(byte_level, byte_level.vocab_size, max_waiting=10, timeout=0.2)
+    monkeypatch.setattr(checker_module, "PATIENCE", 300)
+    slow = {"type": "object", "properties": {f"p{number}": {"type": "integer"} for number in range(6000)}}
+    with pytest.raises(InvalidRequest, match=r"too complex: it takes longer than 0\.2 s"):
+        await compiler.compile(Constraint.from_schema(slow, "p"))
+
+    monkeypatch.setattr(checker_module, "PATIENCE", 1)
     monkeypatch.setattr(checker_module, "COMMAND", [sys.executable, "-c", "import time; time.sleep(60)"])
     with pytest.raises(InvalidRequest, match=r"too complex: it takes longer than 0\.2 s"):
-        await compiler.compile(Constraint.json_object("p"))
+        await compiler.compile(Constraint.from_choice(["a"], "p"))
 
     assert compiler._checker._process is None
 
