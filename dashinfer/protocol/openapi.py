@@ -9,6 +9,14 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from dashinfer.protocol.anthropic import (
+    AnthropicError,
+    CountTokensRequest,
+    MessagesEvent,
+    MessagesRequest,
+    MessagesResponse,
+    TokenCount,
+)
 from dashinfer.protocol.chat import (
     ChatCompletion,
     ChatCompletionChunk,
@@ -59,6 +67,7 @@ class _Route:
     errors: tuple[int, ...] = ()
     parameters: dict[str, str] = field(default_factory=dict)
     open: bool = False
+    error: type[BaseModel] = ErrorResponse
 
 
 def _health(path: str, id: str, summary: str, *, method: str = "get", ok: str = "Ready.", otherwise: str = "") -> _Route:
@@ -98,6 +107,31 @@ _ROUTES = (
         example={"prompt": "The capital of France is", "max_tokens": 16, "temperature": 0},
         events=Completion,
         errors=_WORK,
+    ),
+    _Route(
+        "post",
+        "/v1/messages",
+        "createMessage",
+        "Chat in Anthropic's shape, whole or streamed",
+        "messages",
+        {200: ("The message; with `stream` its events.", MessagesResponse)},
+        request=MessagesRequest,
+        example={"max_tokens": 256, "messages": [{"role": "user", "content": "What is the capital of France?"}]},
+        events=MessagesEvent,
+        errors=_WORK,
+        error=AnthropicError,
+    ),
+    _Route(
+        "post",
+        "/v1/messages/count_tokens",
+        "countTokens",
+        "Tokens of a prompt in Anthropic's shape",
+        "messages",
+        {200: ("How many there are.", TokenCount)},
+        request=CountTokensRequest,
+        example={"messages": [{"role": "user", "content": "What is the capital of France?"}]},
+        errors=_WORK,
+        error=AnthropicError,
     ),
     _Route(
         "post",
@@ -189,9 +223,11 @@ def _content(kind: type[BaseModel] | str, **more: Any) -> dict[str, Any]:
 def _operation(route: _Route, *, api_keys: bool, model: str) -> dict[str, Any]:
     closed = api_keys and not route.open
     errors = sorted({*route.errors, 401} if closed else route.errors)
-    responses = {
-        status: {"description": text, "content": _content(kind)} for status, (text, kind) in route.responses.items()
-    } | {status: {"description": _ERRORS[status], "content": _content(ErrorResponse)} for status in errors}
+    responses = {status: {"description": text, "content": _content(kind)} for status, (text, kind) in route.responses.items()}
+    for status in errors:
+        # What is refused before a route is reached has OpenAI's shape.
+        kind = ErrorResponse if status in (401, 413) else route.error
+        responses[status] = {"description": _ERRORS[status], "content": _content(kind)}
     if route.events is not None:
         responses[200]["content"]["text/event-stream"] = {"schema": _reference(route.events)}
     operation: dict[str, Any] = {
@@ -223,6 +259,7 @@ def openapi_document(*, title: str, version: str, api_keys: bool, model: str) ->
     """
     requests = [route.request for route in _ROUTES if route.request is not None]
     answers = [kind for route in _ROUTES for _, kind in route.responses.values() if not isinstance(kind, str)]
+    answers += [route.error for route in _ROUTES]
     answers += [route.events for route in _ROUTES if route.events is not None]
     _, definitions = models_json_schema(
         [

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from dashinfer.protocol.anthropic import CountTokensRequest, MessagesRequest
 from dashinfer.protocol.base import RequestModel
 from dashinfer.protocol.chat import ChatCompletionRequest
 from dashinfer.protocol.completions import CompletionRequest
@@ -61,6 +62,8 @@ def test_routes(document: dict[str, Any]) -> None:
         ("/v1/chat/completions", ChatCompletionRequest),
         ("/v1/completions", CompletionRequest),
         ("/v1/embeddings", EmbeddingRequest),
+        ("/v1/messages", MessagesRequest),
+        ("/v1/messages/count_tokens", CountTokensRequest),
         ("/tokenize", TokenizeRequest),
         ("/detokenize", DetokenizeRequest),
     ],
