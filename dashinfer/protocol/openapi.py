@@ -28,13 +28,14 @@ from dashinfer.protocol.chat import (
 )
 from dashinfer.protocol.completions import Completion, CompletionRequest
 from dashinfer.protocol.embeddings import EmbeddingList, EmbeddingRequest
+from dashinfer.protocol.responses import DeletedResponse, ItemList, ResponseEvent, ResponseObject, ResponsesRequest
 from dashinfer.protocol.status import Version
 from dashinfer.protocol.tokens import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse, TokenizerInfo
 
 _ERRORS = {
     400: "A field is malformed, out of range or not supported, an image cannot be had, or the prompt leaves no room.",
     401: "The API key is missing or wrong.",
-    404: "No such model.",
+    404: "No such model, or no such response.",
     413: "The body is too large.",
     429: "The queue is full, or the key has used what it may; `Retry-After` says when to try again.",
     500: "The server failed.",
@@ -76,6 +77,8 @@ def _health(path: str, id: str, summary: str, *, method: str = "get", ok: str = 
     return _Route(method, path, id, summary, "health", responses, open=True)
 
 
+_RESPONSE_ID = {"id": "of a response"}
+
 _ROUTES = (
     _Route(
         "post",
@@ -107,6 +110,58 @@ _ROUTES = (
         example={"prompt": "The capital of France is", "max_tokens": 16, "temperature": 0},
         events=Completion,
         errors=_WORK,
+    ),
+    _Route(
+        "post",
+        "/v1/responses",
+        "createResponse",
+        "A turn of a conversation, whole or streamed",
+        "responses",
+        {200: ("The response; with `stream` its typed events.", ResponseObject)},
+        request=ResponsesRequest,
+        example={"input": "What is the capital of France?"},
+        events=ResponseEvent,
+        errors=_WORK,
+    ),
+    _Route(
+        "get",
+        "/v1/responses/{id}",
+        "getResponse",
+        "A response that is kept",
+        "responses",
+        {200: ("The response.", ResponseObject)},
+        errors=(404,),
+        parameters=_RESPONSE_ID,
+    ),
+    _Route(
+        "delete",
+        "/v1/responses/{id}",
+        "deleteResponse",
+        "Keep a response no more",
+        "responses",
+        {200: ("It is gone.", DeletedResponse)},
+        errors=(404,),
+        parameters=_RESPONSE_ID,
+    ),
+    _Route(
+        "get",
+        "/v1/responses/{id}/input_items",
+        "listInputItems",
+        "What a response was an answer to",
+        "responses",
+        {200: ("The items.", ItemList)},
+        errors=(404,),
+        parameters=_RESPONSE_ID,
+    ),
+    _Route(
+        "post",
+        "/v1/responses/{id}/cancel",
+        "cancelResponse",
+        "Refused: no response runs in the background",
+        "responses",
+        {},
+        errors=(400, 404),
+        parameters=_RESPONSE_ID,
     ),
     _Route(
         "post",

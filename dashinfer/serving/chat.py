@@ -290,6 +290,10 @@ class ChatCompletion:
         return self._generation.cached_tokens
 
     @property
+    def reasoning_tokens(self) -> int:
+        return sum(choice.reasoning_tokens for choice in self._choices)
+
+    @property
     def new_call_id(self) -> Callable[[], str]:
         return self._choices[0].new_call_id
 
