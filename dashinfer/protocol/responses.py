@@ -4,7 +4,7 @@ A conversation is a list of *items*, as the API has them; what a chat template n
 and of where earlier responses are kept.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -375,10 +375,3 @@ class ResponseEncoder:
 
 def status_of(finish: ChoiceFinish) -> str:
     return "incomplete" if finish == "length" else "completed"
-
-
-def texts(items: Sequence[Item]) -> Iterator[str]:
-    """What the messages among items say."""
-    for item in items:
-        if item["type"] == "message":
-            yield from (part["text"] for part in item["content"])

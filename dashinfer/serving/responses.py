@@ -1,6 +1,7 @@
 """One request of the Responses API: a chat whose turns are kept, within bounds, so that later ones can go on from them."""
 
 import secrets
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
@@ -49,11 +50,12 @@ class Kept:
 
 
 class ResponseStore:
-    """Responses by the key that asked for them, and their id; the least recently used go first."""
+    """Responses by the key that asked for them, and their id; the least recently used go first. For any thread."""
 
     def __init__(self, *, most: int = MAX_KEPT, most_bytes: int = MAX_KEPT_BYTES) -> None:
         self._most, self._most_bytes = most, most_bytes
         self._kept: OrderedDict[tuple[bytes, str], Kept] = OrderedDict()
+        self._lock = threading.Lock()
         self.bytes = 0
 
     def put(
@@ -63,23 +65,27 @@ class ResponseStore:
         size = len(body) + len(_encode(history)) + len(_encode(given))
         if size > self._most_bytes:
             return
-        self._kept[owner, id] = Kept(body, list(history), list(given), list(output), size)
-        self.bytes += size
-        while self.bytes > self._most_bytes or len(self._kept) > self._most:
-            _, gone = self._kept.popitem(last=False)
-            self.bytes -= gone.size
+        with self._lock:
+            self._kept[owner, id] = Kept(body, list(history), list(given), list(output), size)
+            self.bytes += size
+            while self.bytes > self._most_bytes or len(self._kept) > self._most:
+                _, gone = self._kept.popitem(last=False)
+                self.bytes -= gone.size
 
     def get(self, owner: bytes, id: str, *, param: str | None = None) -> Kept:
         """Raises NotFound."""
-        if (found := self._kept.get((owner, id))) is None:
-            raise NotFound(f"there is no response {id[:100]!r}, or it is kept no more", param=param)
-        self._kept.move_to_end((owner, id))
+        with self._lock:
+            if (found := self._kept.get((owner, id))) is None:
+                raise NotFound(f"there is no response {id[:100]!r}, or it is kept no more", param=param)
+            self._kept.move_to_end((owner, id))
         return found
 
     def delete(self, owner: bytes, id: str) -> None:
         """Raises NotFound."""
-        self.bytes -= self.get(owner, id).size
-        del self._kept[owner, id]
+        found = self.get(owner, id)
+        with self._lock:
+            if self._kept.pop((owner, id), None) is not None:
+                self.bytes -= found.size
 
 
 @dataclass

@@ -113,7 +113,7 @@ async def test_long_prompts_are_prepared_in_a_thread(run_server: RunServer) -> N
         ({"temperature": 3}, "temperature"),
         ({"messages": []}, "messages"),
         ({"stream": "yes"}, "stream"),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function"),
         ({"nonsense": 1}, "nonsense"),
         ({"logit_bias": {"9999": 1}}, "logit_bias"),
     ],

@@ -120,7 +120,7 @@ async def test_a_conversation(run_server: RunServer, model: TextModel, stream: b
     assert shown.split("\n", 1)[1].startswith(f"user: say <think>hm</think>{CALL}\nassistant: (hm)[weather Paris]\n")
     assert shown.endswith("tool weather: Mild.\nuser: say so<|end|>")
     assert "forgotten" not in shown
-    assert [item["type"] if "type" in item else "message" for item in ItemList.model_validate_json(items.content).data] == [
+    assert [item.get("type", "message") for item in ItemList.model_validate_json(items.content).data] == [
         *("message", "reasoning", "function_call", "function_call_output", "message"),
     ]
     assert DeletedResponse.model_validate_json(deleted.content).id == first
