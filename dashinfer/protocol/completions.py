@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_va
 from pydantic_core import PydanticCustomError
 
 from dashinfer.protocol.chat import MAX_TOP_LOGPROBS, Usage
+from dashinfer.protocol.constraints import ConstrainedRequest
 from dashinfer.protocol.fields import SamplingFields
 from dashinfer.protocol.stream import event
 from dashinfer.types import FinishReason
@@ -55,7 +56,7 @@ PROMPTS_SCHEMA = {
 Prompts = Annotated[list[Any], BeforeValidator(prompts), WithJsonSchema(PROMPTS_SCHEMA)]
 
 
-class CompletionRequest(SamplingFields):
+class CompletionRequest(ConstrainedRequest, SamplingFields):
     """Text to go on with. A null stands for a field that is left out; an unknown field is refused."""
 
     prompt: Prompts = Field(description="text or tokens, or several of either, each of which has `n` choices")

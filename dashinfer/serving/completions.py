@@ -295,8 +295,10 @@ async def start(service: Service, body: bytes | bytearray, stack: ExitStack) -> 
     engine, text = service.require()
     size = len(body)
     request, prompts = await service.off_the_loop(size, partial(_begin, service, engine, text, body))
+    constraint = request.constraint()
+    grammar = None if constraint is None else await service.compile(constraint)
     answers = []
     for number, prepared in enumerate(prompts):
-        generation = stack.enter_context(engine.submit(prepared.tokens, prepared.params))
+        generation = stack.enter_context(engine.submit(prepared.tokens, prepared.params, None, grammar))
         answers.append(_Answer(number, request, prepared, generation, text))
     return Completions(service, request, answers)

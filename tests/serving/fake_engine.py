@@ -96,6 +96,8 @@ class FakeGeneration:
         end = len(prompt) - prompt[::-1].index(END) - 1 if END in prompt else len(prompt)
         spelled = b"".join(bytes([token]) if token < END else chr(_MARKERS + token).encode() for token in prompt[:end])
         command = spelled.decode().rsplit(": ", 1)[-1]
+        while command and ord(command[0]) > _MARKERS:  # what stands for images
+            command = command[1:]
         self._verb, _, rest = command.partition(" ")
         self._waits_after = 1 if self._verb in ("wait", "crash") else math.inf
         said = [[ord(c) - _MARKERS] if ord(c) > _MARKERS else list(c.encode()) for c in rest]
@@ -160,6 +162,7 @@ class FakeEngine:
         self.model = INFO
         self.record: list[str] = []
         self.submitted: list[tuple[list[int], list[SamplingParams], PromptMedia | None]] = []
+        self.grammars: list[Grammar | None] = []
         self.running = 0
         self.at_once = 1
         self.refusal: Exception | None = None
@@ -229,6 +232,7 @@ class FakeEngine:
         if len(prompt) >= self.model.max_length:
             raise ContextLengthExceeded("the prompt leaves no room")
         self.submitted.append((prompt, params, media))
+        self.grammars.append(grammar)
         return self._life(FakeGeneration(self, prompt, params))
 
     @contextmanager

@@ -179,6 +179,8 @@ async def test_an_echo_without_log_probabilities_asks_for_none(run_server: RunSe
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"min_tokens": 17}, "min_tokens"),
         ({"messages": []}, "messages"),
+        ({"guided_regex": "a("}, "guided_regex"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
     ],
 )
 async def test_what_is_refused(run_server: RunServer, fields: dict[str, Any], param: str) -> None:
@@ -188,6 +190,13 @@ async def test_what_is_refused(run_server: RunServer, fields: dict[str, Any], pa
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == param
     assert server.engine.submitted == []
+
+
+async def test_every_choice_of_every_prompt_follows_the_grammar(run_server: RunServer) -> None:
+    async with run_server() as server:
+        completion(await ask(server, ["say a", "say b"], n=2, guided_choice=["a", "b"]))
+
+    assert [grammar and grammar.param for grammar in server.engine.grammars] == ["guided_choice"] * 2
 
 
 async def test_a_full_queue_refuses_all_prompts(run_server: RunServer) -> None:
