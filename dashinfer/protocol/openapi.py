@@ -9,6 +9,14 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from dashinfer.protocol.anthropic import (
+    AnthropicError,
+    CountTokensRequest,
+    MessagesEvent,
+    MessagesRequest,
+    MessagesResponse,
+    TokenCount,
+)
 from dashinfer.protocol.chat import (
     ChatCompletion,
     ChatCompletionChunk,
@@ -20,13 +28,14 @@ from dashinfer.protocol.chat import (
 )
 from dashinfer.protocol.completions import Completion, CompletionRequest
 from dashinfer.protocol.embeddings import EmbeddingList, EmbeddingRequest
+from dashinfer.protocol.responses import DeletedResponse, ItemList, ResponseEvent, ResponseObject, ResponsesRequest
 from dashinfer.protocol.status import Version
 from dashinfer.protocol.tokens import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse, TokenizerInfo
 
 _ERRORS = {
     400: "A field is malformed, out of range or not supported, an image cannot be had, or the prompt leaves no room.",
     401: "The API key is missing or wrong.",
-    404: "No such model.",
+    404: "No such model, or no such response.",
     413: "The body is too large.",
     429: "The queue is full, or the key has used what it may; `Retry-After` says when to try again.",
     500: "The server failed.",
@@ -59,6 +68,7 @@ class _Route:
     errors: tuple[int, ...] = ()
     parameters: dict[str, str] = field(default_factory=dict)
     open: bool = False
+    error: type[BaseModel] = ErrorResponse
 
 
 def _health(path: str, id: str, summary: str, *, method: str = "get", ok: str = "Ready.", otherwise: str = "") -> _Route:
@@ -66,6 +76,8 @@ def _health(path: str, id: str, summary: str, *, method: str = "get", ok: str = 
     responses: dict[int, tuple[str, type[BaseModel] | str]] = {200: (ok, Health), 503: (otherwise, Health)}
     return _Route(method, path, id, summary, "health", responses, open=True)
 
+
+_RESPONSE_ID = {"id": "of a response"}
 
 _ROUTES = (
     _Route(
@@ -98,6 +110,83 @@ _ROUTES = (
         example={"prompt": "The capital of France is", "max_tokens": 16, "temperature": 0},
         events=Completion,
         errors=_WORK,
+    ),
+    _Route(
+        "post",
+        "/v1/responses",
+        "createResponse",
+        "A turn of a conversation, whole or streamed",
+        "responses",
+        {200: ("The response; with `stream` its typed events.", ResponseObject)},
+        request=ResponsesRequest,
+        example={"input": "What is the capital of France?"},
+        events=ResponseEvent,
+        errors=_WORK,
+    ),
+    _Route(
+        "get",
+        "/v1/responses/{id}",
+        "getResponse",
+        "A response that is kept",
+        "responses",
+        {200: ("The response.", ResponseObject)},
+        errors=(404,),
+        parameters=_RESPONSE_ID,
+    ),
+    _Route(
+        "delete",
+        "/v1/responses/{id}",
+        "deleteResponse",
+        "Keep a response no more",
+        "responses",
+        {200: ("It is gone.", DeletedResponse)},
+        errors=(404,),
+        parameters=_RESPONSE_ID,
+    ),
+    _Route(
+        "get",
+        "/v1/responses/{id}/input_items",
+        "listInputItems",
+        "What a response was an answer to",
+        "responses",
+        {200: ("The items.", ItemList)},
+        errors=(404,),
+        parameters=_RESPONSE_ID,
+    ),
+    _Route(
+        "post",
+        "/v1/responses/{id}/cancel",
+        "cancelResponse",
+        "Refused: no response runs in the background",
+        "responses",
+        {},
+        errors=(400, 404),
+        parameters=_RESPONSE_ID,
+    ),
+    _Route(
+        "post",
+        "/v1/messages",
+        "createMessage",
+        "Chat in Anthropic's shape, whole or streamed",
+        "messages",
+        {200: ("The message; with `stream` its events.", MessagesResponse)},
+        request=MessagesRequest,
+        example={"max_tokens": 256, "messages": [{"role": "user", "content": "What is the capital of France?"}]},
+        events=MessagesEvent,
+        errors=_WORK,
+        error=AnthropicError,
+    ),
+    _Route(
+        "post",
+        "/v1/messages/count_tokens",
+        "countTokens",
+        "Tokens of a prompt in Anthropic's shape",
+        "messages",
+        {200: ("How many there are.", TokenCount)},
+        request=CountTokensRequest,
+        example={"messages": [{"role": "user", "content": "What is the capital of France?"}]},
+        errors=_WORK,
+        error=AnthropicError,
     ),
     _Route(
         "post",
@@ -189,9 +278,11 @@ def _content(kind: type[BaseModel] | str, **more: Any) -> dict[str, Any]:
 def _operation(route: _Route, *, api_keys: bool, model: str) -> dict[str, Any]:
     closed = api_keys and not route.open
     errors = sorted({*route.errors, 401} if closed else route.errors)
-    responses = {
-        status: {"description": text, "content": _content(kind)} for status, (text, kind) in route.responses.items()
-    } | {status: {"description": _ERRORS[status], "content": _content(ErrorResponse)} for status in errors}
+    responses = {status: {"description": text, "content": _content(kind)} for status, (text, kind) in route.responses.items()}
+    for status in errors:
+        # What is refused before a route is reached has OpenAI's shape.
+        kind = ErrorResponse if status in (401, 413) else route.error
+        responses[status] = {"description": _ERRORS[status], "content": _content(kind)}
     if route.events is not None:
         responses[200]["content"]["text/event-stream"] = {"schema": _reference(route.events)}
     operation: dict[str, Any] = {
@@ -223,6 +314,7 @@ def openapi_document(*, title: str, version: str, api_keys: bool, model: str) ->
     """
     requests = [route.request for route in _ROUTES if route.request is not None]
     answers = [kind for route in _ROUTES for _, kind in route.responses.values() if not isinstance(kind, str)]
+    answers += [route.error for route in _ROUTES]
     answers += [route.events for route in _ROUTES if route.events is not None]
     _, definitions = models_json_schema(
         [

@@ -72,7 +72,7 @@ def parse_request(
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        raise _invalid(error) from None
+        raise invalid(error) from None
 
 
 def _crowded(body: bytes | bytearray) -> bool:
@@ -116,7 +116,7 @@ def _refuse_unsupported(fields: Mapping[str, Any]) -> None:
             raise _unsupported(f"`{name}` is not supported", name)
 
 
-def _invalid(error: ValidationError) -> InvalidRequest:
+def invalid(error: ValidationError) -> InvalidRequest:
     """The first of pydantic's errors in our words."""
     detail = error.errors(include_url=False, include_context=True)[0]
     kind: str = detail["type"]

@@ -135,13 +135,14 @@ class ChunkEncoder:
             self._head,
             index,
             delta,
-            _escape_line_ends(_encode(_logprobs(logprobs))),
+            escape_line_ends(_encode(_logprobs(logprobs))),
             _encode(reason),
             self._tail,
         )
 
 
-def _escape_line_ends(encoded: bytes) -> bytes:
+def escape_line_ends(encoded: bytes) -> bytes:
+    """JSON without what some readers of event streams take for the end of a line."""
     for raw, escaped in _LINE_ENDS:
         encoded = encoded.replace(raw, escaped)
     return encoded
@@ -232,4 +233,4 @@ def error_event(error: RequestError) -> bytes:
 
 def event(value: Any) -> bytes:
     """Anything that becomes JSON, as a server-sent event."""
-    return b"data: " + _escape_line_ends(_encode(value)) + b"\n\n"
+    return b"data: " + escape_line_ends(_encode(value)) + b"\n\n"

@@ -18,10 +18,13 @@ from werkzeug.datastructures import Headers
 from werkzeug.exceptions import HTTPException
 
 from dashinfer.errors import InvalidRequest, MethodNotAllowed, NotFound, PayloadTooLarge, RequestError
+from dashinfer.protocol import anthropic as anthropic_protocol
+from dashinfer.protocol import responses as responses_protocol
 from dashinfer.protocol.openapi import openapi_document
 from dashinfer.protocol.stream import KEEP_ALIVE, error_body
-from dashinfer.serving import chat, completions, docs, embeddings, status, tokens
+from dashinfer.serving import anthropic, chat, completions, docs, embeddings, responses, status, tokens
 from dashinfer.serving.auth import KeyRing
+from dashinfer.serving.context import key_name
 from dashinfer.serving.edge import SCOPE_KEY, Edge, RequestRecord, Scope, error_headers, internal_error
 from dashinfer.serving.limits import Limits
 from dashinfer.serving.service import Service
@@ -39,12 +42,20 @@ BODY_TIMEOUT = 120  # seconds a client may take to send its body
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH, EMBEDDINGS_PATH = "/v1/completions", "/v1/embeddings"
+RESPONSES_PATH = "/v1/responses"
+MESSAGES_PATH, COUNT_TOKENS_PATH = "/v1/messages", "/v1/messages/count_tokens"
 TOKENIZE_PATH, DETOKENIZE_PATH = "/tokenize", "/detokenize"
-BODY_PATHS = (CHAT_PATH, COMPLETIONS_PATH, EMBEDDINGS_PATH, TOKENIZE_PATH, DETOKENIZE_PATH)  # that take more than a small body
+BODY_PATHS = (  # that take more than a small body
+    *(CHAT_PATH, COMPLETIONS_PATH, EMBEDDINGS_PATH),
+    *(RESPONSES_PATH, MESSAGES_PATH, COUNT_TOKENS_PATH, TOKENIZE_PATH, DETOKENIZE_PATH),
+)
 OPEN_PATHS = ("/", "/openapi.json", *status.OPEN_PATHS, *docs.OPEN_PATHS)
 
 _JSON = {"content-type": "application/json"}
 _EVENTS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
+Answer = chat.ChatCompletion | completions.Completions | anthropic.MessagesAnswer | responses.ResponseAnswer
 
 
 class _Body(TrioRequest.body_class):
@@ -155,13 +166,15 @@ def create_app(service: Service) -> QuartTrio:
 
     status.add_routes(app, service)
 
-    async def answer(accepted: chat.ChatCompletion | completions.Completions) -> Response:
+    store = responses.ResponseStore()
+
+    async def answer(accepted: Answer, *, keep_alive: bytes = KEEP_ALIVE) -> Response:
         record = _record()
         record.describe = lambda: accepted.summary
         if accepted.request.stream:
             response = Response(accepted.events(), headers=_EVENTS)
             response.timeout = None
-            record.keep_alive = KEEP_ALIVE
+            record.keep_alive = keep_alive
             return response
         return Response(await accepted.body(), headers=_JSON)
 
@@ -175,6 +188,46 @@ def create_app(service: Service) -> QuartTrio:
     async def text_completions() -> Response:
         service.require()
         return await answer(await completions.start(service, await request.get_data(), _record().stack))
+
+    @app.post(RESPONSES_PATH)
+    async def create_response() -> Response:
+        service.require()
+        return await answer(await responses.start(service, store, await request.get_data(), _record().stack))
+
+    @app.get(f"{RESPONSES_PATH}/<id>")
+    async def get_response(id: str) -> Response:
+        return Response(store.get(key_name.get(), id).body, headers=_JSON)
+
+    @app.delete(f"{RESPONSES_PATH}/<id>")
+    async def delete_response(id: str) -> Response:
+        store.delete(key_name.get(), id)
+        return Response(responses_protocol.deleted_body(id), headers=_JSON)
+
+    @app.get(f"{RESPONSES_PATH}/<id>/input_items")
+    async def response_items(id: str) -> Response:
+        kept = store.get(key_name.get(), id)
+        return Response(responses_protocol.item_list_body([*kept.history, *kept.given]), headers=_JSON)
+
+    @app.post(f"{RESPONSES_PATH}/<id>/cancel")
+    async def cancel_response(id: str) -> Response:
+        return Response(responses.cancel(store, id), headers=_JSON)
+
+    @app.post(MESSAGES_PATH)
+    async def messages() -> Response:
+        try:
+            service.require()
+            accepted = await anthropic.start(service, await request.get_data(), _record().stack)
+            return await answer(accepted, keep_alive=anthropic_protocol.PING)
+        except RequestError as error:
+            return Response(anthropic_protocol.error_body(error), error.status, headers=error_headers(error))
+
+    @app.post(COUNT_TOKENS_PATH)
+    async def count_tokens() -> Response:
+        try:
+            service.require()
+            return Response(await anthropic.count_tokens(service, await request.get_data()), headers=_JSON)
+        except RequestError as error:
+            return Response(anthropic_protocol.error_body(error), error.status, headers=error_headers(error))
 
     @app.post(EMBEDDINGS_PATH)
     async def embedding() -> Response:

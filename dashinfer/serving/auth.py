@@ -73,7 +73,10 @@ class KeyRing:
         """
         if not self._keys or self.is_open(path):
             return NOBODY
+        headers = list(headers)
         values = [value for name, value in headers if name == b"authorization"]
+        if not values and len(keys := [value for name, value in headers if name == b"x-api-key"]) == 1:
+            values = [b"Bearer " + keys[0]]  # Anthropic's clients
         if not values:
             raise AuthenticationFailed("no API key: send it in the header `Authorization: Bearer <key>`")
         scheme, _, key = values[0].strip().partition(b" ")

@@ -216,6 +216,10 @@ class _Choice:
         return merged(events)
 
     @property
+    def stop_string(self) -> str | None:
+        return self._detokenizer.stopped
+
+    @property
     def reasoning_tokens(self) -> int:
         return self._thinking_tokens if self._parser is not None and self._parser.thought else 0
 
@@ -276,6 +280,44 @@ class ChatCompletion:
         thought = sum(choice.reasoning_tokens for choice in self._choices) if self._thinks else None
         return stream.usage(self._prompt_tokens, produced, self._generation.cached_tokens, self._media_tokens, thought)
 
+    @property
+    def prompt_tokens(self) -> int:
+        return self._prompt_tokens
+
+    @property
+    def cached_tokens(self) -> int:
+        """Final once something was received."""
+        return self._generation.cached_tokens
+
+    @property
+    def reasoning_tokens(self) -> int:
+        return sum(choice.reasoning_tokens for choice in self._choices)
+
+    @property
+    def new_call_id(self) -> Callable[[], str]:
+        return self._choices[0].new_call_id
+
+    async def receive(self) -> list[Event] | None:
+        """What has come of the only choice since the last call; None once it has ended. In the place of `body` and `events`.
+
+        Raises:
+            InternalError, EngineUnavailable: the engine lost the request.
+        """
+        (choice,) = self._choices
+        if choice.finish is not None or not (outputs := await self._generation.receive()):
+            return None
+        events = choice.push(outputs)
+        if choice.stopped:
+            self._generation.stop(0)
+        return events
+
+    @property
+    def outcome(self) -> tuple[ChoiceFinish, str | None, int]:
+        """Why the only choice has ended, the stop string that did it, and how many tokens it has."""
+        (choice,) = self._choices
+        assert choice.finish is not None, "it has not ended"
+        return choice.finish, choice.stop_string, choice.tokens
+
     async def body(self) -> bytes:
         """The whole answer as JSON.
 
@@ -330,13 +372,21 @@ class ChatCompletion:
         return b"".join(events)
 
 
-async def start(service: Service, body: Buffer, stack: ExitStack, account: "MediaAccount | None" = None) -> ChatCompletion:
+async def start(
+    service: Service,
+    body: Buffer,
+    stack: ExitStack,
+    account: "MediaAccount | None" = None,
+    *,
+    read: Callable[[Service, Buffer], ChatCompletionRequest] = parse,
+) -> ChatCompletion:
     """Hand a request to the engine. Returns once it is accepted, so that whatever refuses it still has a status to refuse with.
 
     Args:
         body: the HTTP request's body.
         stack: the request's life; its closing drops the request from the engine.
         account: pays for the body's bytes, if anything does.
+        read: the chat in a body; raises RequestError.
 
     Raises:
         RequestError: any of the 400s, 404, 429, 503.
@@ -344,7 +394,7 @@ async def start(service: Service, body: Buffer, stack: ExitStack, account: "Medi
     engine, text = service.require()
     size = len(body)
 
-    begun = await service.off_the_loop(size, partial(_begin, service, engine, text, body))
+    begun = await service.off_the_loop(size, partial(_begin, service, engine, text, body, read))
     del body  # the request has its own copy of what it needs
     if isinstance(begun, Prepared):
         prepared = begun
@@ -361,9 +411,15 @@ async def start(service: Service, body: Buffer, stack: ExitStack, account: "Medi
     return ChatCompletion(service, text, prepared, generation)
 
 
-def _begin(service: Service, engine: EngineAPI, text: TextModel, body: Buffer) -> ChatCompletionRequest | Prepared:
+def _begin(
+    service: Service,
+    engine: EngineAPI,
+    text: TextModel,
+    body: Buffer,
+    read: Callable[[Service, Buffer], ChatCompletionRequest],
+) -> ChatCompletionRequest | Prepared:
     """A request that is ready, or one whose media are still to be seen."""
-    request = parse(service, body)
+    request = read(service, body)
     return request if request.has_media else prepare(engine, text, request)
 
 

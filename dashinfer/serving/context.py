@@ -6,3 +6,4 @@ from contextvars import ContextVar
 arrival: ContextVar[float] = ContextVar("arrival")  # in time.monotonic's seconds
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 charge: ContextVar[Callable[[int], None] | None] = ContextVar("charge", default=None)  # told of tokens as they are used
+key_name: ContextVar[bytes] = ContextVar("key_name", default=b"")  # of whoever asks, from `KeyRing.check`

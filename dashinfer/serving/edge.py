@@ -21,7 +21,7 @@ import trio
 from dashinfer.errors import ConfigurationError, InternalError, RateLimitExceeded, RequestError
 from dashinfer.protocol.stream import error_body
 from dashinfer.serving.auth import KeyRing
-from dashinfer.serving.context import arrival, charge, request_id
+from dashinfer.serving.context import arrival, charge, key_name, request_id
 from dashinfer.serving.cors import Cors, Headers
 from dashinfer.serving.limits import Limiter, Limits
 from dashinfer.serving.log import log_access
@@ -241,6 +241,7 @@ class Edge:
         """Check the key, and what it may use. Raises AuthenticationFailed, RateLimitExceeded."""
         path = _mounted_path(scope)
         name = self._keys.check(path, scope["headers"])
+        key_name.set(name)
         limits = self._keys.limits_of(name)
         if scope["method"] != "POST" or self._keys.is_open(path) or limits == Limits():
             return

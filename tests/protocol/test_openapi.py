@@ -4,12 +4,14 @@ from typing import Any
 
 import pytest
 
+from dashinfer.protocol.anthropic import CountTokensRequest, MessagesRequest
 from dashinfer.protocol.base import RequestModel
 from dashinfer.protocol.chat import ChatCompletionRequest
 from dashinfer.protocol.completions import CompletionRequest
 from dashinfer.protocol.embeddings import EmbeddingRequest
 from dashinfer.protocol.openapi import openapi_document
 from dashinfer.protocol.parse import parse_request
+from dashinfer.protocol.responses import ResponsesRequest
 from dashinfer.protocol.tokens import DetokenizeRequest, TokenizeRequest
 
 
@@ -61,6 +63,9 @@ def test_routes(document: dict[str, Any]) -> None:
         ("/v1/chat/completions", ChatCompletionRequest),
         ("/v1/completions", CompletionRequest),
         ("/v1/embeddings", EmbeddingRequest),
+        ("/v1/responses", ResponsesRequest),
+        ("/v1/messages", MessagesRequest),
+        ("/v1/messages/count_tokens", CountTokensRequest),
         ("/tokenize", TokenizeRequest),
         ("/detokenize", DetokenizeRequest),
     ],

@@ -17,6 +17,21 @@ async def test_keys_open(run_server: RunServer, key: str, scheme: str) -> None:
         assert (await server.chat("say yes")).status_code == 200
 
 
+async def test_the_other_header(run_server: RunServer) -> None:
+    async with run_server(api_keys=KEYS) as server:
+        statuses = [
+            (await server.client.get("/v1/models", headers=headers)).status_code
+            for headers in (
+                [("x-api-key", "sk-key1")],
+                [("x-api-key", "sk-key")],
+                [("x-api-key", "sk-key1"), ("x-api-key", "sk-key2")],
+                [("x-api-key", "sk-key1"), ("authorization", "Bearer wrong")],
+            )
+        ]
+
+    assert statuses == [200, 401, 401, 401]
+
+
 async def test_open_paths(run_server: RunServer) -> None:
     async with run_server(api_keys=KEYS) as server:
         for path in ("/health", "/docs", "/openapi.json", "/docs/start.js"):

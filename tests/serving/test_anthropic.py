@@ -1,0 +1,223 @@
+"""Anthropic's Messages API. The model's output is what the prompt tells it to say."""
+
+import json
+from typing import Any
+
+import anthropic
+import httpx
+import pytest
+import trio
+
+from dashinfer.errors import InternalError
+from dashinfer.protocol.anthropic import AnthropicError, MessagesResponse, TokenCount
+from dashinfer.serving.service import TextModel
+from dashinfer.text.tools.formats import ToolFormat
+
+from .conftest import Running, RunServer
+from .test_tools import CALL, WEATHER, make_model
+
+TOOL = {
+    "name": "weather",
+    "description": WEATHER["function"]["description"],
+    "input_schema": WEATHER["function"]["parameters"],
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> TextModel:
+    return make_model(tmp_path_factory.mktemp("model"), ToolFormat("hermes"))
+
+
+async def ask(server: Running, content: Any = "say hi", **fields: Any) -> httpx.Response:
+    messages = content if isinstance(content, list) else [{"role": "user", "content": content}]
+    body = {"model": "demo", "max_tokens": 100, "messages": messages, **fields}
+    return await server.client.post("/v1/messages", json=body)
+
+
+def events_of(answer: httpx.Response) -> list[dict[str, Any]]:
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    found = []
+    for event in answer.text.removesuffix("\n\n").split("\n\n"):
+        name, data = event.split("\n")
+        found.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {found[-1]['type']}"
+    return found
+
+
+async def test_text(run_server: RunServer) -> None:
+    async with run_server() as server:
+        answer = await ask(server, "say hello", system="be kind")
+
+    found = MessagesResponse.model_validate_json(answer.content, strict=True)
+    assert found.content == [{"type": "text", "text": "hello"}]
+    assert (found.stop_reason, found.stop_sequence) == ("end_turn", None)
+    prompt = len("system: be kinduser: say hello") + 1
+    assert (found.usage.input_tokens, found.usage.cache_read_input_tokens) == (prompt % 16, prompt // 16 * 16)
+    assert found.usage.output_tokens == len("hello") + 1
+    assert found.id.startswith("msg_")
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason", "sequence", "said"),
+    [({"max_tokens": 2}, "max_tokens", None, "he"), ({"stop_sequences": ["x", "l"]}, "stop_sequence", "l", "he")],
+)
+async def test_why_it_ends(run_server: RunServer, fields: dict[str, Any], reason: str, sequence: str | None, said: str) -> None:
+    async with run_server() as server:
+        answers = [await ask(server, "say hello", **fields, stream=stream) for stream in (False, True)]
+
+    whole = answers[0].json()
+    *_, delta, _ = events_of(answers[1])
+    assert (whole["stop_reason"], whole["stop_sequence"], whole["content"][0]["text"]) == (reason, sequence, said)
+    assert delta["delta"] == {"stop_reason": reason, "stop_sequence": sequence}
+    assert delta["usage"] == whole["usage"]
+
+
+@pytest.mark.parametrize("at_once", [1, 1000])
+async def test_thinking_text_and_calls(run_server: RunServer, model: TextModel, at_once: int) -> None:
+    said = f"say <think>hm</think>Look! {CALL}"
+    async with run_server(model=model) as server:
+        server.engine.at_once = at_once
+        whole = (await ask(server, said, tools=[TOOL], max_tokens=200)).json()
+        events = events_of(await ask(server, said, tools=[TOOL], max_tokens=200, stream=True))
+
+    thinking, text, call = whole["content"]
+    assert (thinking["type"], thinking["thinking"]) == ("thinking", "hm")
+    assert text == {"type": "text", "text": "Look!"}
+    assert (call["type"], call["name"], call["input"]) == ("tool_use", "weather", {"city": "Paris"})
+    assert whole["stop_reason"] == "tool_use"
+    assert events[0]["message"]["content"] == []
+    blocks: list[dict[str, Any]] = []
+    for event in events[1:-2]:
+        match event["type"]:
+            case "content_block_start":
+                assert event["index"] == len(blocks)
+                blocks.append({**event["content_block"], "text_of_all": ""})
+            case "content_block_delta":
+                assert event["index"] == len(blocks) - 1
+                delta = event["delta"]
+                blocks[-1]["text_of_all"] += delta.get("text") or delta.get("thinking") or delta.get("partial_json") or ""
+            case kind:
+                assert (kind, event["index"]) == ("content_block_stop", len(blocks) - 1)
+    assert [block["type"] for block in blocks] == ["thinking", "text", "tool_use"]
+    assert [blocks[0]["text_of_all"], blocks[1]["text_of_all"]] == ["hm", text["text"]]
+    assert json.loads(blocks[2]["text_of_all"]) == {"city": "Paris"}
+    assert [event["type"] for event in events[-2:]] == ["message_delta", "message_stop"]
+
+
+async def test_a_history_becomes_a_chat(run_server: RunServer, model: TextModel) -> None:
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "Weather?", "cache_control": {"type": "ephemeral"}}]},
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "thinking", "thinking": "hm", "signature": "s"},
+                {"type": "text", "text": "Wait."},
+                {"type": "tool_use", "id": "toolu_1", "name": "weather", "input": {"city": "Paris"}},
+            ],
+        },
+        {
+            "role": "user",
+            "content": [
+                {"type": "tool_result", "tool_use_id": "toolu_1", "content": [{"type": "text", "text": "Mild."}]},
+                {"type": "text", "text": "say so"},
+            ],
+        },
+    ]
+    async with run_server(model=model) as server:
+        answer = await ask(server, messages, tools=[TOOL], thinking={"type": "disabled"})
+        (prompt, *_), *_ = server.engine.submitted
+
+    assert answer.status_code == 200, answer.text
+    shown = model.tokenizer.decode(prompt, skip_special_tokens=False)
+    assert shown.endswith(
+        "user: Weather?\nassistant: Wait.(hm)[weather Paris]\ntool weather: Mild.\nuser: say so<|end|><think></think>(none)"
+    )
+
+
+async def test_an_answer_that_is_begun_goes_on(run_server: RunServer) -> None:
+    messages = [{"role": "user", "content": "Hm?"}, {"role": "assistant", "content": "say so"}]
+    async with run_server() as server:
+        await ask(server, messages)
+        (prompt, *_), *_ = server.engine.submitted
+
+    assert bytes(prompt) == b"user: Hm?assistant: say so"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"max_tokens": 0}, "`max_tokens`"),
+        ({"messages": []}, "`messages`"),
+        ({"messages": [{"role": "system", "content": "a"}]}, "`messages.0.role`"),
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "`messages.0.content.0`"),
+        ({"messages": [{"role": "user", "content": [{"type": "tool_use"}]}]}, "`messages.0.content.0`"),
+        ({"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}, "`messages.0.content.0.tool_use_id`"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "`messages.0.content.0.source`"),
+        ({"system": [{"type": "image"}]}, "`system.0`"),
+        ({"tool_choice": {"type": "some"}}, "`tool_choice`"),
+        ({"thinking": {"type": "maybe"}}, "`thinking.type`"),
+        ({"temperature": 1.5}, "`temperature`"),
+        ({"nonsense": 1}, "`nonsense`"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_is_refused(run_server: RunServer, fields: dict[str, Any], words: str, stream: bool) -> None:
+    async with run_server() as server:
+        answer = await ask(server, **{"stream": stream, **fields})
+
+    assert answer.status_code == 400
+    error = AnthropicError.model_validate_json(answer.content).error
+    assert error.type == "invalid_request_error"
+    assert words in error.message
+
+
+async def test_failures(run_server: RunServer) -> None:
+    async with run_server() as server:
+        other = await ask(server, model="other")
+        server.engine.lost = InternalError("the engine lost this request")
+        whole, streamed = await ask(server), await ask(server, stream=True)
+
+    assert (other.status_code, other.json()["error"]["type"]) == (404, "not_found_error")
+    assert (whole.status_code, whole.json()["error"]["type"]) == (500, "api_error")
+    assert events_of(streamed)[-1]["error"]["message"] == "the engine lost this request"
+
+
+async def test_counting(run_server: RunServer) -> None:
+    body = {
+        "model": "demo",
+        "messages": [{"role": "user", "content": "hello"}],
+        "system": [{"type": "text", "text": "be kind"}],
+    }
+    async with run_server() as server:
+        answer = await server.client.post("/v1/messages/count_tokens", json=body)
+
+    assert TokenCount.model_validate_json(answer.content).input_tokens == len("system: be kinduser: hello") + 1
+
+
+async def test_the_anthropic_client(run_server: RunServer, model: TextModel) -> None:
+    async with run_server(model=model, api_keys=("sk-1",)) as server:
+
+        def use() -> tuple[Any, Any, int]:
+            with anthropic.Anthropic(base_url=server.url, api_key="sk-1", max_retries=0, timeout=10) as client:
+                messages = [{"role": "user", "content": f"say <think>hm</think>{CALL}"}]
+                asked = {"model": "demo", "max_tokens": 200, "messages": messages, "tools": [TOOL]}
+                whole = client.messages.create(**asked)
+                with client.messages.stream(**asked) as stream:
+                    streamed = stream.get_final_message()
+                with (
+                    anthropic.Anthropic(base_url=server.url, api_key="sk-2", max_retries=0) as bad,
+                    pytest.raises(anthropic.AuthenticationError),
+                ):
+                    bad.messages.create(**asked)
+                with pytest.raises(anthropic.BadRequestError):
+                    client.messages.create(**{**asked, "max_tokens": 0})
+                return whole, streamed, client.messages.count_tokens(model="demo", messages=messages).input_tokens
+
+        whole, streamed, tokens = await trio.to_thread.run_sync(use)
+
+    for message in (whole, streamed):
+        assert [block.type for block in message.content] == ["thinking", "tool_use"]
+        assert message.content[1].input == {"city": "Paris"}
+        assert message.stop_reason == "tool_use"
+    assert streamed.usage.output_tokens == whole.usage.output_tokens
+    assert tokens > 10
