@@ -18,7 +18,10 @@ from dashinfer.errors import ConfigurationError
 from dashinfer.types import DataType, KVCacheDtype, QuantType, VisionEngine
 
 Mode = Literal["auto", "llm", "vlm"]
+ToolParserName = Literal["auto", "none", "hermes", "llama3_json", "mistral", "pythonic", "qwen3_coder"]
+ReasoningParserName = Literal["auto", "none", "qwen3", "deepseek_r1", "mistral"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["text", "json"]
 LoadFormat = Literal["auto", "dummy"]
 Device = Literal["auto", "cuda", "cpu"]
 
@@ -95,6 +98,33 @@ def _directory(text: str) -> Path:
     return path.absolute()
 
 
+def _file(text: str) -> Path:
+    path = Path(text).expanduser()
+    if not path.is_file():
+        raise ValueError(f"{text!r} is not a file")
+    return path.absolute()
+
+
+_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[A-Za-z0-9.\[\]:_-]+")
+
+
+def _origins(text: str) -> tuple[str, ...]:
+    origins = tuple(origin.strip() for origin in text.split(",") if origin.strip())
+    if not origins:
+        raise ValueError("no origin given")
+    for origin in origins:
+        if not _ORIGIN.fullmatch(origin):
+            raise ValueError(f"{origin!r} is not an origin; write https://example.com, without a path, or *")
+    return origins
+
+
+def _root_path(text: str) -> str:
+    path = text.rstrip("/")
+    if path and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", path):
+        raise ValueError(f"{text!r} is not a path; write for example /api")
+    return path
+
+
 _DOMAIN = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
 
 
@@ -158,7 +188,7 @@ class ServerConfig:
     )
     data_type: DataType = _setting("bfloat16", "type of weights and activations")
     api_keys: tuple[str, ...] = _setting(
-        (), "comma-separated keys; requests under /v1 must carry one", parse=_keys, metavar="KEYS"
+        (), "comma-separated keys; requests must carry one, but for probes and the documentation", parse=_keys, metavar="KEYS"
     )
     log_level: LogLevel = _setting("info", "how much to log")
 
@@ -226,6 +256,49 @@ class ServerConfig:
         group=_SERVER,
         parse=_seconds,
         metavar="SECONDS",
+    )
+    tool_call_parser: ToolParserName = _setting(
+        "auto", "how the model writes calls of tools; auto finds out from its chat template and vocabulary", group=_SERVER
+    )
+    reasoning_parser: ReasoningParserName = _setting(
+        "auto",
+        "how the model marks its thinking; auto finds out from its chat template and vocabulary, none leaves it in the answer",
+        group=_SERVER,
+    )
+    log_format: LogFormat = _setting("text", "lines for people, or a JSON object a line", group=_SERVER)
+    log_prompts: bool = _setting(False, "log the text of prompts, which is never logged otherwise", group=_SERVER)
+    cors_origins: tuple[str, ...] = _setting(
+        (),
+        "comma-separated origins whose pages may use the API, such as https://example.com; * for all",
+        group=_SERVER,
+        parse=_origins,
+        metavar="ORIGINS",
+    )
+    ssl_certfile: Path | None = _setting(
+        None, "certificate chain in PEM, to serve HTTPS; needs --ssl-keyfile", group=_SERVER, parse=_file, metavar="FILE"
+    )
+    ssl_keyfile: Path | None = _setting(None, "its private key in PEM", group=_SERVER, parse=_file, metavar="FILE")
+    root_path: str = _setting(
+        "",
+        "path that a proxy has the API under, such as /api, whether it takes it off or not (default: none)",
+        group=_SERVER,
+        parse=_root_path,
+        metavar="PATH",
+    )
+    uds: Path | None = _setting(
+        None, "Unix socket to listen on, in place of --host and --port", group=_SERVER, parse=Path, metavar="PATH"
+    )
+    api_keys_file: Path | None = _setting(
+        None, "file with a key a line, besides --api-keys; read again on SIGHUP", group=_SERVER, parse=_file, metavar="FILE"
+    )
+    rate_limit_requests: int | None = _setting(
+        None, "requests a minute of a key, or of all together without keys", group=_SERVER, parse=_positive, metavar="N"
+    )
+    rate_limit_tokens: int | None = _setting(
+        None, "tokens a minute of a key, in prompts and answers", group=_SERVER, parse=_positive, metavar="N"
+    )
+    rate_limit_concurrent: int | None = _setting(
+        None, "requests of a key that are answered at a time", group=_SERVER, parse=_positive, metavar="N"
     )
 
     device: Device = _setting("auto", "where the model runs; auto takes CUDA if there is a GPU", group=_ENGINE)
@@ -343,6 +416,8 @@ class ServerConfig:
                 raise ConfigurationError("--quant-group-size goes with --quant-type a16w4 or a16w8")
         if self.quantize_head and self.quant_type is None:
             raise ConfigurationError("--quantize-head goes with --quant-type")
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ConfigurationError("--ssl-certfile and --ssl-keyfile go together")
         if self.min_pixels > self.max_pixels:
             raise ConfigurationError(f"--min-pixels {self.min_pixels} is more than --max-pixels {self.max_pixels}")
         if self.block_size is not None and self.block_size & (self.block_size - 1):

@@ -17,6 +17,7 @@
     │   ├── MethodNotAllowed         405
     │   ├── PayloadTooLarge          413
     │   ├── QueueFull                429  carries `retry_after` in seconds
+    │   ├── RateLimitExceeded        429  as well, and headers about the limits
     │   ├── InternalError            500
     │   └── EngineUnavailable        503  loading, draining or failed
     └── WorkerError                  a rank died, hung or broke the protocol
@@ -142,6 +143,23 @@ class QueueFull(RequestError):
     type = "rate_limit_error"
     code = "queue_full"
     retry_after = 1
+
+
+class RateLimitExceeded(RequestError):
+    """A key has used what it may for now.
+
+    Attributes:
+        headers: what is left, and until when, for the answer.
+    """
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after: int, headers: dict[str, str]) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+        self.headers = headers
 
 
 class InternalError(RequestError):

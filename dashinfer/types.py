@@ -15,6 +15,7 @@ KVCacheDtype = Literal["auto", "int8", "fp8"]
 VisionEngine = Literal["native", "transformers", "tensorrt"]
 Grid = tuple[int, int, int]  # patches of an image or a video: steps in time, rows, columns
 MAX_FRAME_BYTES = 256 * 1024 * 1024  # of one encoded message
+PoolingType = Literal["mean", "last"]  # over a prompt's hidden states
 FinishReason = Literal["stop", "length"]
 
 
@@ -39,6 +40,8 @@ class SamplingParams(Struct, frozen=True, omit_defaults=True):
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()  # includes the model's end-of-sequence ids unless the request ignores them
     logprobs: int | None = None  # None: off; k: the chosen token's and the k likeliest ones'
+    prompt_logprobs: int | None = None  # the same of the prompt's tokens, which are then all computed
+    pooling: PoolingType | None = None  # the prompt's embedding comes with the first token, which is the only one
 
 
 class ModelFiles(Struct, frozen=True):
@@ -203,7 +206,8 @@ class Enter(Struct, frozen=True, array_like=True):
 class Chunk(Struct, frozen=True, array_like=True):
     """One sequence's share of a step: positions [start, start + length) of its slot are computed.
 
-    Their token ids are in the slot already: from `Enter`, or written there by the rank itself when it sampled them.
+    Their token ids are in the slot already, from `Enter` or written there by the rank itself when it sampled them, but for the
+    last ones where `tokens` has them.
     """
 
     slot: int
@@ -211,6 +215,7 @@ class Chunk(Struct, frozen=True, array_like=True):
     length: int
     sample: bool  # sample the token at position start + length
     new_blocks: tuple[int, ...]  # appended to the slot's block table before the step; Enter empties the table
+    tokens: bytes = b""  # int32 little endian: of the last positions, in place of what the slot has there
 
 
 class StepPlan(Struct, tag="plan", frozen=True):
@@ -222,6 +227,16 @@ class StepPlan(Struct, tag="plan", frozen=True):
     step: int
     enter: list[Enter]
     chunks: list[Chunk]
+    masked: bool = False  # `Masks` of this step follow; sampling waits for them
+
+
+class Masks(Struct, tag="masks", frozen=True):
+    """Parent to rank: what the chunks that sample in a step may sample. Comes once for each plan that says so, as soon as the
+    results of the steps before it are applied, so while the step already runs."""
+
+    step: int
+    rows: tuple[int, ...]  # among the chunks that sample, in the plan's order; any other takes every token
+    words: bytes  # int32 little endian [len(rows), ceil(vocab / 32)], a bit 1 for each token that is allowed, lowest first
 
 
 class TokenLogprobs(Struct, frozen=True, array_like=True):
@@ -232,6 +247,15 @@ class TokenLogprobs(Struct, frozen=True, array_like=True):
     top_logprobs: tuple[float, ...]
 
 
+class PromptLogprobs(Struct, frozen=True, array_like=True):
+    """Of the tokens at positions start + 1, start + 2, ... of a prompt, where a chunk begins at start; as `TokenLogprobs`."""
+
+    chosen: bytes  # float32 little endian [positions]
+    count: int  # of the likeliest tokens
+    top_tokens: bytes  # int32 little endian [positions, count]
+    top_logprobs: bytes  # float32 little endian [positions, count]
+
+
 class StepResult(Struct, tag="result", frozen=True):
     """What a step produced: one token for each chunk that sampled, in the plan's order."""
 
@@ -239,7 +263,9 @@ class StepResult(Struct, tag="result", frozen=True):
     tokens: list[int]
     logprobs: dict[int, TokenLogprobs] = {}  # by index into `tokens`, for those that asked
     failed: list[int] = []  # indexes into `tokens` of those that mean nothing: the model gave no finite logits for them
+    prompt_logprobs: dict[int, PromptLogprobs] = {}  # by index of the plan's chunk, for sequences that asked
+    embeddings: dict[int, bytes] = {}  # float32 little endian [hidden], likewise
 
 
-FromParent = Start | StepPlan | Encode | Forget | Reset
+FromParent = Start | StepPlan | Masks | Encode | Forget | Reset
 FromWorker = Progress | Ready | Failed | Alive | StepResult | OutOfMemory | Encoded

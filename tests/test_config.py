@@ -50,7 +50,10 @@ def test_variables_of_kubernetes_are_no_settings() -> None:
         ({"DASHINFER_STEP_TIMEOUT": "long"}, "DASHINFER_STEP_TIMEOUT: 'long' is not a number"),
         ({"DASHINFER_DATA_TYPE": "bfloat"}, "did you mean bfloat16?"),
         ({"DASHINFER_MAXBATCH": "1"}, "DASHINFER_MAXBATCH is not a setting (did you mean DASHINFER_MAX_BATCH"),
-        ({"DASHINFER_XYZZY": "1"}, "DASHINFER_XYZZY is not a setting; known are DASHINFER_ALLOWED_MEDIA_DOMAINS, "),
+        (
+            {"DASHINFER_ZZZZZZZZZZ": "1"},
+            "DASHINFER_ZZZZZZZZZZ is not a setting; known are DASHINFER_ALLOWED_MEDIA_DOMAINS, ",
+        ),
         ({"DASHINFER_MODEL": "m", "DASHINFER_NNODES": "2"}, "--nnodes 2 does not divide the number of workers, which is 1"),
     ],
 )

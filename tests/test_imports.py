@@ -33,6 +33,7 @@ PARENT: list[set[str]] = [
         "dashinfer.sources",
         "dashinfer.protocol",
         "dashinfer.text",
+        "dashinfer.guidance",
         "dashinfer.vision",
         "dashinfer.engine",
         "dashinfer.engine.api",

@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 import trio
 from msgspec import Struct
 
+from dashinfer.guidance.guide import Grammar
 from dashinfer.types import (
     Encoded,
     FinishReason,
@@ -82,17 +83,24 @@ class EngineStats:
     preemptions: int
     prompt_tokens: int  # since start
     generated_tokens: int
+    media_queries: int = 0  # images and videos that a sequence asked for
+    media_hits: int = 0  # of those, encoded already or about to be
+    restarts: int = 0  # of workers, after failures
 
 
 class Generation(Protocol):
     """A submitted request with `n` choices."""
 
     cached_tokens: int  # of the prompt, found in the prefix cache; final once the first output is there
+    prompt_logprobs: list[TokenLogprobs]  # of the prompt's tokens from the second on, if asked for; there with the first output
+    embedding: bytes | None  # of the prompt, float32 little endian [hidden], if asked for; there with the first output
+    queue_time: float | None  # seconds until the first step that computes some of it; None before
 
     async def receive(self) -> list[TokenOutput]:
         """All outputs that are ready, at least one. An empty list once every choice has finished or was stopped.
 
         Raises:
+            InvalidRequest: the request's grammar turned out to be too much work.
             InternalError: the engine lost the request, or the model gave no finite logits for it.
             EngineUnavailable: the server shut down before the request was done.
         """
@@ -108,9 +116,14 @@ class EngineAPI(Protocol):
     info: Ready | None  # the model, once it is loaded
 
     def submit(
-        self, prompt: list[int], params: list[SamplingParams], media: PromptMedia | None = None
+        self,
+        prompt: list[int],
+        params: list[SamplingParams],
+        media: PromptMedia | None = None,
+        grammar: Grammar | None = None,
     ) -> AbstractContextManager[Generation]:
-        """Queue one request with a choice for each of `params` (they may differ in their seeds).
+        """Queue one request with a choice for each of `params` (they may differ in their seeds), each of which follows the
+        grammar if there is one.
 
         Raises, at once and not on entering:
             EngineUnavailable: loading, draining or failed.

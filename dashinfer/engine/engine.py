@@ -21,6 +21,7 @@ import trio
 from dashinfer.config import ServerConfig
 from dashinfer.engine.api import EngineState, EngineStats, PromptMedia, Workers
 from dashinfer.engine.generation import SequenceGroup
+from dashinfer.engine.masking import compute_masks
 from dashinfer.engine.media import MediaCache
 from dashinfer.engine.pace import Pace
 from dashinfer.engine.recovery import Recovery, StepLimits
@@ -38,8 +39,10 @@ from dashinfer.errors import (
     StartupError,
     WorkerError,
 )
+from dashinfer.guidance.guide import Grammar, Guide
 from dashinfer.types import (
     Encoded,
+    Masks,
     ModelFiles,
     OutOfMemory,
     Progress,
@@ -57,6 +60,7 @@ LOAD_TIMEOUT = 3600.0  # seconds until every rank is ready
 FAREWELL = 2.0  # seconds that requests have to report a failure to their clients
 LONG_STEP = 30.0  # seconds after which a step that still runs is worth a warning
 LATE = 1.0  # seconds past a deadline: noticed later than that, it passed while this process itself was stopped
+LEAST_JUMP = 3  # tokens that a grammar forces, from which on they are computed together
 SIZES = ("vocab_size", "max_length", "max_step_tokens", "num_blocks", "media_cache_bytes")  # that workers must have again
 
 
@@ -94,6 +98,7 @@ class Engine:
         self._recovery: Recovery[Sequence] = Recovery(max_restarts=config.max_restarts, window=config.restart_window)
         self._failed_at = 0.0  # trio's time of the first failure since workers were ready
         self._pace = Pace()
+        self._jumps = False  # whether tokens that a grammar forces are computed together
         self._groups: dict[Sequence, SequenceGroup] = {}  # of every sequence that has not ended
         self._wake = trio.Event()  # work or results have come
         self._idle = trio.Event()  # set whenever no request is open
@@ -101,6 +106,7 @@ class Engine:
         self._open = 0
         self._prompt_tokens = 0
         self._generated_tokens = 0
+        self._restarts = 0  # of workers, that were ready again
 
     async def run(self, *, task_status: trio.TaskStatus[Ready] = trio.TASK_STATUS_IGNORED) -> None:
         """Load the model, then serve until cancelled; started with what was loaded.
@@ -141,7 +147,13 @@ class Engine:
         """Return once no request is open."""
         await self._idle.wait()
 
-    def submit(self, prompt: list[int], params: list[SamplingParams], media: PromptMedia | None = None) -> SequenceGroup:
+    def submit(
+        self,
+        prompt: list[int],
+        params: list[SamplingParams],
+        media: PromptMedia | None = None,
+        grammar: Grammar | None = None,
+    ) -> SequenceGroup:
         """See `dashinfer.engine.api.EngineAPI.submit`."""
         if self.state not in ("ready", "recovering"):
             raise EngineUnavailable(f"the server is {self.state}")
@@ -151,7 +163,7 @@ class Engine:
             raise QueueFull(f"{queued} of at most {self._config.max_queue} requests are waiting already; try again later")
         assert media is None or self._media_cache is not None, "the model sees nothing"
         assert all(len(prompt) + each.max_tokens <= self.info.max_length for each in params)
-        return SequenceGroup(prompt, params, media, on_enter=self._enter, on_exit=self._exit, on_stop=self._end)
+        return SequenceGroup(prompt, params, media, grammar, on_enter=self._enter, on_exit=self._exit, on_stop=self._end)
 
     def check(self, prompt: list[int]) -> None:
         """Raises ContextLengthExceeded and InvalidRequest as `submit` does."""
@@ -178,7 +190,7 @@ class Engine:
         )
 
     def stats(self) -> EngineStats:
-        scheduler = self._scheduler
+        scheduler, media = self._scheduler, self._media_cache
         if scheduler is None:
             return EngineStats(0, 0, 0, 0, 0, 0, 0, 0)
         return EngineStats(
@@ -190,6 +202,9 @@ class Engine:
             preemptions=scheduler.preemptions,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
+            media_queries=media.hits + media.misses if media is not None else 0,
+            media_hits=media.hits if media is not None else 0,
+            restarts=self._restarts,
         )
 
     @property
@@ -217,6 +232,7 @@ class Engine:
                     task_status.started(info)
                 else:
                     _compare(info, self.info)
+                    self._restarts += 1
                     if self.state == "recovering":
                         self.state = "ready"
                     seconds = life.ready_at - self._failed_at
@@ -257,6 +273,7 @@ class Engine:
     def _prepare(self, info: Ready) -> None:
         """The model is loaded for the first time. Workers that start later must be the same."""
         self.info = info
+        self._jumps = info.device == "cpu"  # a GPU's graphs are for one token a sequence
         self._worker_configs = [msgspec.structs.replace(each, num_blocks=info.num_blocks) for each in self._worker_configs]
         if info.mode == "vlm":
             capacity = info.media_cache_bytes
@@ -309,9 +326,7 @@ class Engine:
         """Fail the requests of these sequences."""
         for group in {id(group): group for sequence in sequences if (group := self._groups.get(sequence))}.values():
             logger.warning("a request of %d tokens is given up: %s", group.sequences[0].prompt_length, why)
-            group.fail(InternalError(why))
-            for sequence in group.sequences:
-                self._end(sequence)
+            self._fail(group, InternalError(why))
 
     # -- the loop
 
@@ -323,6 +338,7 @@ class Engine:
             self._wake = trio.Event()
             if self._take(life):
                 await life.workers.send(Reset())
+            await self._send_masks(life)
             due = math.inf  # when there may be something to plan
             # a plan that runs in each stage, one that follows
             while scheduler.num_planned <= scheduler.stages and self._isolated(scheduler):
@@ -334,7 +350,9 @@ class Engine:
                     break
                 plan = scheduler.schedule()
                 if plan is not None:
+                    self._note_admissions(scheduler.running[len(scheduler.running) - len(plan.enter) :])
                     await life.workers.send(plan)
+                    await self._send_masks(life)
                 for message in cache.take_messages() if cache is not None else ():
                     await life.workers.send(message)
                 if plan is None:
@@ -345,6 +363,17 @@ class Engine:
                 due = math.inf
             if not life.said:
                 await self._wait(steps[0] if steps else None, due)
+
+    async def _send_masks(self, life: "_Life") -> None:
+        """Tell the ranks what the sequences that follow a grammar may say next, as far as that is known."""
+        assert self._scheduler is not None
+        while (masks_due := self._scheduler.masks_due()) is not None:
+            step, sequences = masks_due
+            guides = {row: sequence.guide for row, sequence in sequences.items() if sequence.guide is not None}
+            masks = await compute_masks(guides)
+            for row in guides.keys() - masks.keys():
+                self._fail_guided(sequences[row])
+            await life.workers.send(Masks(step, tuple(masks), b"".join(masks.values())))
 
     def _take(self, life: "_Life") -> bool:
         """Apply what the workers have said. True if they have run out of memory, and drop all plans until `Reset`."""
@@ -433,21 +462,53 @@ class Engine:
         if not self._wake.is_set() and trio.current_time() <= end + LATE:
             raise WorkerError(f"the workers hang: no image or video encoded for {self._config.step_timeout:g} s")
 
+    def _note_admissions(self, sequences: Many[Sequence]) -> None:
+        for sequence in sequences:
+            self._groups[sequence].admitted()
+
     def _apply(self, scheduler: Scheduler, result: StepResult) -> None:
         for update in scheduler.apply(result):
             group = self._groups.get(update.sequence)
             if group is None:
                 continue  # another choice of the request failed in this very step
             if update.failed:
-                group.fail(InternalError("the model gave no finite logits; try --data-type float32 or bfloat16"))
-                for sequence in group.sequences:
-                    self._end(sequence)
+                self._fail(group, InternalError("the model gave no finite logits; try --data-type float32 or bfloat16"))
                 continue
             self._generated_tokens += 1
             self._recovery.token(update.sequence)
             if update.finish:
                 del self._groups[update.sequence]
             group.deliver(update)
+            if update.finish is None and update.sequence.guide is not None:
+                self._advance(scheduler, update.sequence, update.sequence.guide, update.token)
+
+    def _advance(self, scheduler: Scheduler, sequence: Sequence, guide: Guide, token: int) -> None:
+        """A sequence that follows a grammar has said this, and says at once what must follow if that is much."""
+        guide.advance(token)
+        if guide.error is None and self._jumps and can_jump(sequence) and len(forced := guide.forced()) >= LEAST_JUMP:
+            group = self._groups[sequence]
+            for update in scheduler.force(sequence, forced):
+                self._generated_tokens += 1
+                if update.finish:
+                    del self._groups[sequence]
+                else:
+                    guide.advance(update.token)
+                group.deliver(update)
+        if guide.error is not None:
+            self._fail_guided(sequence)
+
+    def _fail_guided(self, sequence: Sequence) -> None:
+        """Its guide is in error."""
+        group = self._groups.get(sequence)
+        if group is not None:
+            assert sequence.guide is not None
+            param = sequence.guide.param
+            self._fail(group, InvalidRequest(f"`{param}` is too complex to follow: {sequence.guide.error}", param=param))
+
+    def _fail(self, group: SequenceGroup, error: RequestError) -> None:
+        group.fail(error)
+        for sequence in group.sequences:
+            self._end(sequence)
 
     # -- what requests do
 
@@ -507,6 +568,13 @@ class _Life:
         self.ready_at: float | None = None
         self.busy_at = 0.0
         self.over = False
+
+
+def can_jump(sequence: Sequence) -> bool:
+    """Whether nothing is asked of a sequence's tokens that only sampling gives them."""
+    params = sequence.params
+    penalised = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+    return params.logprobs is None and not penalised
 
 
 @contextmanager

@@ -7,13 +7,21 @@ the reader has not taken yet is a list, which never holds more than the tokens t
 from collections.abc import Callable
 from types import TracebackType
 
+import msgspec
 import trio
 
 from dashinfer.engine.api import PromptMedia, TokenOutput
 from dashinfer.engine.scheduler import Update
 from dashinfer.engine.sequence import Sequence
 from dashinfer.errors import RequestError
-from dashinfer.types import SamplingParams
+from dashinfer.guidance.guide import Grammar
+from dashinfer.types import SamplingParams, TokenLogprobs
+
+
+def _guided(params: SamplingParams, grammar: Grammar) -> SamplingParams:
+    """The grammar says when the end may come, and that it must."""
+    ends = tuple(sorted({*params.stop_token_ids, *grammar.ends}))
+    return msgspec.structs.replace(params, stop_token_ids=ends, min_tokens=0)
 
 
 class SequenceGroup:
@@ -30,14 +38,22 @@ class SequenceGroup:
         prompt: list[int],
         params: list[SamplingParams],
         media: PromptMedia | None = None,
+        grammar: Grammar | None = None,
         *,
         on_enter: Callable[["SequenceGroup"], None],
         on_exit: Callable[["SequenceGroup"], None],
         on_stop: Callable[[Sequence], None],
     ) -> None:
-        self.sequences = [Sequence(len(prompt), list(prompt), each, media) for each in params]
+        guides = [None if grammar is None else grammar.guide(each.min_tokens) for each in params]
+        if grammar is not None:
+            params = [_guided(each, grammar) for each in params]
+        self.sequences = [
+            Sequence(len(prompt), list(prompt), each, media, guide) for each, guide in zip(params, guides, strict=True)
+        ]
         self._index = {sequence: index for index, sequence in enumerate(self.sequences)}
         self._open = set(range(len(params)))  # choices that the reader still expects something of
+        self.queue_time: float | None = None
+        self._entered = 0.0  # trio's time
         self._on_enter = on_enter
         self._on_exit = on_exit
         self._on_stop = on_stop
@@ -49,9 +65,23 @@ class SequenceGroup:
     def cached_tokens(self) -> int:
         return self.sequences[0].cached_tokens
 
+    @property
+    def embedding(self) -> bytes | None:
+        return self.sequences[0].embedding
+
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprobs]:
+        return self.sequences[0].prompt_logprobs
+
     def __enter__(self) -> "SequenceGroup":
+        self._entered = trio.current_time()
         self._on_enter(self)
         return self
+
+    def admitted(self) -> None:
+        """One of the sequences runs."""
+        if self.queue_time is None:
+            self.queue_time = trio.current_time() - self._entered
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._on_exit(self)

@@ -18,6 +18,7 @@ from dashinfer.engine.blocks import extend_hashes
 from dashinfer.engine.generation import SequenceGroup
 from dashinfer.engine.routing import Outlook, choose
 from dashinfer.errors import EngineUnavailable, QueueFull
+from dashinfer.guidance.guide import Grammar
 from dashinfer.types import Progress, Ready, SamplingParams
 from dashinfer.worker.supervisor import one_error
 
@@ -41,7 +42,13 @@ class Replica(EngineAPI, Protocol):
         """`hashes`: of the prompt's full blocks, but for one that the last token completes."""
         ...
 
-    def submit(self, prompt: list[int], params: list[SamplingParams], media: PromptMedia | None = None) -> SequenceGroup: ...
+    def submit(
+        self,
+        prompt: list[int],
+        params: list[SamplingParams],
+        media: PromptMedia | None = None,
+        grammar: Grammar | None = None,
+    ) -> SequenceGroup: ...
 
 
 class Replicas:
@@ -92,7 +99,13 @@ class Replicas:
         for replica in self._replicas:
             await replica.drained()
 
-    def submit(self, prompt: list[int], params: list[SamplingParams], media: PromptMedia | None = None) -> SequenceGroup:
+    def submit(
+        self,
+        prompt: list[int],
+        params: list[SamplingParams],
+        media: PromptMedia | None = None,
+        grammar: Grammar | None = None,
+    ) -> SequenceGroup:
         """See `dashinfer.engine.api.EngineAPI.submit`, and `choose`. A replica that recovers gets requests only while no other
         one is ready. The queue is full when `max_queue` requests wait in all of them, and none would run this one at once."""
         if (state := self.state) not in ("ready", "recovering"):
@@ -110,7 +123,7 @@ class Replicas:
         if queued >= self._max_queue and not (state == "ready" and outlooks[chosen].admits):
             raise QueueFull(f"{queued} of at most {self._max_queue} requests are waiting already; try again later")
         self._turn = numbers[chosen] + 1
-        group = self._replicas[numbers[chosen]].submit(prompt, params, media)
+        group = self._replicas[numbers[chosen]].submit(prompt, params, media, grammar)
         for sequence in group.sequences:
             sequence.hashes = list(hashes)  # need not be computed again
         return group

@@ -32,7 +32,7 @@ from dashinfer.engine.api import Medium
 from dashinfer.engine.blocks import BlockPool, extend_hashes
 from dashinfer.engine.media import MediaCache
 from dashinfer.engine.sequence import Sequence
-from dashinfer.types import Chunk, Enter, FinishReason, StepPlan, StepResult, TokenLogprobs
+from dashinfer.types import Chunk, Enter, FinishReason, PromptLogprobs, StepPlan, StepResult, TokenLogprobs
 
 
 class Update(Struct, frozen=True):
@@ -51,6 +51,8 @@ class _Planned(Struct, frozen=True):
     step: int
     sequences: list[Sequence]
     samplers: list[Sequence]
+    positions: list[int]  # that they sample
+    scored: dict[int, tuple[Sequence, int]]  # by index of the chunk: who asks for something of its prompt, and its start
     tokens: int
 
 
@@ -88,6 +90,7 @@ class Scheduler:
         self._free_slots = list(range(max_batch))  # ascending
         self._usable_from = [0] * max_batch  # for each slot, the number of the first plan that may use it
         self._planned: deque[_Planned] = deque()
+        self._unmasked: deque[_Planned] = deque()  # those of them whose masks are still to be computed
         self._step = 0
         self._media_cache = media_cache
         self._media_full = False  # a sequence has found no room in this plan, and those after it must not take it
@@ -146,30 +149,69 @@ class Scheduler:
             self._step = later
         return plan
 
+    def masks_due(self) -> tuple[int, dict[int, Sequence]] | None:
+        """A step whose masks can be computed: its number, and the sequences that follow a grammar by their places among who
+        samples. Each step with such sequences comes once, in order, as soon as all their tokens before it are known."""
+        if not self._unmasked:
+            return None
+        planned = self._unmasked[0]
+        guided = {
+            row: sequence
+            for row, sequence in enumerate(planned.samplers)
+            if sequence.guide is not None and not sequence.ended and planned.positions[row] >= len(sequence.tokens)
+        }
+        guided_sequences = set(guided.values())
+        for earlier in self._planned:
+            if earlier is planned:
+                break
+            if not guided_sequences.isdisjoint(earlier.samplers):
+                return None
+        self._unmasked.popleft()
+        return planned.step, guided
+
     def apply(self, result: StepResult) -> list[Update]:
         """Take the result of the oldest plan that has none."""
         planned = self._planned.popleft()
         assert result.step == planned.step and len(result.tokens) == len(planned.samplers)
+        for index, logprobs in result.prompt_logprobs.items():
+            _add_prompt_logprobs(*planned.scored[index], logprobs)
+        for index, embedding in result.embeddings.items():
+            planned.scored[index][0].embedding = embedding
         updates = []
         for index, (sequence, token) in enumerate(zip(planned.samplers, result.tokens, strict=True)):
-            if sequence.ended:
+            if sequence.ended or planned.positions[index] < len(sequence.tokens):  # what was forced stands there
                 continue
             sequence.in_flight -= 1
             if index in result.failed:
                 self._end(sequence)
                 updates.append(Update(sequence, token, None, None, failed=True))
                 continue
-            sequence.tokens.append(token)
-            finish: FinishReason | None = None
-            if token in sequence.params.stop_token_ids:
-                finish = "stop"
-            elif sequence.num_output >= sequence.params.max_tokens:
-                finish = "length"
-            self._register(sequence)
-            if finish:
-                self._end(sequence)
-            updates.append(Update(sequence, token, result.logprobs.get(index), finish))
+            updates.append(self._append(sequence, token, result.logprobs.get(index)))
         return updates
+
+    def force(self, sequence: Sequence, tokens: list[int]) -> list[Update]:
+        """Append tokens that can be no others, in place of those in flight. The next plan computes them together."""
+        assert not sequence.ended and sequence.in_flight <= len(tokens)
+        sequence.in_flight = 0
+        sequence.told = len(sequence.tokens)  # what ranks sample in their place is not masked, and nothing
+        updates = []
+        for token in tokens:
+            updates.append(self._append(sequence, token, None))
+            if sequence.ended:
+                break
+        return updates
+
+    def _append(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> Update:
+        sequence.tokens.append(token)
+        finish: FinishReason | None = None
+        if token in sequence.params.stop_token_ids:
+            finish = "stop"
+        elif sequence.num_output >= sequence.params.max_tokens:
+            finish = "length"
+        self._register(sequence)
+        if finish:
+            self._end(sequence)
+        return Update(sequence, token, logprobs, finish)
 
     def _num_admissible(self, lengths: Iterable[int]) -> int:
         """How many of the first of new sequences of such lengths the next plans can admit."""
@@ -200,6 +242,7 @@ class Scheduler:
             computing = {sequence: None for sequence in computing if sequence is self.alone}
         self.alone = None
         self._planned.clear()
+        self._unmasked.clear()
         self._usable_from = [0] * self.max_batch
         for sequence in reversed(self.running.copy()):
             self._leave(sequence)
@@ -251,9 +294,15 @@ class Scheduler:
             return None
         # Decodes first: attention treats them apart. The order within each group stays that of admission.
         ordered = sorted(chunks.items(), key=lambda item: not (item[1].length == 1 and item[1].sample))
-        plan = StepPlan(step=self._step, enter=enter, chunks=[chunk for _, chunk in ordered])
         samplers = [sequence for sequence, chunk in ordered if chunk.sample]
-        self._planned.append(_Planned(self._step, list(chunks), samplers, sum(chunk.length for chunk in plan.chunks)))
+        positions = [sequence.computed for sequence in samplers]
+        masked = any(sequence.guide is not None for sequence in samplers)
+        plan = StepPlan(step=self._step, enter=enter, chunks=[chunk for _, chunk in ordered], masked=masked)
+        scored = {index: (sequence, chunk.start) for index, (sequence, chunk) in enumerate(ordered) if _scored(sequence)}
+        tokens = sum(chunk.length for chunk in plan.chunks)
+        self._planned.append(_Planned(self._step, list(chunks), samplers, positions, scored, tokens))
+        if masked:
+            self._unmasked.append(self._planned[-1])
         self._step += 1
         return plan
 
@@ -366,6 +415,7 @@ class Scheduler:
     def _enter(self, sequence: Sequence) -> Enter:
         assert sequence.slot is not None
         tokens, media = array("i", sequence.tokens).tobytes(), sequence.media
+        sequence.told = len(sequence.tokens)
         if media is None:
             return Enter(sequence.slot, tokens, sequence.prompt_length, sequence.params)
         return Enter(sequence.slot, tokens, sequence.prompt_length, sequence.params, media.spans, media.positions, media.delta)
@@ -417,15 +467,18 @@ class Scheduler:
         start = sequence.computed
         sequence.computed += length
         sample = sequence.computed == sequence.length
+        untold = sequence.tokens[sequence.told : sequence.computed]
+        sequence.told = max(sequence.told, sequence.computed + sample)
         if sample:
             sequence.in_flight += 1
             self._usable_from[sequence.slot] = self._step + self.stages
         self._register(sequence)
-        return Chunk(sequence.slot, start, length, sample, tuple(new_blocks))
+        tokens = array("i", untold).tobytes() if untold else b""
+        return Chunk(sequence.slot, start, length, sample, tuple(new_blocks), tokens)
 
     def _cached_prefix(self, sequence: Sequence) -> list[int]:
         """Blocks of the sequence's prefix that the pool knows. The last token is always computed: its logits are needed."""
-        if not self.prefix_cache:
+        if not self.prefix_cache or _computes_all(sequence):
             return []
         extend_hashes(sequence.hashes, sequence.tokens, self.block_size, sequence.media)
         return self.pool.match(sequence.hashes[: (len(sequence.tokens) - 1) // self.block_size])
@@ -470,3 +523,22 @@ class Scheduler:
 
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
+
+
+def _scored(sequence: Sequence) -> bool:
+    """Whether it asks for something of its prompt."""
+    return sequence.params.prompt_logprobs is not None or sequence.params.pooling is not None
+
+
+def _computes_all(sequence: Sequence) -> bool:
+    """Whether what it asks for needs every position."""
+    return sequence.params.prompt_logprobs is not None or sequence.params.pooling == "mean"
+
+
+def _add_prompt_logprobs(sequence: Sequence, start: int, logprobs: PromptLogprobs) -> None:
+    """Add what a chunk from `start` on gave, but for what is known from before a preemption."""
+    known = sequence.prompt_logprobs
+    chosen, tokens, values = array("f", logprobs.chosen), array("i", logprobs.top_tokens), array("f", logprobs.top_logprobs)
+    for place in range(len(known) - start, len(chosen)):
+        top = slice(place * logprobs.count, (place + 1) * logprobs.count)
+        known.append(TokenLogprobs(chosen[place], tuple(tokens[top]), tuple(values[top])))

@@ -16,7 +16,8 @@ class RequestModel(BaseModel):
     def _known_fields_only(cls, value: Any) -> Any:
         """One error for the first unknown field: pydantic would make one for each of a million."""
         if isinstance(value, dict):
+            known = {field.alias or name for name, field in cls.model_fields.items()}
             for name in value:
-                if name not in cls.model_fields:
+                if name not in known:
                     raise PydanticCustomError("unknown_field", "is not a field this server knows", {"field": name})
         return value

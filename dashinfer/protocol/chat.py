@@ -11,9 +11,20 @@ from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_va
 from pydantic_core import PydanticCustomError
 
 from dashinfer.protocol.base import RequestModel
-from dashinfer.protocol.messages import Message, forget_media, has_media, message_media, template_message
+from dashinfer.protocol.constraints import ConstrainedRequest
+from dashinfer.protocol.messages import (
+    Message,
+    forget_media,
+    has_media,
+    message_media,
+    name_tool_results,
+    template_message,
+)
+from dashinfer.protocol.tools import CallingRequest
 from dashinfer.types import FinishReason
 from dashinfer.vision.request import MediumRequest
+
+ChoiceFinish = FinishReason | Literal["tool_calls"]
 
 MAX_MESSAGES = 4096
 MAX_STOP_STRINGS = 16
@@ -71,7 +82,7 @@ class StreamOptions(RequestModel):
     include_obfuscation: bool = Field(default=False, description="ignored: nothing is added to chunks")
 
 
-class ChatCompletionRequest(RequestModel):
+class ChatCompletionRequest(ConstrainedRequest, CallingRequest):
     """A chat. A null stands for a field that is left out; an unknown field is refused."""
 
     messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1, max_length=MAX_MESSAGES)
@@ -93,6 +104,9 @@ class ChatCompletionRequest(RequestModel):
     top_logprobs: int = Field(default=0, ge=0, le=MAX_TOP_LOGPROBS, description="needs logprobs")
     stream: bool = False
     stream_options: StreamOptions | None = Field(default=None, description="needs stream")
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
+        default=None, description="a name for the chat template; without effect where the template does not read it"
+    )
 
     # Beyond OpenAI
     top_k: int | None = Field(default=None, ge=-1, description="0 and -1 are off")
@@ -107,6 +121,9 @@ class ChatCompletionRequest(RequestModel):
     add_generation_prompt: bool = Field(
         default=True, description="open an answer after the last message; the default is false with continue_final_message"
     )
+    max_thinking_tokens: int | None = Field(
+        default=None, ge=0, description="most tokens of the thinking before an answer; its end is forced then"
+    )
 
     # OpenAI's, without a meaning here
     user: str | None = Field(default=None, description="ignored")
@@ -116,11 +133,7 @@ class ChatCompletionRequest(RequestModel):
     safety_identifier: str | None = Field(default=None, description="ignored")
     prompt_cache_key: str | None = Field(default=None, description="ignored: the prefix cache needs no key")
     prompt_cache_retention: str | None = Field(default=None, description="ignored")
-    parallel_tool_calls: bool | None = Field(default=None, description="ignored: tools are not supported yet")
-    response_format: dict[str, Any] | None = Field(default=None, description='{"type": "text"} only, so far')
     modalities: list[Literal["text"]] | None = Field(default=None, description='["text"] only')
-    tools: list[Any] | None = Field(default=None, max_length=0, description="not supported yet: must be empty")
-    tool_choice: Literal["none", "auto"] | None = None
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> "ChatCompletionRequest":
@@ -147,12 +160,17 @@ class ChatCompletionRequest(RequestModel):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
+    def num_logprobs(self) -> int | None:
+        """Of each token, how many of the likeliest ones besides it; None: no log-probabilities."""
+        return self.top_logprobs if self.logprobs else None
+
+    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
     def template_messages(self) -> list[dict[str, Any]]:
         """Plain dictionaries for `ChatTemplate.render`."""
-        return [template_message(message) for message in self.messages]
+        return name_tool_results([template_message(message) for message in self.messages])
 
     @property
     def has_media(self) -> bool:
@@ -195,24 +213,43 @@ class PromptTokensDetails(BaseModel):
     )
 
 
+class CompletionTokensDetails(BaseModel):
+    reasoning_tokens: int = Field(description="tokens of the thinking before the answer, with its markers")
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | None = Field(default=None, description="with a model that thinks")
+
+
+class ResponseFunction(BaseModel):
+    name: str
+    arguments: str = Field(description="JSON text of an object; cut off where the answer is")
+
+
+class ResponseToolCall(BaseModel):
+    id: str
+    type: Literal["function"]
+    function: ResponseFunction
 
 
 class ResponseMessage(BaseModel):
     role: Literal["assistant"]
-    content: str
+    content: str | None = Field(description="null where there are calls and no text")
     refusal: None = None
+    reasoning_content: str | None = Field(default=None, description="what the model thought, without its markers")
+    reasoning: str | None = Field(default=None, description="the same")
+    tool_calls: list[ResponseToolCall] | None = None
 
 
 class Choice(BaseModel):
     index: int
     message: ResponseMessage
     logprobs: ChoiceLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: ChoiceFinish
 
 
 class ChatCompletion(BaseModel):
@@ -225,16 +262,31 @@ class ChatCompletion(BaseModel):
     usage: Usage
 
 
+class DeltaFunction(BaseModel):
+    name: str | None = None
+    arguments: str
+
+
+class DeltaToolCall(BaseModel):
+    index: int
+    id: str | None = Field(default=None, description="in a call's first piece, as are type and name")
+    type: Literal["function"] | None = None
+    function: DeltaFunction
+
+
 class Delta(BaseModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[DeltaToolCall] | None = None
 
 
 class ChunkChoice(BaseModel):
     index: int
     delta: Delta
     logprobs: ChoiceLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: ChoiceFinish | None
 
 
 class ChatCompletionChunk(BaseModel):

@@ -71,12 +71,14 @@ Content = Annotated[
 class FunctionCall(RequestModel):
     name: str
     arguments: str = Field(description="JSON text")
+    parsed_arguments: Any = Field(default=None, exclude=True, description="ignored: a client's own")
 
 
 class ToolCall(RequestModel):
     id: str
     type: Literal["function"] = "function"
     function: FunctionCall
+    index: int | None = Field(default=None, exclude=True, description="ignored: of a stream's piece")
 
 
 class SystemMessage(RequestModel):
@@ -113,8 +115,10 @@ class AssistantMessage(RequestModel):
     name: str | None = None
     refusal: str | None = None
     reasoning_content: str | None = Field(default=None, description="what the model thought, for templates that show it")
+    reasoning: str | None = Field(default=None, description="another name of reasoning_content")
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOL_CALLS), Field(fail_fast=True)] | None = None
     annotations: Any = Field(default=None, description="ignored")
+    parsed: Any = Field(default=None, description="ignored: a client's own")
     audio: Unsupported = None
     function_call: Unsupported = None
 
@@ -132,7 +136,7 @@ Message = Annotated[
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 _decode = msgspec.json.Decoder().decode
-_HIDDEN = ("refusal", "annotations", "audio", "function_call")
+_HIDDEN = ("refusal", "annotations", "audio", "function_call", "parsed")
 
 
 def template_message(message: Message) -> dict[str, Any]:
@@ -143,6 +147,10 @@ def template_message(message: Message) -> dict[str, Any]:
     """
     plain = message.model_dump(exclude_none=True, exclude=set(_HIDDEN))
     plain.setdefault("content", None)
+    if thought := plain.get("reasoning_content") or plain.get("reasoning"):
+        plain["reasoning_content"] = plain["reasoning"] = thought
+    if not plain.get("tool_calls", True):
+        del plain["tool_calls"]  # templates ask whether it is there
     if isinstance(plain["content"], list):
         plain["content"] = [
             part if part["type"] == "text" else {"type": part["type"].removesuffix("_url")} for part in plain["content"]
@@ -150,6 +158,16 @@ def template_message(message: Message) -> dict[str, Any]:
     for call in plain.get("tool_calls", ()):
         call["function"]["arguments"] = _arguments(call["function"]["arguments"])
     return plain
+
+
+def name_tool_results(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Gives messages of tools the name of the function that was called, which some templates show and clients leave out."""
+    names: dict[str, str] = {}
+    for message in messages:
+        names |= {call["id"]: call["function"]["name"] for call in message.get("tool_calls", ())}
+        if message["role"] == "tool" and "name" not in message and (name := names.get(message.get("tool_call_id", ""))):
+            message["name"] = name
+    return messages
 
 
 def _arguments(text: str) -> Any:

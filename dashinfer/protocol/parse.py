@@ -1,24 +1,26 @@
-"""`parse_chat_request`: bytes from the network to a `ChatCompletionRequest`, or one clear 400.
+"""`parse_request`: bytes from the network to a model of a request, or one clear 400; `parse_chat_request` for a chat.
 
 Owns the words of every validation error. Knows nothing of the model that is served.
 """
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import msgspec
 from pydantic import ValidationError
 
 from dashinfer.errors import InvalidRequest
+from dashinfer.protocol.base import RequestModel
 from dashinfer.protocol.chat import ChatCompletionRequest
 from dashinfer.protocol.media import URL_TAGS
 from dashinfer.protocol.messages import CONTENT_TAGS, PART_KINDS, ROLES
+from dashinfer.protocol.tools import CHOICE_TAGS
+
+R = TypeVar("R", bound=RequestModel)
 
 # Fields of OpenAI's API that change an answer and that this server does not know: never ignored.
-UNSUPPORTED = frozenset(
-    {"functions", "function_call", "audio", "prediction", "web_search_options", "reasoning_effort", "verbosity"}
-)
+UNSUPPORTED = frozenset({"functions", "function_call", "audio", "prediction", "web_search_options", "verbosity"})
 
 _LONE_SURROGATE = re.compile(rb"\\u[dD](?:[89aAbB]..(?!\\u[dD][c-fC-F])|[c-fC-F])")
 _JSON_NAMES = {str: "a string", bool: "a boolean", int: "a number", float: "a number", list: "an array", dict: "an object"}
@@ -51,7 +53,14 @@ _decoder = msgspec.json.Decoder()
 
 
 def parse_chat_request(body: bytes | bytearray) -> ChatCompletionRequest:
-    """The request in a body.
+    """As `parse_request`, and tells fields of OpenAI's that are not supported from ones that nobody knows."""
+    return parse_request(ChatCompletionRequest, body, refuse=_refuse_unsupported)
+
+
+def parse_request(
+    kind: type[R], body: bytes | bytearray, *, refuse: Callable[[Mapping[str, Any]], None] = lambda fields: None
+) -> R:
+    """The request in a body. `refuse` may raise for the fields before anything else looks at them.
 
     Raises:
         InvalidRequest: with `param` such as `temperature` or `messages.0.content`, and one line for people.
@@ -59,9 +68,9 @@ def parse_chat_request(body: bytes | bytearray) -> ChatCompletionRequest:
     fields = _object(body)
     # A null is a field that was left out: clients write out their defaults so.
     fields = {name: value for name, value in fields.items() if value is not None}
-    _refuse_unsupported(fields)
+    refuse(fields)
     try:
-        return ChatCompletionRequest.model_validate(fields)
+        return kind.model_validate(fields)
     except ValidationError as error:
         raise _invalid(error) from None
 
@@ -98,14 +107,6 @@ def _unsupported(message: str, param: str) -> InvalidRequest:
 
 
 def _refuse_unsupported(fields: Mapping[str, Any]) -> None:
-    if fields.get("tools"):
-        raise _unsupported("`tools` are not supported yet", "tools")
-    if fields.get("tool_choice") not in (None, "none", "auto"):
-        raise InvalidRequest("`tool_choice` needs `tools`, which are not supported yet", param="tool_choice")
-    response_format = fields.get("response_format")
-    if isinstance(response_format, dict) and response_format != {"type": "text"}:
-        kind = response_format.get("type")
-        raise _unsupported(f'`response_format.type` is {_shown(kind)}; only "text" is supported so far', "response_format")
     modalities = fields.get("modalities")
     if isinstance(modalities, list) and modalities != ["text"]:
         raise _unsupported('`modalities` other than ["text"] are not supported', "modalities")
@@ -143,7 +144,8 @@ def _param(location: tuple[str | int, ...]) -> str:
         is_content_kind = step in CONTENT_TAGS and before == "content"
         is_part_kind = step in PART_KINDS and isinstance(before, int) and i > 3
         is_url_kind = step in URL_TAGS and before in ("image_url", "video_url", "video")
-        if not (is_role or is_content_kind or is_part_kind or is_url_kind or step == "[key]"):
+        is_choice_kind = step in CHOICE_TAGS and before == "tool_choice"
+        if not (is_role or is_content_kind or is_part_kind or is_url_kind or is_choice_kind or step == "[key]"):
             shown.append(str(step))
     param = ".".join(shown)
     param = param if len(param) <= _LONGEST_PARAM else param[:_LONGEST_PARAM] + "..."

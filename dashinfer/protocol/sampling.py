@@ -13,6 +13,7 @@ from typing import Any
 
 from dashinfer.errors import ContextLengthExceeded, InvalidRequest
 from dashinfer.protocol.chat import GREATEST_REPETITION_PENALTY, LEAST_REPETITION_PENALTY, ChatCompletionRequest
+from dashinfer.protocol.fields import SamplingFields
 from dashinfer.types import SamplingParams
 
 _SEEDS = 2**63
@@ -41,7 +42,7 @@ def no_room(max_length: int, size: str) -> ContextLengthExceeded:
 
 
 def sampling_params(
-    request: ChatCompletionRequest,
+    request: ChatCompletionRequest | SamplingFields,
     *,
     generation_config: Mapping[str, Any],
     eos_token_ids: Sequence[int],
@@ -97,7 +98,7 @@ def sampling_params(
             logit_bias=request.logit_bias,
             min_tokens=min(request.min_tokens, max_tokens),
             stop_token_ids=tuple(sorted(stop_ids)),
-            logprobs=request.top_logprobs if request.logprobs else None,
+            logprobs=request.num_logprobs,
         )
         for i in range(request.n)
     ]

@@ -10,7 +10,9 @@ from typing import Any
 import msgspec
 
 from dashinfer.errors import RequestError
-from dashinfer.types import FinishReason, TokenLogprobs
+from dashinfer.protocol.chat import ChoiceFinish
+from dashinfer.text.tools.events import Arguments, CallBegin, Content, Event, Reasoning
+from dashinfer.types import TokenLogprobs
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"  # a comment: readers skip it
@@ -48,16 +50,24 @@ def logprob_entry(token: int, logprobs: TokenLogprobs, token_text: Callable[[int
 
 
 def usage(
-    prompt_tokens: int, completion_tokens: int, cached_tokens: int, media_tokens: Mapping[str, int] | None = None
+    prompt_tokens: int,
+    completion_tokens: int,
+    cached_tokens: int,
+    media_tokens: Mapping[str, int] | None = None,
+    reasoning_tokens: int | None = None,
 ) -> dict[str, Any]:
     """The `usage` object. `completion_tokens` counts all choices, `prompt_tokens` the prompt once, with what stands for images
-    and videos in it; `media_tokens` is how many those are, `image_tokens` and `video_tokens`, for a model that sees."""
-    return {
+    and videos in it; `media_tokens` is how many those are, `image_tokens` and `video_tokens`, for a model that sees, and
+    `reasoning_tokens` how many of the completion's were thinking, for one that thinks."""
+    counts: dict[str, Any] = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": cached_tokens, **(media_tokens or {})},
     }
+    if reasoning_tokens is not None:
+        counts["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
+    return counts
 
 
 class ChunkEncoder:
@@ -92,7 +102,27 @@ class ChunkEncoder:
             before = self._before_text[index] = b'%b,"choices":[{"index":%d,"delta":{"content":' % (self._head, index)
         return before + _quote(text) + self._after_text
 
-    def finish(self, index: int, reason: FinishReason, logprobs: Sequence[dict[str, Any]] | None = None) -> bytes:
+    def event(
+        self, index: int, event: Event, call_id: str | None = None, logprobs: Sequence[dict[str, Any]] | None = None
+    ) -> bytes:
+        """More of whatever it is. `call_id` is for the begin of a call, which holds no arguments yet."""
+        match event:
+            case Content(text):
+                return self.content(index, text, logprobs)
+            case Reasoning(text):
+                quoted = _quote(text)
+                delta = b'{"reasoning_content":%b,"reasoning":%b}' % (quoted, quoted)
+            case CallBegin(number, name):
+                delta = b'{"tool_calls":[{"index":%d,"id":%b,"type":"function","function":{"name":%b,"arguments":""}}]}' % (
+                    number,
+                    _quote(call_id or ""),
+                    _quote(name),
+                )
+            case Arguments(number, text):
+                delta = b'{"tool_calls":[{"index":%d,"function":{"arguments":%b}}]}' % (number, _quote(text))
+        return self._chunk(index, delta, logprobs, None)
+
+    def finish(self, index: int, reason: ChoiceFinish, logprobs: Sequence[dict[str, Any]] | None = None) -> bytes:
         """The chunk that ends a choice."""
         return self._chunk(index, b"{}", logprobs, reason)
 
@@ -100,7 +130,7 @@ class ChunkEncoder:
         """The chunk with empty `choices`, which comes last; only sent with `include_usage`."""
         return self._head + b',"choices":[],"usage":' + _encode(usage) + b"}\n\n"
 
-    def _chunk(self, index: int, delta: bytes, logprobs: Sequence[dict[str, Any]] | None, reason: FinishReason | None) -> bytes:
+    def _chunk(self, index: int, delta: bytes, logprobs: Sequence[dict[str, Any]] | None, reason: ChoiceFinish | None) -> bytes:
         return b'%b,"choices":[{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":%b}]%b' % (
             self._head,
             index,
@@ -121,11 +151,30 @@ def _logprobs(entries: Sequence[dict[str, Any]] | None) -> dict[str, Any] | None
     return None if entries is None else {"content": list(entries), "refusal": None}
 
 
-def choice(index: int, text: str, reason: FinishReason, logprobs: Sequence[dict[str, Any]] | None = None) -> dict[str, Any]:
-    """An item of a completion's `choices`."""
+def tool_call(id: str, name: str, arguments: str) -> dict[str, Any]:
+    """An item of a message's `tool_calls`."""
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def choice(
+    index: int,
+    text: str,
+    reason: ChoiceFinish,
+    logprobs: Sequence[dict[str, Any]] | None = None,
+    *,
+    reasoning: str = "",
+    tool_calls: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
+    """An item of a completion's `choices`; `tool_calls` from `tool_call`."""
+    message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+    if reasoning:
+        message["reasoning_content"] = message["reasoning"] = reasoning
+    if tool_calls:
+        message["content"] = text or None
+        message["tool_calls"] = list(tool_calls)
     return {
         "index": index,
-        "message": {"role": "assistant", "content": text, "refusal": None},
+        "message": message,
         "logprobs": _logprobs(logprobs),
         "finish_reason": reason,
     }
@@ -148,10 +197,18 @@ def completion_body(
     )
 
 
+def _model(model: str, created: int, max_length: int) -> dict[str, Any]:
+    return {"id": model, "object": "model", "created": created, "owned_by": "dashinfer", "max_model_len": max_length}
+
+
+def model_body(*, model: str, created: int, max_length: int) -> bytes:
+    """JSON of a Model. `max_length` in tokens."""
+    return _encode(_model(model, created, max_length))
+
+
 def model_list_body(*, model: str, created: int, max_length: int) -> bytes:
     """JSON of a ModelList with the one model there is. `max_length` in tokens."""
-    entry = {"id": model, "object": "model", "created": created, "owned_by": "dashinfer", "max_model_len": max_length}
-    return _encode({"object": "list", "data": [entry]})
+    return _encode({"object": "list", "data": [_model(model, created, max_length)]})
 
 
 def health_body(status: str, mode: str | None) -> bytes:
@@ -170,4 +227,9 @@ def error_body(error: RequestError) -> bytes:
 
 def error_event(error: RequestError) -> bytes:
     """The same as a server-sent event, for a stream that fails after it began."""
-    return b"data: " + _escape_line_ends(_encode(_error(error))) + b"\n\n"
+    return event(_error(error))
+
+
+def event(value: Any) -> bytes:
+    """Anything that becomes JSON, as a server-sent event."""
+    return b"data: " + _escape_line_ends(_encode(value)) + b"\n\n"

@@ -19,10 +19,11 @@ from werkzeug.exceptions import HTTPException
 
 from dashinfer.errors import InvalidRequest, MethodNotAllowed, NotFound, PayloadTooLarge, RequestError
 from dashinfer.protocol.openapi import openapi_document
-from dashinfer.protocol.stream import KEEP_ALIVE, error_body, health_body, model_list_body
-from dashinfer.serving import chat, docs
+from dashinfer.protocol.stream import KEEP_ALIVE, error_body
+from dashinfer.serving import chat, completions, docs, embeddings, status, tokens
 from dashinfer.serving.auth import KeyRing
 from dashinfer.serving.edge import SCOPE_KEY, Edge, RequestRecord, Scope, error_headers, internal_error
+from dashinfer.serving.limits import Limits
 from dashinfer.serving.service import Service
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,10 @@ MAX_OTHER_BODY = 16 * 1024  # bytes that are kept of a body nobody reads
 BODY_TIMEOUT = 120  # seconds a client may take to send its body
 
 CHAT_PATH = "/v1/chat/completions"
-OPEN_PATHS = ("/", "/health", "/openapi.json", *docs.OPEN_PATHS)
+COMPLETIONS_PATH, EMBEDDINGS_PATH = "/v1/completions", "/v1/embeddings"
+TOKENIZE_PATH, DETOKENIZE_PATH = "/tokenize", "/detokenize"
+BODY_PATHS = (CHAT_PATH, COMPLETIONS_PATH, EMBEDDINGS_PATH, TOKENIZE_PATH, DETOKENIZE_PATH)  # that take more than a small body
+OPEN_PATHS = ("/", "/openapi.json", *status.OPEN_PATHS, *docs.OPEN_PATHS)
 
 _JSON = {"content-type": "application/json"}
 _EVENTS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -55,9 +59,9 @@ class _Body(TrioRequest.body_class):
         return data
 
 
-def max_body(service: Service, *, declared: bool) -> int:
-    """Most bytes of a chat's body. `declared`: it says its length at once, so that memory can be had before it is read."""
-    if service.intake is None or not declared:
+def max_body(service: Service, path: str, *, declared: bool) -> int:
+    """Most bytes of a body for a path. `declared`: it says its length at once, so that memory can be had before it is read."""
+    if path != CHAT_PATH or service.intake is None or not declared:
         return MAX_BODY
     return MAX_BODY + INLINE_MEDIA * (service.config.max_media_bytes * 4 // 3)
 
@@ -69,8 +73,8 @@ class _Request(TrioRequest):
     service: Service
 
     def __init__(self, method: str, scheme: str, path: str, query: bytes, headers: Headers, *rest: Any, **named: Any) -> None:
-        if (method, path) == ("POST", CHAT_PATH):
-            named["max_content_length"] = max_body(self.service, declared="content-length" in headers)
+        if method == "POST" and path in BODY_PATHS:
+            named["max_content_length"] = max_body(self.service, path, declared="content-length" in headers)
         else:
             named["max_content_length"] = MAX_OTHER_BODY
         super().__init__(method, scheme, path, query, headers, *rest, **named)
@@ -96,7 +100,7 @@ def _http_error(service: Service, error: HTTPException) -> Response:
             response.headers["allow"] = allowed
             return response
         case 413:
-            most = max_body(service, declared="content-length" in request.headers) // 2**20
+            most = max_body(service, request.path, declared="content-length" in request.headers) // 2**20
             return error_response(PayloadTooLarge(f"the body is larger than {most} MiB"))
     return error_response(InvalidRequest(error.description or error.name), status=error.code)
 
@@ -116,7 +120,7 @@ async def _admit(service: Service, scope: Scope, record: RequestRecord) -> None:
         return
     declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
     length = int(declared) if declared.isdigit() else 0
-    if not PAID_BODY <= length <= max_body(service, declared=True):
+    if not PAID_BODY <= length <= max_body(service, CHAT_PATH, declared=True):
         return
     account = record.account = record.stack.enter_context(service.intake.budget.open())
 
@@ -129,53 +133,75 @@ async def _admit(service: Service, scope: Scope, record: RequestRecord) -> None:
 
 
 def create_app(service: Service) -> QuartTrio:
-    """The ASGI application. It serves from the first moment: `/health` tells whether there is a model yet."""
+    """The ASGI application. It serves from the first moment: `/health` tells whether there is a model yet.
+
+    Raises:
+        ConfigurationError: the file with the keys cannot be used.
+    """
     app = QuartTrio(__name__, static_folder=None)
     app.request_class = type("_Request", (_Request,), {"service": service})
     app.config.update(BODY_TIMEOUT=BODY_TIMEOUT, RESPONSE_TIMEOUT=None)
     app.url_map.merge_slashes = False
-    document = msgspec.json.encode(
-        openapi_document(
-            title="DashInfer",
-            version=service.version,
-            api_keys=bool(service.config.api_keys),
-            model=service.config.model_name,
-        )
+    document = openapi_document(
+        title="DashInfer",
+        version=service.version,
+        api_keys=bool(service.config.api_keys or service.config.api_keys_file),
+        model=service.config.model_name,
     )
 
     @app.get("/")
     async def index() -> Response:
         return Response(b"", 307, headers={"location": "docs"})
 
-    @app.get("/health")
-    async def health() -> Response:
-        if (state := service.state) == "ready":
-            return Response(health_body("ok", service.mode), headers=_JSON)
-        return Response(health_body(state, service.mode), 503, headers=_JSON)
+    status.add_routes(app, service)
 
-    @app.get("/v1/models")
-    async def models() -> Response:
-        engine, _ = service.require()
-        assert engine.info is not None, "an engine that is ready knows its model"
-        body = model_list_body(model=service.config.model_name, created=service.created, max_length=engine.info.max_length)
-        return Response(body, headers=_JSON)
+    async def answer(accepted: chat.ChatCompletion | completions.Completions) -> Response:
+        record = _record()
+        record.describe = lambda: accepted.summary
+        if accepted.request.stream:
+            response = Response(accepted.events(), headers=_EVENTS)
+            response.timeout = None
+            record.keep_alive = KEEP_ALIVE
+            return response
+        return Response(await accepted.body(), headers=_JSON)
 
     @app.post(CHAT_PATH)
     async def chat_completions() -> Response:
         service.require()  # before the body is read: it may be large
         record = _record()
-        completion = await chat.start(service, await request.get_data(), record.stack, record.account)
-        record.describe = lambda: completion.summary
-        if completion.request.stream:
-            response = Response(completion.events(), headers=_EVENTS)
-            response.timeout = None
-            record.keep_alive = KEEP_ALIVE
-            return response
-        return Response(await completion.body(), headers=_JSON)
+        return await answer(await chat.start(service, await request.get_data(), record.stack, record.account))
+
+    @app.post(COMPLETIONS_PATH)
+    async def text_completions() -> Response:
+        service.require()
+        return await answer(await completions.start(service, await request.get_data(), _record().stack))
+
+    @app.post(EMBEDDINGS_PATH)
+    async def embedding() -> Response:
+        service.require()
+        record = _record()
+        body, summary = await embeddings.embeddings(service, await request.get_data(), record.stack)
+        record.describe = lambda: summary
+        return Response(body, headers=_JSON)
+
+    @app.post(TOKENIZE_PATH)
+    async def tokenize() -> Response:
+        service.require()
+        return Response(await tokens.tokenize(service, await request.get_data()), headers=_JSON)
+
+    @app.post(DETOKENIZE_PATH)
+    async def detokenize() -> Response:
+        service.require()
+        return Response(await tokens.detokenize(service, await request.get_data()), headers=_JSON)
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> Response:
+        return Response(tokens.tokenizer_info(service), headers=_JSON)
 
     @app.get("/openapi.json")
     async def openapi() -> Response:
-        return Response(document, headers=_JSON)
+        servers = {"servers": [{"url": request.root_path}]} if request.root_path else {}
+        return Response(msgspec.json.encode({**document, **servers}), headers=_JSON)
 
     @app.get("/docs")
     async def documentation() -> Response:
@@ -188,9 +214,17 @@ def create_app(service: Service) -> QuartTrio:
         content = await trio.Path(file.path).read_bytes()
         return Response(content, headers={"content-type": file.content_type, **docs.FILE_HEADERS})
 
+    service.metrics.routes = frozenset(rule.rule for rule in app.url_map.iter_rules())
     app.register_error_handler(RequestError, error_response)
     app.register_error_handler(HTTPException, partial(_http_error, service))
     app.register_error_handler(Exception, _unexpected)
-    keys = KeyRing(service.config.api_keys, open_paths=OPEN_PATHS)
-    app.asgi_app = Edge(app.asgi_app, service, keys, partial(_admit, service))
+    config = service.config
+    keys = KeyRing(
+        config.api_keys,
+        open_paths=OPEN_PATHS,
+        file=config.api_keys_file,
+        limits=Limits(config.rate_limit_requests, config.rate_limit_tokens, config.rate_limit_concurrent),
+    )
+    app.asgi_app = edge = Edge(app.asgi_app, service, keys, partial(_admit, service))
+    service.reload_keys = edge.reload_keys
     return app

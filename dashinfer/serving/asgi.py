@@ -48,13 +48,15 @@ class Application:
             settings = configuration.from_environment(os.environ)
             if settings.nnodes > 1:
                 raise ConfigurationError("DASHINFER_NNODES: several machines are served by the command dashinfer_serve alone")
+            service = Service(settings, version=version())
+            self._app = create_app(service)
         except ConfigurationError as error:
             await send({"type": "lifespan.startup.failed", "message": str(error)})
             return
-        log.configure(settings.log_level, libraries=False)
-        service = Service(settings, version=version())
-        self._app = create_app(service)
+        log.configure(settings.log_level, settings.log_format, libraries=False)
         async with trio.open_nursery() as nursery:
+            if settings.api_keys_file is not None:
+                await nursery.start(self._reload_keys, service)
             nursery.start_soon(self._keep_engine, service)
             await send({"type": "lifespan.startup.complete"})
             message = await receive()
@@ -62,6 +64,12 @@ class Application:
             service.begin_drain()
             nursery.cancel_scope.cancel()  # the server has waited for its requests by now, as long as its own settings say
         await send({"type": "lifespan.shutdown.complete"})
+
+    async def _reload_keys(self, service: Service, *, task_status: trio.TaskStatus[None]) -> None:
+        with trio.open_signal_receiver(signal.SIGHUP) as signals:
+            task_status.started()
+            async for _ in signals:
+                service.reload_keys()
 
     async def _keep_engine(self, service: Service) -> None:
         try:

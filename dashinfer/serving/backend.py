@@ -89,11 +89,15 @@ class ModelBackend:
 
     def text(self, config: ServerConfig, source: ModelSource) -> TextModel:
         from dashinfer.text.chat_template import ChatTemplate
+        from dashinfer.text.reasoning import reasoning_format
         from dashinfer.text.tokenizer import Tokenizer
+        from dashinfer.text.tools.formats import tool_format
 
         tokenizer = Tokenizer.from_source(source)
         template = ChatTemplate.from_files(source.tokenizer, tokenizer.special_tokens)
         vision = load_vision(config, source)
         if vision is not None:
             import dashinfer.vision.prompt  # noqa: F401 - and NumPy with it, here because this is a thread
-        return TextModel(tokenizer, template, source.generation_config, vision)
+        tools = tool_format(config.tool_call_parser, template.for_tools.source, tokenizer.marker_id)
+        reasoning = reasoning_format(config.reasoning_parser, template.source, tokenizer.marker_id)
+        return TextModel(tokenizer, template, source.generation_config, vision, tools, reasoning)

@@ -4,8 +4,9 @@ Knows nothing of routes, headers and connections. A request's life in the engine
 caller's exit stack, which is closed when the HTTP request ends for any reason.
 
 Counting: `completion_tokens` are the tokens the model produced, the one that ended the choice included (as OpenAI counts), up
-to and including the token that completed a stop string. Log-probabilities are given for tokens of the text, so not for an end
-token and not for the token that completed a stop string.
+to and including the token that completed a stop string. `reasoning_tokens` are those of them up to and including the end of
+the thinking. Log-probabilities are given for tokens of the text, thinking and calls included, so not for an end token and not
+for the token that completed a stop string. Stop strings count anywhere in the text.
 """
 
 import secrets
@@ -14,18 +15,18 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
-
-import trio
+from typing import TYPE_CHECKING, Any
 
 from dashinfer.engine.api import EngineAPI, Generation, PromptMedia, TokenOutput
-from dashinfer.errors import InvalidRequest, ModelNotServed, QueueFull, RequestError
+from dashinfer.errors import InvalidRequest, RequestError
 from dashinfer.protocol import stream
-from dashinfer.protocol.chat import ChatCompletionRequest
+from dashinfer.protocol.chat import ChatCompletionRequest, ChoiceFinish
 from dashinfer.protocol.parse import parse_chat_request
 from dashinfer.protocol.sampling import no_room, sampling_params
+from dashinfer.serving.answers import AnswerPlan, plan_answer, template_kwargs
 from dashinfer.serving.service import Service, TextModel
 from dashinfer.text.detokenizer import IncrementalDetokenizer, StopString
+from dashinfer.text.tools.events import Arguments, CallBegin, Content, Event, Reasoning, merged
 from dashinfer.types import FinishReason, SamplingParams
 
 if TYPE_CHECKING:
@@ -33,9 +34,7 @@ if TYPE_CHECKING:
     from dashinfer.vision.intake import Seen
     from dashinfer.vision.request import MediumRequest
 
-T = TypeVar("T")
 Buffer = bytes | bytearray
-INLINE_BYTES = 4096  # a body up to this size is prepared on the event loop, in about a millisecond
 # No vocabulary averages more characters a token than this: a longer prompt need not be tokenised to know that it does not fit.
 _MAX_CHARACTERS_PER_TOKEN = 256
 
@@ -45,6 +44,7 @@ class Prepared:
     """A request that is ready for the engine.
 
     Attributes:
+        answer: what is to be found in the output.
         media_tokens: how many of the prompt's tokens stand for images and videos, as `usage` has them; None where the model
             sees nothing.
     """
@@ -53,6 +53,7 @@ class Prepared:
     prompt: list[int]
     params: list[SamplingParams]
     stop: list[StopString]
+    answer: AnswerPlan
     media: PromptMedia | None = None
     media_tokens: dict[str, int] | None = None
 
@@ -69,11 +70,7 @@ def parse(service: Service, body: Buffer) -> ChatCompletionRequest:
         ModelNotServed: another model is asked for.
     """
     request = parse_chat_request(body)
-    if request.model not in (service.config.model_name, service.config.model):
-        raise ModelNotServed(
-            f"the model {request.model[:200]!r} is not served here; this server has {service.config.model_name!r}",
-            param="model",
-        )
+    service.check_model(request.model)
     return request
 
 
@@ -92,10 +89,12 @@ def prepare(engine: EngineAPI, text: TextModel, request: ChatCompletionRequest, 
         request.template_messages(),
         add_generation_prompt=request.add_generation_prompt,
         continue_final_message=request.continue_final_message,
-        kwargs=request.chat_template_kwargs,
+        kwargs=template_kwargs(request, text),
+        tools=request.template_tools(),
     )
     if len(rendered) > max_length * _MAX_CHARACTERS_PER_TOKEN:
         raise no_room(max_length, f"{len(rendered)} characters")
+    answer = plan_answer(request, text, rendered)
     media = media_tokens = None
     if text.vision is None:
         prompt = text.tokenizer.encode(rendered, add_special_tokens=False)
@@ -115,58 +114,114 @@ def prepare(engine: EngineAPI, text: TextModel, request: ChatCompletionRequest, 
         max_length=max_length,
         new_seed=_new_seed,
     )
-    return Prepared(request, prompt, params, [StopString(text) for text in request.stop], media, media_tokens)
+    return Prepared(request, prompt, params, [StopString(text) for text in request.stop], answer, media, media_tokens)
+
+
+class _Message:
+    """What a whole answer is put together from."""
+
+    def __init__(self) -> None:
+        self._content: list[str] = []
+        self._reasoning: list[str] = []
+        self._calls: list[tuple[str, str, list[str]]] = []
+
+    def add(self, event: Event, new_id: Callable[[], str]) -> None:
+        match event:
+            case Content(text):
+                self._content.append(text)
+            case Reasoning(text):
+                self._reasoning.append(text)
+            case CallBegin(_, name):
+                self._calls.append((new_id(), name, []))
+            case Arguments(index, text):
+                self._calls[index][2].append(text)
+
+    def choice(self, index: int, reason: ChoiceFinish, logprobs: list[dict[str, Any]] | None) -> dict[str, Any]:
+        calls = [stream.tool_call(id, name, "".join(arguments)) for id, name, arguments in self._calls]
+        reasoning = "".join(self._reasoning)
+        return stream.choice(index, "".join(self._content), reason, logprobs, reasoning=reasoning, tool_calls=calls)
 
 
 class _Choice:
-    """One choice's way from tokens to text."""
+    """One choice's way from tokens to content, thinking and calls.
+
+    Attributes:
+        tokens: that it has.
+        reasoning_tokens: those of the thinking.
+        finish: why it ended, or None.
+        stopped: it was ended here, so that the engine does not know yet.
+    """
 
     def __init__(self, index: int, prepared: Prepared, text: TextModel) -> None:
         request = prepared.request
         self.index = index
         self.tokens = 0
-        self.finish: FinishReason | None = None
+        self.finish: ChoiceFinish | None = None
+        self.stopped = False
         self._text = text
-        self._one_by_one = bool(request.stop)
+        self._parser = prepared.answer.parser()
+        self._thinking_tokens = 0
+        self._one_by_one = bool(request.stop) or prepared.answer.one_call
         self._logprobs = request.logprobs
         self._entries: list[dict[str, Any]] = []
         self._detokenizer = IncrementalDetokenizer(
             text.tokenizer,
             stop=prepared.stop,
             skip_special_tokens=request.skip_special_tokens,
+            shown_tokens=prepared.answer.shown_tokens,
             continues=request.continue_final_message,
         )
 
-    def push(self, outputs: Sequence[TokenOutput]) -> str:
-        """Text that can be shown now. Sets `finish` once the choice has ended, by the engine or by a stop string."""
+    def push(self, outputs: Sequence[TokenOutput]) -> list[Event]:
+        """What can be shown now. Sets `finish` once the choice has ended, by the engine, a stop string or the only call."""
         last = outputs[-1]
         shown = [output for output in outputs if output.finish != "stop"]
-        pieces = []
-        if self._one_by_one:
-            # So that the count of tokens ends where the stop string did, however many tokens came at once.
-            for output in shown:
-                self.tokens += 1
-                pieces.append(self._detokenizer.push([output.token]))
-                if self._detokenizer.stopped is not None:
-                    self.finish = "stop"
-                    return "".join(pieces)
-                self._add_logprobs(output)
-        else:
-            self.tokens += len(shown)
-            pieces.append(self._detokenizer.push([output.token for output in shown]))
+        events: list[Event] = []
+        start = 0
+        while start < len(shown):
+            thinking = self._parser is not None and self._parser.thinking
+            # One by one, so that what is counted ends where the text does, however many tokens came at once.
+            group = shown[start : start + 1] if self._one_by_one or thinking else shown[start:]
+            start += len(group)
+            self.tokens += len(group)
+            self._thinking_tokens += thinking
+            events += self._parse(self._detokenizer.push([output.token for output in group]))
+            if self._detokenizer.stopped is not None:
+                self.stopped = True
+                return self._ended("stop", events)
             if self._logprobs:
-                for output in shown:
+                for output in group:
                     self._add_logprobs(output)
+            if self._parser is not None and self._parser.full:
+                self.stopped = last.finish is None or start < len(shown)
+                return self._ended("stop", events)
         if last.finish is not None:
             self.tokens += last.finish == "stop"
-            self.finish = last.finish
-            pieces.append(self._detokenizer.finish())
-        return "".join(pieces)
+            events += self._parse(self._detokenizer.finish())
+            return self._ended(last.finish, events)
+        return merged(events)
+
+    def _parse(self, text: str) -> list[Event]:
+        if self._parser is None:
+            return [Content(text)] if text else []
+        return self._parser.push(text)
+
+    def _ended(self, reason: FinishReason, events: list[Event]) -> list[Event]:
+        """With what was held back. Calls are the reason of an answer's end where it is not cut off."""
+        self.finish = reason
+        if self._parser is not None:
+            events += self._parser.finish()
+            if self._parser.calls and reason == "stop":
+                self.finish = "tool_calls"
+        return merged(events)
 
     @property
-    def stopped(self) -> bool:
-        """Whether a stop string ended it, so that the engine does not know yet."""
-        return self._detokenizer.stopped is not None
+    def reasoning_tokens(self) -> int:
+        return self._thinking_tokens if self._parser is not None and self._parser.thought else 0
+
+    def new_call_id(self) -> str:
+        assert self._text.tools is not None, "there are calls where they can be read"
+        return self._text.tools.new_id()
 
     def take_logprobs(self) -> list[dict[str, Any]] | None:
         """The entries since the last call; None where none were asked for."""
@@ -202,6 +257,7 @@ class ChatCompletion:
         self.request = prepared.request
         self._prompt_tokens = len(prepared.prompt)
         self._media_tokens = prepared.media_tokens
+        self._thinks = text.reasoning is not None
         self._generation = generation
         self._choices = [_Choice(index, prepared, text) for index in range(len(prepared.params))]
         self._identity: dict[str, Any] = {
@@ -217,7 +273,8 @@ class ChatCompletion:
 
     def _usage(self) -> dict[str, Any]:
         produced = sum(choice.tokens for choice in self._choices)
-        return stream.usage(self._prompt_tokens, produced, self._generation.cached_tokens, self._media_tokens)
+        thought = sum(choice.reasoning_tokens for choice in self._choices) if self._thinks else None
+        return stream.usage(self._prompt_tokens, produced, self._generation.cached_tokens, self._media_tokens, thought)
 
     async def body(self) -> bytes:
         """The whole answer as JSON.
@@ -225,18 +282,19 @@ class ChatCompletion:
         Raises:
             InternalError, EngineUnavailable: the engine lost the request.
         """
-        pieces: list[list[str]] = [[] for _ in self._choices]
+        messages = [_Message() for _ in self._choices]
         while outputs := await self._generation.receive():
             for index, group in _by_choice(outputs).items():
                 choice = self._choices[index]
                 if choice.finish is None:
-                    pieces[index].append(choice.push(group))
+                    for event in choice.push(group):
+                        messages[index].add(event, choice.new_call_id)
                     if choice.stopped:
                         self._generation.stop(index)
         choices = []
-        for choice, parts in zip(self._choices, pieces, strict=True):
+        for choice, message in zip(self._choices, messages, strict=True):
             assert choice.finish is not None, "the engine ended a choice without a reason"
-            choices.append(stream.choice(choice.index, "".join(parts), choice.finish, choice.take_logprobs()))
+            choices.append(message.choice(choice.index, choice.finish, choice.take_logprobs()))
         return stream.completion_body(choices=choices, usage=self._usage(), **self._identity)
 
     async def events(self) -> AsyncIterator[bytes]:
@@ -261,8 +319,9 @@ class ChatCompletion:
             choice = self._choices[index]
             if choice.finish is not None:
                 continue
-            if shown := choice.push(group):
-                events.append(encoder.content(index, shown, choice.take_logprobs()))
+            for event in choice.push(group):
+                call_id = choice.new_call_id() if isinstance(event, CallBegin) else None
+                events.append(encoder.event(index, event, call_id, choice.take_logprobs()))
             if choice.stopped:
                 self._generation.stop(index)
             if choice.finish is not None:
@@ -285,7 +344,7 @@ async def start(service: Service, body: Buffer, stack: ExitStack, account: "Medi
     engine, text = service.require()
     size = len(body)
 
-    begun = await _off_the_loop(service, size, partial(_begin, service, engine, text, body))
+    begun = await service.off_the_loop(size, partial(_begin, service, engine, text, body))
     del body  # the request has its own copy of what it needs
     if isinstance(begun, Prepared):
         prepared = begun
@@ -295,8 +354,10 @@ async def start(service: Service, body: Buffer, stack: ExitStack, account: "Medi
         request = begun
         seen = await _see(service, engine, request.media(), stack, account)
         request.drop_media()
-        prepared = await _off_the_loop(service, size, partial(prepare, engine, text, request, seen))
-    generation = stack.enter_context(engine.submit(prepared.prompt, prepared.params, prepared.media))
+        prepared = await service.off_the_loop(size, partial(prepare, engine, text, request, seen))
+    constraint = prepared.answer.constraint
+    grammar = None if constraint is None else await service.compile(constraint)
+    generation = stack.enter_context(engine.submit(prepared.prompt, prepared.params, prepared.media, grammar))
     return ChatCompletion(service, text, prepared, generation)
 
 
@@ -304,15 +365,6 @@ def _begin(service: Service, engine: EngineAPI, text: TextModel, body: Buffer) -
     """A request that is ready, or one whose media are still to be seen."""
     request = parse(service, body)
     return request if request.has_media else prepare(engine, text, request)
-
-
-async def _off_the_loop(service: Service, size: int, work: Callable[[], T]) -> T:
-    """Runs what takes long in a thread. `size` is of the request's body, in bytes."""
-    if size <= INLINE_BYTES:
-        return work()
-    if (waiting := service.thread_limiter.statistics().tasks_waiting) >= service.config.max_queue:
-        raise QueueFull(f"{waiting} long requests are waiting already; try again later")
-    return await trio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=service.thread_limiter)
 
 
 async def _see(

@@ -1,8 +1,9 @@
 """The ASGI layer around the application: what every request passes, whatever route it takes or fails to take.
 
-It gives each request an id, checks its key, counts it, logs it when it ends, and ends the request's generation then at the
-latest. While an answer is sent it watches the clock: for clients that do not read, and for silences in which a proxy would cut
-the connection. Looks at `scope["path"]` only, never at an address rebuilt from headers. Knows nothing of routes and bodies.
+It gives each request an id, checks its key and what that may use, counts it, logs it when it ends, and ends the request's
+generation then at the latest. While an answer is sent it watches the clock: for clients that do not read, and for silences in
+which a proxy would cut the connection. Looks at `scope["path"]` only, never at an address rebuilt from headers. Knows nothing
+of routes and bodies.
 """
 
 import logging
@@ -12,13 +13,17 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import trio
 
-from dashinfer.errors import InternalError, RequestError
+from dashinfer.errors import ConfigurationError, InternalError, RateLimitExceeded, RequestError
 from dashinfer.protocol.stream import error_body
 from dashinfer.serving.auth import KeyRing
+from dashinfer.serving.context import arrival, charge, request_id
+from dashinfer.serving.cors import Cors, Headers
+from dashinfer.serving.limits import Limiter, Limits
 from dashinfer.serving.log import log_access
 from dashinfer.serving.service import Service
 
@@ -51,6 +56,7 @@ class RequestRecord:
         keep_alive: sent in long silences of an answer that has begun; empty where its format has nothing to say.
         describe: what the access log's line says besides, asked for when the request has ended.
         account: pays for a large body, where images are taken.
+        headers: that the answer carries, whatever it is.
         make_room: awaited with the bytes of the body so far, before more are read.
     """
 
@@ -59,6 +65,7 @@ class RequestRecord:
     keep_alive: bytes = b""
     describe: Callable[[], str] | None = None
     account: "MediaAccount | None" = None
+    headers: Headers = field(default_factory=list)
     make_room: Callable[[int], Awaitable[None]] | None = None
 
 
@@ -69,6 +76,8 @@ def error_headers(error: RequestError) -> dict[str, str]:
         headers["retry-after"] = str(error.retry_after)
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
+    if isinstance(error, RateLimitExceeded):
+        headers |= error.headers
     return headers
 
 
@@ -101,7 +110,8 @@ class _Exchange:
             with trio.move_on_after(UPLOAD_PATIENCE):
                 await self._uploaded.wait()
             self.status = message["status"]
-            message["headers"] = [*message["headers"], (b"x-request-id", self._record.id.encode())]
+            identity = (b"x-request-id", self._record.id.encode())
+            message["headers"] = [*message["headers"], identity, *self._record.headers]
         if message["type"] == "http.response.body" and not message.get("more_body", False):
             self.complete = True  # before it is sent: Hypercorn may end the request from inside of that call
         if self._keep_alive_sent is not None:
@@ -143,14 +153,18 @@ class _Exchange:
 
     async def refuse(self, error: RequestError) -> None:
         """Answer without the application."""
+        body = error_body(error)
+        headers = [(name.encode(), value.encode()) for name, value in error_headers(error).items()]
+        headers.append((b"content-length", str(len(body)).encode()))
+        await self.answer(error.status, headers, body)
+
+    async def answer(self, status: int, headers: Headers, body: bytes = b"") -> None:
+        """Send a whole answer, once the request is there."""
         with trio.move_on_after(UPLOAD_PATIENCE):
             while not self._uploaded.is_set():
                 await self.receive()
         self._uploaded.set()
-        body = error_body(error)
-        headers = [(name.encode(), value.encode()) for name, value in error_headers(error).items()]
-        headers.append((b"content-length", str(len(body)).encode()))
-        await self.send({"type": "http.response.start", "status": error.status, "headers": headers})
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
         await self.send({"type": "http.response.body", "body": body, "more_body": False})
 
 
@@ -171,6 +185,8 @@ class Edge:
 
     def __init__(self, app: ASGIApp, service: Service, keys: KeyRing, admit: Admit = _admit_all) -> None:
         self._app, self._service, self._keys, self._admit = app, service, keys, admit
+        self._limiter = Limiter(time.monotonic)
+        self._cors = Cors(service.config.cors_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -180,11 +196,14 @@ class Edge:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        _mount(scope, self._service.config.root_path)
         given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
         record = RequestRecord(given.decode() if _SANE_ID.fullmatch(given) else "req-" + secrets.token_hex(12))
         scope[SCOPE_KEY] = record
         exchange = _Exchange(receive, send, record)
         began = time.monotonic()
+        arrival.set(began)
+        request_id.set(record.id)
         with self._service.request():
             try:
                 with record.stack:
@@ -194,14 +213,21 @@ class Edge:
                 notes = [record.describe()] if record.describe is not None else []
                 if exchange.status and not exchange.complete:
                     notes.append("cut short")
-                log_access(scope["method"], target, exchange.status or CLIENT_GONE, time.monotonic() - began, "; ".join(notes))
+                status = exchange.status or CLIENT_GONE
+                log_access(scope["method"], target, status, time.monotonic() - began, "; ".join(notes), record.id)
+                self._service.metrics.answered(scope["method"], _mounted_path(scope), status)
 
     async def _answer(self, scope: Scope, exchange: _Exchange) -> None:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(exchange.watch)
+                scope[SCOPE_KEY].headers += self._cors.headers(scope["headers"])
+                if (preflight := self._cors.preflight(scope["method"], scope["headers"])) is not None:
+                    await exchange.answer(204, preflight)
+                    nursery.cancel_scope.cancel()
+                    return
                 try:
-                    self._keys.check(_mounted_path(scope), scope["headers"])
+                    self._let_in(scope, scope[SCOPE_KEY])
                     await self._admit(scope, scope[SCOPE_KEY])
                 except RequestError as error:
                     await exchange.refuse(error)
@@ -210,6 +236,35 @@ class Edge:
                 nursery.cancel_scope.cancel()
         except* trio.TooSlowError:
             logger.warning("request %s: the client stopped reading; gave it up", scope[SCOPE_KEY].id)
+
+    def _let_in(self, scope: Scope, record: RequestRecord) -> None:
+        """Check the key, and what it may use. Raises AuthenticationFailed, RateLimitExceeded."""
+        path = _mounted_path(scope)
+        name = self._keys.check(path, scope["headers"])
+        limits = self._keys.limits_of(name)
+        if scope["method"] != "POST" or self._keys.is_open(path) or limits == Limits():
+            return
+        quota, headers = self._limiter.admit(name, limits)
+        record.stack.callback(self._limiter.release, quota)
+        record.headers += [(key.encode(), value.encode()) for key, value in headers.items()]
+        charge.set(partial(self._limiter.charge, quota))
+
+    def reload_keys(self) -> None:
+        """Read the file with the keys again, if there is one. What is wrong with it is logged, and the keys stay."""
+        try:
+            count = self._keys.reload()
+        except ConfigurationError as error:
+            logger.error("the keys stay as they are: %s", error)
+            return
+        self._limiter.keep(self._keys.names)
+        logger.info("%d API keys", count)
+
+
+def _mount(scope: Scope, root: str) -> None:
+    """Make the path one below `root_path`, as ASGI has it, where a proxy has taken that off."""
+    root = scope["root_path"] = scope.get("root_path") or root
+    if root and not scope["path"].startswith(root + "/"):
+        scope["path"] = root + scope["path"]
 
 
 def _mounted_path(scope: Scope) -> str:

@@ -7,8 +7,10 @@ import errno
 import logging
 import os
 import socket
+import ssl
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dashinfer.errors import AddressInUse, ConfigurationError
@@ -67,6 +69,50 @@ def bind(host: str, port: int) -> Iterator[list[socket.socket]]:
         yield sockets
 
 
+@contextmanager
+def bind_unix(path: Path) -> Iterator[list[socket.socket]]:
+    """A listening, non-blocking Unix socket, whose file is gone afterwards. One that nobody listens on any more is replaced.
+
+    Raises:
+        AddressInUse: somebody listens there, something else is there, or the directory is not ours to write.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        try:
+            _remove_stale(path)
+            sock.bind(str(path))
+            sock.listen(BACKLOG)
+            sock.setblocking(False)
+        except OSError as error:
+            raise AddressInUse(f"--uds {path}: {error.strerror or error}") from error
+        try:
+            yield [sock]
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _remove_stale(path: Path) -> None:
+    """Raises OSError where what is there is no socket, or somebody answers."""
+    if not path.is_socket():
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+    raise OSError(errno.EADDRINUSE, "another server listens there")
+
+
+def check_certificate(certificate: Path, key: Path) -> None:
+    """Raises ConfigurationError where the two cannot be used together."""
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key)
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+        raise ConfigurationError(f"--ssl-certfile {certificate} and --ssl-keyfile {key} cannot be used: {reason}") from error
+
+
 def _why(host: str, port: int, error: OSError) -> str:
     match error.errno:
         case errno.EADDRINUSE:
@@ -78,19 +124,30 @@ def _why(host: str, port: int, error: OSError) -> str:
     return f"cannot listen on {host}:{port}: {os.strerror(error.errno) if error.errno else error}"
 
 
-def url(sockets: list[socket.socket]) -> str:
-    """The address to type into a browser on this machine."""
+def url(sockets: list[socket.socket], *, tls: bool = False) -> str:
+    """The address to type into a browser on this machine; of a Unix socket, `unix:` and its path."""
+    if sockets[0].family == socket.AF_UNIX:
+        return f"unix:{sockets[0].getsockname()}"
     host, port = sockets[0].getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"http://{host}:{port}"
+    return f"{'https' if tls else 'http'}://{host}:{port}"
 
 
-def hypercorn_config(sockets: list[socket.socket], *, graceful_timeout: float) -> "Config":
+def hypercorn_config(
+    sockets: list[socket.socket],
+    *,
+    graceful_timeout: float,
+    certificate: Path | None = None,
+    key: Path | None = None,
+    root_path: str = "",
+) -> "Config":
     """Settings of the HTTP server.
 
     Args:
         sockets: from `bind`; Hypercorn owns and closes them from here on, so that a drain really closes the port.
         graceful_timeout: seconds from shutdown until Hypercorn cuts what still runs.
+        certificate, key: files in PEM, for HTTPS.
+        root_path: that the application is mounted under.
     """
     from hypercorn.config import Config
 
@@ -106,4 +163,7 @@ def hypercorn_config(sockets: list[socket.socket], *, graceful_timeout: float) -
     config.h2_max_concurrent_streams = 1000
     config.graceful_timeout = graceful_timeout  # 3 s: too short for an answer
     config.shutdown_timeout = 10.0
+    config.root_path = root_path
+    if certificate is not None and key is not None:
+        config.certfile, config.keyfile = str(certificate), str(key)
     return config

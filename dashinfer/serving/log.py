@@ -1,6 +1,7 @@
 """Logging: one format on standard error for everything this process says, one line a request, one line for an error.
 
-Knows levels and line formats; knows nothing of prompts, keys or the environment, and nothing here may ever log them.
+Knows levels and line formats; knows nothing of keys or the environment, and nothing here may ever log them. Prompts are
+logged by `log_prompt` alone, which is called with `--log-prompts` only.
 """
 
 import logging
@@ -8,9 +9,15 @@ import sys
 import time
 from typing import TextIO
 
+import msgspec
+
+from dashinfer.config import LogFormat
 from dashinfer.errors import DashInferError
 
+PROBES = frozenset({"/health", "/health/live", "/health/ready", "/ping", "/metrics"})
+
 access = logging.getLogger("dashinfer.access")
+prompts = logging.getLogger("dashinfer.prompts")
 notices = logging.getLogger("dashinfer.notice")  # what is told at any --log-level: the address, for one
 
 
@@ -30,6 +37,19 @@ class _Formatter(logging.Formatter):
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created)) + f".{int(record.msecs):03d}"
 
 
+class _JsonFormatter(logging.Formatter):
+    """An object a line: `time` (RFC 3339, UTC), `level`, `logger`, `message`, `exception` if there is one, and what the record
+    has under `fields`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
+        line = {"time": stamp, "level": record.levelname.lower(), "logger": record.name, "message": record.getMessage()}
+        line |= getattr(record, "fields", {})
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(line).decode()
+
+
 def leaves(error: BaseException) -> list[BaseException]:
     """The exceptions inside nested groups, in order; of a plain exception, itself."""
     if isinstance(error, BaseExceptionGroup):
@@ -43,15 +63,15 @@ def describe(error: BaseException) -> str:
     return str(first) if isinstance(first, DashInferError) else f"internal error: {type(first).__name__}: {first}"
 
 
-def configure(level: str, *, libraries: bool = True) -> None:
+def configure(level: str, format: LogFormat = "text", *, libraries: bool = True) -> None:
     """Set up logging for the process.
 
     Args:
-        level: one of the choices of `--log-level`.
+        level, format: of the choices of `--log-level` and `--log-format`.
         libraries: take the libraries' warnings too; False where the process is not ours and has its own logging.
     """
     handler = _StandardError()
-    handler.setFormatter(_Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+    handler.setFormatter(_JsonFormatter() if format == "json" else _Formatter("%(asctime)s %(levelname)-7s %(message)s"))
     ours = logging.getLogger("dashinfer")
     ours.setLevel(level.upper())
     ours.handlers, ours.propagate = [handler], False
@@ -62,12 +82,20 @@ def configure(level: str, *, libraries: bool = True) -> None:
     notices.setLevel(logging.INFO)
 
 
-def log_access(method: str, target: bytes, status: int, seconds: float, note: str) -> None:
+def log_prompt(request_id: str, prompt: str) -> None:
+    """The text that the model is given."""
+    prompts.info("request %s prompt: %r", request_id, prompt, extra={"fields": {"request_id": request_id, "prompt": prompt}})
+
+
+def log_access(method: str, target: bytes, status: int, seconds: float, note: str, request_id: str) -> None:
     """One request that ended. `target` is the path as it came, still percent-encoded, so it cannot break the line.
 
-    Health probes are logged at debug level: they come every second and say nothing.
+    Probes are logged at debug level: they come every second and say nothing.
     """
     path = target.decode("latin-1")
     path = path if len(path) <= 200 else path[:200] + "..."
-    level = logging.DEBUG if path == "/health" else logging.INFO
-    access.log(level, "%s %s %d %.0f ms%s", method, path, status, seconds * 1000, f" ({note})" if note else "")
+    level = logging.DEBUG if path in PROBES else logging.INFO
+    fields = {"method": method, "path": path, "status": status, "milliseconds": round(seconds * 1000, 1)}
+    fields |= {"request_id": request_id} | ({"note": note} if note else {})
+    text = f" ({note})" if note else ""
+    access.log(level, "%s %s %d %.0f ms%s %s", method, path, status, seconds * 1000, text, request_id, extra={"fields": fields})

@@ -27,7 +27,7 @@ def run(config: ServerConfig, backend: Backend | None = None) -> int:
     Raises:
         StartupError: the model is not there, or machine 0 refuses this machine.
     """
-    log.configure(config.log_level)
+    log.configure(config.log_level, config.log_format)
     node = Node(config, backend or ModelBackend())
     return run_to_end(node.live, config.log_level) or node.exit_code
 

@@ -52,7 +52,7 @@ def run(config: ServerConfig, backend: Backend | None = None) -> int:
     Raises:
         StartupError: the server could not start.
     """
-    log.configure(config.log_level)
+    log.configure(config.log_level, config.log_format)
     server = Server(config, backend or ModelBackend())
     status = run_to_end(server.serve, config.log_level)
     return status or server.exit_code or 0
@@ -85,21 +85,24 @@ class Server:
         watchdog = threading.Timer(WATCHDOG, self._end_hard)
         watchdog.daemon = True
         try:
-            with (
-                listen.bind(self._config.host, self._config.port) as sockets,
-                self._bind_for_machines() as self._for_machines,
-                make_display() as display,
-            ):
+            with self._bind() as sockets, self._bind_for_machines() as self._for_machines, make_display() as display:
                 # Signals are taken to the very end, or one that comes while the workers stop would kill this process instead.
                 async with trio.open_nursery() as outside:
                     await outside.start(self._watch_signals)
                     async with trio.open_nursery() as self._root:
                         self._root.start_soon(self._arm_when_cancelled, watchdog)
-                        self._root.start_soon(self._load, display, listen.url(sockets))
+                        url = listen.url(sockets, tls=self._config.ssl_certfile is not None)
+                        self._root.start_soon(self._load, display, url)
                         self._root.start_soon(self._serve_http, sockets)
                     outside.cancel_scope.cancel()
         finally:
             watchdog.cancel()
+
+    def _bind(self) -> AbstractContextManager[list[socket.socket]]:
+        config = self._config
+        if config.ssl_certfile is not None and config.ssl_keyfile is not None:
+            listen.check_certificate(config.ssl_certfile, config.ssl_keyfile)
+        return listen.bind(config.host, config.port) if config.uds is None else listen.bind_unix(config.uds)
 
     async def _load(self, display: Display, url: str) -> None:
         logger.info("taking %s; loading %s", url, self._config.model)
@@ -166,13 +169,23 @@ class Server:
 
         from dashinfer.serving.app import create_app
 
-        settings = listen.hypercorn_config(sockets, graceful_timeout=self._config.drain_timeout + 2 * FAREWELL)
+        settings = listen.hypercorn_config(
+            sockets,
+            graceful_timeout=self._config.drain_timeout + 2 * FAREWELL,
+            certificate=self._config.ssl_certfile,
+            key=self._config.ssl_keyfile,
+            root_path=self._config.root_path,
+        )
         return create_app(self._service), settings
 
     async def _watch_signals(self, *, task_status: trio.TaskStatus[None]) -> None:
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        reloading = [signal.SIGHUP] if self._config.api_keys_file is not None else []
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, *reloading) as signals:
             task_status.started()
             async for number in signals:
+                if number in reloading:
+                    self._service.reload_keys()
+                    continue
                 if self.exit_code is not None:
                     continue  # it is ending, and the watchdog sees to it
                 if self._service.state == "loading":
@@ -230,8 +243,9 @@ def _announce(config: ServerConfig, url: str, info: Ready) -> None:
     """Tells that the server is ready, and with what."""
     workers = config.data_parallel * config.tensor_parallel * config.pipeline_parallel
     of_each = f" in each of {workers} workers" if workers > 1 else ""
+    base = url + config.root_path if config.uds is None else config.root_path
     rows = {
-        "address": url if config.host in url else f"{url} (bound to {config.host})",
+        "address": url if config.host in url or config.uds is not None else f"{url} (bound to {config.host})",
         "model": f"{config.model_name} ({info.architecture}, mode {info.mode})"
         + (f" in {config.data_parallel} copies" if config.data_parallel > 1 else ""),
         "device": f"{info.device}, {info.data_type}",
@@ -247,8 +261,8 @@ def _announce(config: ServerConfig, url: str, info: Ready) -> None:
             if info.mode == "vlm"
             else {}
         ),
-        "API": f"{url}/v1{', with a key' if config.api_keys else ''}",
-        "docs": f"{url}/docs",
+        "API": f"{base}/v1{', with a key' if config.api_keys or config.api_keys_file else ''}",
+        "docs": f"{base}/docs",
     }
     log.notices.info("ready")
     for name, value in rows.items():

@@ -5,22 +5,35 @@ One object a process. Owns the answer to "can a request be served now?"; knows n
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
 from dashinfer.config import ServerConfig
 from dashinfer.engine.api import EngineAPI, EngineState
-from dashinfer.errors import EngineUnavailable
+from dashinfer.errors import EngineUnavailable, ModelNotServed, QueueFull
+from dashinfer.guidance.compiler import Compiler
+from dashinfer.guidance.guide import Grammar
+from dashinfer.guidance.spec import Constraint
+from dashinfer.serving import log
+from dashinfer.serving.context import request_id
+from dashinfer.serving.metrics import Metrics
 
 if TYPE_CHECKING:
     from dashinfer.text.chat_template import ChatTemplate
+    from dashinfer.text.reasoning import ReasoningFormat
     from dashinfer.text.tokenizer import Tokenizer
+    from dashinfer.text.tools.formats import ToolFormat
     from dashinfer.vision.intake import Intake
     from dashinfer.vision.model import VisionModel
+
+T = TypeVar("T")
+
+INLINE_BYTES = 4096  # a body up to this size is prepared on the event loop, in about a millisecond
 
 _WHY_NOT = {
     "loading": "the model is still loading",
@@ -35,12 +48,16 @@ class TextModel:
 
     Attributes:
         vision: how it sees; None where it is served without that.
+        tools: how it writes calls; None where that is not known.
+        reasoning: how it marks its thinking; None where it does not think, or nobody wants to know.
     """
 
     tokenizer: "Tokenizer"
     template: "ChatTemplate"
     generation_config: Mapping[str, Any]
     vision: "VisionModel | None" = None
+    tools: "ToolFormat | None" = None
+    reasoning: "ReasoningFormat | None" = None
 
 
 class Service:
@@ -51,6 +68,8 @@ class Service:
         created: when the server started, in seconds since 1970.
         in_flight: requests that are being answered.
         failure: what ended the engine, as one line, or None.
+        metrics: what is measured.
+        reload_keys: reads the file with the keys again.
         intake: takes images and videos; None before the model is loaded, and for one that sees none.
     """
 
@@ -65,15 +84,24 @@ class Service:
         self.intake: Intake | None = None
         self._engine: EngineAPI | None = None
         self._text: TextModel | None = None
+        self._compiler: Compiler | None = None
         self._draining = False
         self._idle = trio.Event()
         self._idle.set()
         self.system_fingerprint = ""
+        self.metrics = Metrics(config.model_name)
+        self.reload_keys: Callable[[], None] = lambda: None
 
     def ready(self, engine: EngineAPI, text: TextModel) -> None:
         """From now on requests are served."""
         assert engine.info is not None, "an engine that is ready knows its model"
-        self._engine, self._text = engine, text
+        self._engine = self.metrics.measure(
+            engine,
+            prefix_cache=not self.config.disable_prefix_cache,
+            on_prompt=partial(_log_prompt, text) if self.config.log_prompts else None,
+        )
+        self._text = text
+        self._compiler = Compiler(text.tokenizer, engine.info.vocab_size, max_waiting=self.config.max_queue)
         if text.vision is not None:
             self.intake = _make_intake(self.config, text.vision)
         info = engine.info
@@ -120,6 +148,38 @@ class Service:
         assert self._text is not None, "ready without a tokenizer"
         return self._engine, self._text
 
+    async def compile(self, constraint: Constraint) -> Grammar:
+        """What the engine takes for it.
+
+        Raises:
+            InvalidRequest: it cannot be followed.
+            QueueFull: too many requests wait for their grammars.
+        """
+        assert self._compiler is not None, "ready without a tokenizer"
+        return await self._compiler.compile(constraint)
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ModelNotServed where a request names another model than the one that is served; None names none."""
+        if name not in (None, self.config.model_name, self.config.model):
+            raise ModelNotServed(
+                f"the model {name[:200]!r} is not served here; this server has {self.config.model_name!r}", param="model"
+            )
+
+    async def off_the_loop(self, size: int, work: Callable[[], T]) -> T:
+        """Runs what may take long, in a thread if it does.
+
+        Args:
+            size: of the request's body, in bytes.
+
+        Raises:
+            QueueFull: as many requests wait for a thread as may.
+        """
+        if size <= INLINE_BYTES:
+            return work()
+        if (waiting := self.thread_limiter.statistics().tasks_waiting) >= self.config.max_queue:
+            raise QueueFull(f"{waiting} long requests are waiting already; try again later")
+        return await trio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=self.thread_limiter)
+
     @contextmanager
     def request(self) -> Iterator[None]:
         """Counts a request for as long as it is being answered."""
@@ -137,6 +197,10 @@ class Service:
         """Returns once no request is being answered."""
         while self.in_flight:
             await self._idle.wait()
+
+
+def _log_prompt(text: TextModel, prompt: list[int]) -> None:
+    log.log_prompt(request_id.get(), text.tokenizer.decode(prompt, skip_special_tokens=False))
 
 
 def _make_intake(config: ServerConfig, vision: "VisionModel") -> "Intake":

@@ -22,6 +22,7 @@ class TokenizerFiles:
     tokenizer_json: Path  # the `tokenizers` library's format
     tokenizer_config: dict[str, Any] = field(default_factory=dict)  # tokenizer_config.json: special tokens, add_bos_token ...
     chat_template: str | None = None
+    tool_template: str | None = None  # for chats with tools, where a model has another one for them
 
 
 @dataclass(frozen=True)

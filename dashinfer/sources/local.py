@@ -135,7 +135,12 @@ def _tokenizer_files(directory: Path, *, sees: bool) -> TokenizerFiles:
         raise ModelNotFound(f"{directory} has no tokenizer.json")
     config = read_json(directory / "tokenizer_config.json", optional=True)
     names = read_json(directory / "special_tokens_map.json", optional=True)
-    return TokenizerFiles(directory / "tokenizer.json", {**names, **config}, _chat_template(directory, config, sees=sees))
+    return TokenizerFiles(
+        directory / "tokenizer.json",
+        {**names, **config},
+        _chat_template(directory, config, sees=sees),
+        named_template(config.get("chat_template"), "tool_use"),
+    )
 
 
 def _chat_template(directory: Path, tokenizer_config: dict[str, Any], *, sees: bool) -> str | None:
@@ -160,10 +165,22 @@ def _chat_template(directory: Path, tokenizer_config: dict[str, Any], *, sees: b
     return None
 
 
+def _by_name(templates: Any) -> Any:
+    if isinstance(templates, list):
+        return {entry.get("name"): entry.get("template") for entry in templates if isinstance(entry, dict)}
+    return templates
+
+
 def select_template(templates: Any) -> str | None:
     """The one for a plain chat among a `chat_template`: a string, a list of `{"name", "template"}`, or a mapping by name."""
-    if isinstance(templates, list):
-        templates = {entry.get("name"): entry.get("template") for entry in templates if isinstance(entry, dict)}
+    templates = _by_name(templates)
     if isinstance(templates, dict):
         templates = templates.get("default") or (next(iter(templates.values())) if len(templates) == 1 else None)
     return templates if isinstance(templates, str) else None
+
+
+def named_template(templates: Any, name: str) -> str | None:
+    """The one of a name, where a `chat_template` has several."""
+    templates = _by_name(templates)
+    found = templates.get(name) if isinstance(templates, dict) else None
+    return found if isinstance(found, str) else None

@@ -108,13 +108,25 @@ def _reads_content(node: nodes.Node | None) -> bool:
 
 
 class ChatTemplate:
-    """Attributes: content_format: "parts" where the template goes through lists of content parts itself, else "string"."""
+    """Attributes:
+    content_format: "parts" where the template goes through lists of content parts itself, else "string".
+    source: the template's text, "" where there is none.
+    reads: the names that the template reads, such as `tools` or `enable_thinking`.
+    for_tools: what chats with tools are rendered with: this one, or the model's other one.
+    """
 
-    def __init__(self, source: str | None, special_tokens: Mapping[str, str]) -> None:
-        """Without a source, rendering raises. Raises: UnsupportedModel: the source is not valid Jinja."""
+    def __init__(self, source: str | None, special_tokens: Mapping[str, str], tool_source: str | None = None) -> None:
+        """Without a source, rendering raises. `tool_source` is for chats with tools, instead of the source.
+
+        Raises:
+            UnsupportedModel: a source is not valid Jinja.
+        """
         self._special_tokens = dict(special_tokens)
         self._template: jinja2.Template | None = None
         self.content_format: ContentFormat = "string"
+        self.source = source or ""
+        self.reads: frozenset[str] = frozenset()
+        self.for_tools: ChatTemplate = self if tool_source is None else ChatTemplate(tool_source, special_tokens)
         self._wraps_strings = False  # the template knows lists of parts only
         self._knows_developer = False  # the template has that role beside "system"
         self._knows_null = False  # the template looks for contents that are null
@@ -127,6 +139,7 @@ class ChatTemplate:
         except (jinja2.TemplateError, RecursionError) as error:
             raise UnsupportedModel(f"the model's chat template is not valid: {error}") from error
         self.content_format = content_format(tree)
+        self.reads = frozenset(name.name for name in tree.find_all(nodes.Name) if name.ctx == "load")
         self._wraps_strings = self.content_format == "parts" and not _tests_content_for(tree, "string", "iterable", "mapping")
         self._knows_developer = "developer" in source
         self._knows_null = _tests_content_for(tree, "none")
@@ -134,7 +147,7 @@ class ChatTemplate:
     @classmethod
     def from_files(cls, files: TokenizerFiles, special_tokens: Mapping[str, str]) -> "ChatTemplate":
         """`special_tokens` from `Tokenizer.special_tokens`. A model without a template is fine until it is to chat."""
-        return cls(files.chat_template, special_tokens)
+        return cls(files.chat_template, special_tokens, files.tool_template)
 
     def render(
         self,
@@ -143,15 +156,25 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """The prompt, to be encoded with `add_special_tokens=False`: the template writes those it wants.
 
         `messages` are plain dictionaries as from `ChatCompletionRequest.template_messages()`; they are not changed. With
         `continue_final_message` the prompt ends with the last message's text, left open, and there is no generation prompt.
+        `tools` are plain dictionaries too, as from `template_tools()`.
 
         Raises:
             InvalidRequest: no template, the template refuses the messages or fails on them, a reserved name in `kwargs`.
         """
+        if tools and self.for_tools is not self:
+            return self.for_tools.render(
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                kwargs=kwargs,
+                tools=tools,
+            )
         if self._template is None:
             raise InvalidRequest("this model has no chat template, so it cannot take chat messages", param="messages")
         kwargs = kwargs or {}
@@ -170,7 +193,7 @@ class ChatTemplate:
                     **self._special_tokens,
                     **kwargs,
                     "messages": shown,
-                    "tools": None,
+                    "tools": None if tools is None else list(tools),
                     "documents": None,
                     "add_generation_prompt": add_generation_prompt,
                 }

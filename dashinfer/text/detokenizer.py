@@ -45,12 +45,17 @@ class IncrementalDetokenizer:
         *,
         stop: Sequence[StopString] = (),
         skip_special_tokens: bool = True,
+        shown_tokens: frozenset[int] = frozenset(),
         continues: bool = False,
     ) -> None:
-        """`continues`: the text goes on from an open message (`continue_final_message`), so a leading space belongs to it."""
+        """
+        Args:
+            shown_tokens: special tokens that are never skipped: markers that somebody wants to find in the text.
+            continues: the text goes on from an open message (`continue_final_message`), so a leading space belongs to it.
+        """
         self.stopped: str | None = None
         self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skipped = tokenizer.special_ids - shown_tokens if skip_special_tokens else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._drop_space = tokenizer.drops_first_space and not continues
         self._stop = stop

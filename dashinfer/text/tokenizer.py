@@ -126,10 +126,24 @@ class Tokenizer:
         text = b"".join([self.token_bytes(token) for token in ids if token not in skipped]).decode("utf-8", "replace")
         return text.removeprefix(" ") if self.drops_first_space else text
 
+    def to_json(self) -> str:
+        """As a tokenizer.json, with the tokens that were added to the file's own."""
+        return self._tokenizer.to_str()
+
+    def marker_id(self, text: str) -> int | None:
+        """The token that a text is by itself, among those added to the vocabulary: a marker, never spelled otherwise."""
+        token = self._tokenizer.token_to_id(text)
+        return token if token in self._added else None
+
     def token_text(self, token: int) -> tuple[str, list[int]]:
         """One token as OpenAI's logprobs show it: its text (U+FFFD for half a character) and its bytes."""
         raw = self.token_bytes(token)
         return raw.decode("utf-8", "replace"), list(raw)
+
+    def token_piece(self, token: int) -> str:
+        """A token as the vocabulary spells it; "" for an id outside of it."""
+        piece = self._tokenizer.id_to_token(token) if 0 <= token < 2**32 else None
+        return piece or ""
 
     def token_bytes(self, token: int) -> bytes:
         """What a token adds to the text, before a first space is dropped; b"" for an id outside of the vocabulary."""

@@ -34,6 +34,7 @@ from dashinfer.types import (
     Forget,
     FromParent,
     FromWorker,
+    Masks,
     OutOfMemory,
     Progress,
     Reset,
@@ -44,6 +45,7 @@ from dashinfer.worker.frames import encode, worker_reader
 
 if TYPE_CHECKING:
     from dashinfer.worker.executor import LaunchedStep
+    from dashinfer.worker.masks import MaskInbox
     from dashinfer.worker.media import Media
     from dashinfer.worker.runner import Runner
 
@@ -58,10 +60,11 @@ POLL_INTERVAL = 5e-4  # seconds, while a GPU encodes and there is nothing else t
 
 
 class Connection:
-    """The rank's end of the wire. Any thread may send; received messages wait in `inbox`."""
+    """The rank's end of the wire. Any thread may send; received messages wait in `inbox`, masks in `masks`."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.inbox: queue.SimpleQueue[FromParent] = queue.SimpleQueue()
+        self.masks: MaskInbox | None = None  # before the model is loaded
         self._socket = sock
         self._lock = threading.Lock()
 
@@ -87,7 +90,11 @@ class Connection:
                 os._exit(0)
             try:
                 for message in reader.feed(data):
-                    self.inbox.put(message)
+                    if isinstance(message, Masks):
+                        assert self.masks is not None
+                        self.masks.put(message)
+                    else:
+                        self.inbox.put(message)
             except WorkerError as error:  # nothing more can be understood, and the main thread would wait for ever
                 self.send(Failed("", str(error)))
                 os._exit(1)
@@ -144,6 +151,7 @@ def serve(connection: Connection) -> None:
         gc.freeze()
         if not runner.on_gpu:
             arrange_threads(runner.ready.weight_bytes)
+        connection.masks = runner.masks
         connection.send(runner.ready)
         Loop(connection, runner, start.config.rank, start.config.world_size, start.config.pipeline_parallel).run()
 

@@ -3,6 +3,7 @@
 What steps need of the sequences lives on the device: token histories and sampling parameters (`SamplingState`), block tables.
 A step brings a few numbers a sequence in one copy, finds its token ids where earlier steps wrote them, and is queued behind the
 step before; its tokens are read back while the next one runs. On a GPU, steps that only decode are replayed from CUDA graphs.
+What a grammar allows is known last: the thread waits for it when all of a step but sampling is queued.
 
 Of several ranks the first samples, and the others are told the tokens: they could not differ if they tried. In a pipeline the
 last stage samples, and the first is told; plan j's tokens it needs when it begins plan j + M, M being the number of stages.
@@ -23,9 +24,12 @@ from dashinfer.models.decoder import DecoderLM, InputEmbeddings
 from dashinfer.models.kv_cache import KVCache
 from dashinfer.types import Chunk, Enter, StepPlan, StepResult, TokenLogprobs
 from dashinfer.worker.graphs import DecodeGraphs
+from dashinfer.worker.masks import MaskInbox
 from dashinfer.worker.media import Media
 from dashinfer.worker.pipeline import Arriving, Pipeline
 from dashinfer.worker.placements import Placements, Shown
+from dashinfer.worker.pooling import LaunchedEmbeddings, Pooling
+from dashinfer.worker.prompt_scores import LaunchedScores, PromptScores
 from dashinfer.worker.staging import Download, Staging
 from dashinfer_kernels import PagedBatch, Sampled, SamplingBatch, SamplingState, sample, warm_up_sampling
 from dashinfer_kernels.dispatch import use_triton
@@ -64,7 +68,12 @@ class Executor:
         self._block_tables = torch.zeros(max_batch + 1, -(-max_length // block_size), dtype=torch.int32, device=device)
         self._num_blocks = [0] * max_batch  # in each slot's table
         self._staging = Staging(device)
+        self._scores = PromptScores()
+        self._pooling = Pooling()
+        self._launched_scores: LaunchedScores | None = None  # of the step that is being launched
+        self._launched_embeddings: LaunchedEmbeddings | None = None  # likewise
         self._graphs: DecodeGraphs | None = None
+        self.masks = MaskInbox()
 
     def use_caches(self, kv_caches: list[KVCache]) -> None:
         """The cache of each layer of the stage, as `allocate_kv_cache` makes them. Graphs recorded over others are dropped."""
@@ -102,15 +111,21 @@ class Executor:
             for enter in plan.enter:
                 self._num_blocks[enter.slot] = 0
                 enter_slot(self._state, enter)
+                self._scores.enter(enter)
+                self._pooling.enter(enter)
                 if self._placements is not None:
                     self._placements.enter(enter)
+            self._write_tokens(plan.chunks)
             decodes = all(chunk.length == 1 and chunk.sample and len(chunk.new_blocks) <= 1 for chunk in plan.chunks)
             if decodes and self._placements is not None:
                 decodes = not any(map(self._placements.has_positions, plan.chunks))
+            self._launched_scores = self._launched_embeddings = None
+            decodes = decodes and not self._pooling.wanted(plan.chunks)
             run = self._replay if decodes and self._graphs is not None else self._run
             logits, slots, positions = run(plan.chunks)
+            asked = (self._launched_scores, self._launched_embeddings)
             if not len(slots):
-                return LaunchedStep(plan.step, [], None)
+                return LaunchedStep(plan.step, [], None, *asked)
             if not self._model.stage.last:
                 if self._pipeline is not None and self._model.stage.first:
                     tokens = self._pipeline.expect_tokens(len(slots), self._device)
@@ -121,11 +136,12 @@ class Executor:
                 return LaunchedStep(plan.step, [], None)
             assert logits is not None
             needs = [self._state.needs[chunk.slot] for chunk in plan.chunks if chunk.sample]
-            sampled = sample(logits, self._state, SamplingBatch(slots, positions, reduce(or_, needs)))
+            masks = self._take_masks(plan.step, len(slots)) if plan.masked else (None, None)
+            sampled = sample(logits, self._state, SamplingBatch(slots, positions, reduce(or_, needs), *masks))
             if self._group.world_size > 1:
                 self._group.broadcast(sampled.tokens)
             self._send_back(sampled.tokens)
-            return LaunchedStep(plan.step, [each.top_logprobs for each in needs], sampled)
+            return LaunchedStep(plan.step, [each.top_logprobs for each in needs], sampled, *asked)
 
     def settle(self) -> None:
         """Take what other stages still have to say of the steps that were launched."""
@@ -136,22 +152,46 @@ class Executor:
     def _hear_tokens(self, slots: Tensor, positions: Tensor) -> Tensor:
         """Have the tokens that rank 0 samples written to the history."""
         tokens = self._group.broadcast(torch.empty(len(slots), dtype=torch.int64, device=self._device))
-        self._write_tokens(slots, positions, tokens)
+        self._keep_tokens(slots, positions, tokens)
         return tokens
 
     def _take_tokens(self, last: int) -> None:
         """Have the tokens of all steps up to `last` in the history, on the first stage."""
         while self._expected and self._expected[0].step <= last:
             each = self._expected.popleft()
-            self._write_tokens(each.slots, each.positions, each.tokens.wait())
+            self._keep_tokens(each.slots, each.positions, each.tokens.wait())
 
-    def _write_tokens(self, slots: Tensor, positions: Tensor, tokens: Tensor) -> None:
-        """Of a row that failed, too, whose sequence ends."""
+    def _keep_tokens(self, slots: Tensor, positions: Tensor, tokens: Tensor) -> None:
+        """Sampled ones, into the history; of a row that failed, too, whose sequence ends."""
         self._state.history.index_put_((slots.long(), positions.long()), tokens.int())
 
     def _send_back(self, tokens: Tensor) -> None:
         if self._pipeline is not None:
             self._pipeline.send_tokens(tokens)
+
+    def _write_tokens(self, chunks: list[Chunk]) -> None:
+        """Token ids that the chunks bring, into the history."""
+        written = [chunk for chunk in chunks if chunk.tokens]
+        if not written:
+            return
+        tokens = [np.frombuffer(chunk.tokens, "<i4") for chunk in written]
+        lengths = np.array([len(each) for each in tokens])
+        ends = np.array([chunk.start + chunk.length for chunk in written])
+        positions = np.arange(lengths.sum()) + np.repeat(ends - lengths.cumsum(), lengths)
+        slots = np.repeat([chunk.slot for chunk in written], lengths)
+        slot, position, token = self._staging.upload([slots, positions, np.concatenate(tokens)])
+        self._state.history.index_put_((slot.long(), position.long()), token)
+
+    def _take_masks(self, step: int, count: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """The masks of a step, [masks, words], and which of them each of `count` rows takes. Waits for them, and a GPU goes on
+        with the step meanwhile."""
+        masks = self.masks.take(step)
+        if not masks.rows:
+            return None, None
+        mask_rows = np.full(count, -1, dtype=np.int32)
+        mask_rows[list(masks.rows)] = np.arange(len(masks.rows))
+        words, rows = self._staging.upload([np.frombuffer(masks.words, "<i4"), mask_rows])
+        return words.view(len(masks.rows), -1), rows
 
     def _take_blocks(self, chunks: list[Chunk]) -> np.ndarray:
         """Slot, column and number of each block that a step adds to the tables, [3, blocks] int32."""
@@ -224,6 +264,8 @@ class Executor:
         if self._pipeline is not None and not self._pipeline.stage.last:
             self._pipeline.send(hidden)
             return None, sampled_slots, sampled_positions
+        self._launched_scores = self._scores.compute(chunks, hidden, self._state.history, self._model.logits)
+        self._launched_embeddings = self._pooling.compute(chunks, hidden)
         if not len(samplers):
             return None, sampled_slots, sampled_positions
         if len(samplers) < len(hidden):
@@ -317,8 +359,16 @@ def enter_slot(state: SamplingState, enter: Enter) -> None:
 class LaunchedStep:
     """A step on its way. `wanted` says how many of the likeliest tokens each row asked for, None for no log-probabilities."""
 
-    def __init__(self, number: int, wanted: list[int | None], sampled: Sampled | None) -> None:
+    def __init__(
+        self,
+        number: int,
+        wanted: list[int | None],
+        sampled: Sampled | None,
+        scores: LaunchedScores | None = None,
+        embeddings: LaunchedEmbeddings | None = None,
+    ) -> None:
         self.number = number
+        self._scores, self._embeddings = scores, embeddings
         self._wanted = wanted
         self._download = None
         if sampled is not None:
@@ -330,8 +380,10 @@ class LaunchedStep:
 
     def result(self) -> StepResult:
         """What the step produced, once it has."""
+        scores = self._scores.result() if self._scores is not None else {}
+        embeddings = self._embeddings.result() if self._embeddings is not None else {}
         if self._download is None:
-            return StepResult(self.number, [])
+            return StepResult(self.number, [], prompt_logprobs=scores)
         tokens, failed, *logprobs = (each.tolist() for each in self._download.wait())
         failures = [row for row, each in enumerate(failed) if each]
         found = {}
@@ -339,4 +391,4 @@ class LaunchedStep:
             for row, (count, chosen, ids, values) in enumerate(zip(self._wanted, *logprobs, strict=True)):
                 if count is not None and not failed[row]:
                     found[row] = TokenLogprobs(chosen, tuple(ids[:count]), tuple(values[:count]))
-        return StepResult(self.number, tokens, found, failures)
+        return StepResult(self.number, tokens, found, failures, scores, embeddings)

@@ -38,6 +38,7 @@ from dashinfer.worker.capacity import (
 from dashinfer.worker.distributed import World, join, select_device
 from dashinfer.worker.executor import Executor, LaunchedStep
 from dashinfer.worker.graphs import bucket_sizes
+from dashinfer.worker.masks import MaskInbox
 from dashinfer.worker.media import BATCH_PATCHES, Media
 from dashinfer_kernels import dispatch, share_cores, warm_up_loops
 
@@ -186,6 +187,11 @@ class Runner:
             media_cache_bytes=media.cache_bytes,
             media_token_bytes=media.token_bytes,
         )
+
+    @property
+    def masks(self) -> MaskInbox:
+        """Where steps that are masked find their masks."""
+        return self._executor.masks
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Queue a step behind those before it; on CPU it has run on return.

@@ -113,16 +113,16 @@ async def test_an_agent_waits_for_machine_0(caplog):
 
 
 async def test_a_cut_wire_is_noticed_on_both_sides_and_mended():
-    async with two_machines("good", heartbeat_timeout=1.5) as (hub, wire, nursery):
-        with pytest.raises(LinkLost, match=r"rank 1 on machine 1 is lost: no sign of life for 1\.5 s"):
+    async with two_machines("good", heartbeat_timeout=3.0) as (hub, wire, nursery):
+        with pytest.raises(LinkLost, match="rank 1 on machine 1 is lost: no sign of life for 3 s"):
             async with background() as inner:
                 await inner.start(Group(hub, configs(2)).run)
                 wire.cut()
                 begun = trio.current_time()
                 await trio.sleep_forever()
-        assert 1.4 < trio.current_time() - begun < 2.5
+        assert 1.9 < trio.current_time() - begun < 3 + 2  # the last sign of life may be a second old
         await until(lambda: rank_processes() == [])
-        assert trio.current_time() - begun < 1.5 + 2
+        assert trio.current_time() - begun < 3 + 3
 
         wire.mend()
         group = Group(hub, configs(2))

@@ -100,6 +100,19 @@ async def test_the_choices_of_a_request_are_told_apart_and_one_can_be_stopped():
     assert received == {0: 2, 1: 3, 2: 6}
 
 
+async def test_the_time_in_the_queue_is_told():
+    async with running(max_batch=1) as engine:
+        with engine.submit([1], [params(50)]) as first, engine.submit([2], [params(2)]) as second:
+            assert (first.queue_time, second.queue_time) == (None, None)
+            await first.receive()
+            assert second.queue_time is None
+            while await first.receive():
+                pass
+            await second.receive()
+
+    assert 0 <= first.queue_time < second.queue_time
+
+
 async def test_leaving_the_block_frees_everything():
     async with running("slow") as engine:
         with engine.submit([1, 2], [params(50)] * 2) as generation:

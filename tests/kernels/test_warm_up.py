@@ -87,7 +87,9 @@ def test_sampling_launches_nothing_new(triton_path: str, vocab_size: int, monkey
     every = [needs for needs in every if needs.draws or not needs.cuts]  # greedy rows have no cuts
     for rows, needs in [*product((1, 5), every), *((rows, every[-1]) for rows in (2, 8, 11, 16, 20, 32, 64))]:
         slots, positions = torch.zeros(2, rows, dtype=torch.int32, device=triton_path)  # as a graph's inputs lie
-        sample(torch.zeros(rows, vocab_size, device=triton_path), state, SamplingBatch(slots, positions, needs))
+        words = torch.zeros(rows, -(-vocab_size // 32), dtype=torch.int32, device=triton_path)
+        for masks in ((None, None), (words, slots)):
+            sample(torch.zeros(rows, vocab_size, device=triton_path), state, SamplingBatch(slots, positions, needs, *masks))
 
     assert variants == warm
     assert len(warm) < 25

@@ -4,9 +4,13 @@ from typing import Any
 
 import pytest
 
+from dashinfer.protocol.base import RequestModel
 from dashinfer.protocol.chat import ChatCompletionRequest
+from dashinfer.protocol.completions import CompletionRequest
+from dashinfer.protocol.embeddings import EmbeddingRequest
 from dashinfer.protocol.openapi import openapi_document
-from dashinfer.protocol.parse import parse_chat_request
+from dashinfer.protocol.parse import parse_request
+from dashinfer.protocol.tokens import DetokenizeRequest, TokenizeRequest
 
 
 def references(value: Any) -> Iterator[str]:
@@ -46,15 +50,25 @@ def test_routes(document: dict[str, Any]) -> None:
     routes = {(path, method) for path, methods in document["paths"].items() for method in methods}
     chat = document["paths"]["/v1/chat/completions"]["post"]
 
-    assert routes == {("/v1/chat/completions", "post"), ("/v1/models", "get"), ("/health", "get")}
+    assert {("/v1/chat/completions", "post"), ("/v1/models", "get"), ("/health", "get")} < routes
     assert chat["responses"]["200"]["content"].keys() == {"application/json", "text/event-stream"}
     assert {"400", "404", "413", "429", "503"} < chat["responses"].keys()
 
 
-def test_the_example_is_a_request(document: dict[str, Any]) -> None:
-    body = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/v1/chat/completions", ChatCompletionRequest),
+        ("/v1/completions", CompletionRequest),
+        ("/v1/embeddings", EmbeddingRequest),
+        ("/tokenize", TokenizeRequest),
+        ("/detokenize", DetokenizeRequest),
+    ],
+)
+def test_the_example_is_a_request(document: dict[str, Any], path: str, kind: type[RequestModel]) -> None:
+    body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
 
-    assert parse_chat_request(json.dumps(body["example"]).encode()).model == "demo"
+    assert parse_request(kind, json.dumps(body["example"]).encode()).model == "demo"
 
 
 def test_keys() -> None:

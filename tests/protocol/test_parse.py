@@ -215,15 +215,11 @@ def test_bad_parts_are_named(part: dict[str, Any], param: str, words: str) -> No
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"functions": [{"name": "f"}]}, "functions"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"audio": {"voice": "x"}}, "audio"),
         ({"prediction": {"type": "content"}}, "prediction"),
         ({"web_search_options": {}}, "web_search_options"),
-        ({"reasoning_effort": "low"}, "reasoning_effort"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages.0.content.0"),
         ({"messages": [{"role": "assistant", "content": "", "function_call": {"name": "f"}}]}, "messages.0.function_call"),
     ],
@@ -232,6 +228,66 @@ def test_what_is_not_supported_is_said(fields: dict[str, Any], param: str) -> No
     error = refusal(**fields)
 
     assert (error.param, error.code) == (param, "unsupported_parameter")
+
+
+@pytest.mark.parametrize("fields", [{"reasoning_content": "Hm"}, {"reasoning": "Hm"}])
+def test_thinking_reaches_the_template_by_both_names(fields: dict[str, str]) -> None:
+    parsed = {**CALL, "index": 0, "function": {**CALL["function"], "parsed_arguments": {"x": 1}}}
+    message = {"role": "assistant", "content": "4", "tool_calls": [parsed], "parsed": None, **fields}
+    (shown,) = parse(messages=[message]).template_messages()
+
+    assert (shown["reasoning_content"], shown["reasoning"]) == ("Hm", "Hm")
+    assert shown["tool_calls"] == [{**CALL, "function": {"name": "f", "arguments": {"x": 1}}}]
+
+
+def test_no_calls_are_not_there() -> None:
+    (shown,) = parse(messages=[{"role": "assistant", "content": "4", "tool_calls": []}]).template_messages()
+
+    assert shown == {"role": "assistant", "content": "4"}
+
+
+def test_tools_that_may_be_called() -> None:
+    tools = [{"type": "function", "function": {"name": name}} for name in ("f", "g")]
+    named = {"type": "function", "function": {"name": "g"}}
+    allowed = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [named]}}
+
+    def what(**fields: Any) -> tuple[list[str], bool, int | None]:
+        request = parse(tools=tools, **fields)
+        return [function.name for function in request.functions()], request.call_required, request.max_calls
+
+    assert what() == what(tool_choice="auto") == (["f", "g"], False, None)
+    assert what(tool_choice="none") == ([], False, None)
+    assert what(tool_choice="required", parallel_tool_calls=False) == (["f", "g"], True, 1)
+    assert what(tool_choice=named) == (["g"], True, 1)
+    assert what(tool_choice=allowed, parallel_tool_calls=True) == (["g"], False, None)
+    assert parse(tools=tools, tool_choice="none").template_tools() is None
+
+
+NOW = {"type": "function", "function": {"name": "now"}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"tools": [NOW, NOW]}, "tools", "two functions with the name now"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0.type", "'function'"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name", "1 to 128 letters"),
+        ({"tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "array"}}}]},
+         "tools.0.function.parameters", "`type` object"),
+        ({"tools": [NOW] * 129}, "tools", "more than 128"),
+        ({"tools": [NOW], "tool_choice": "any"}, "tool_choice", 'must be "none", "auto", "required"'),
+        ({"tools": [NOW], "tool_choice": {"type": "function"}}, "tool_choice.function", "is required"),
+        ({"tools": [NOW], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice", "none of `tools`"),
+        ({"tool_choice": "required"}, "tool_choice", "needs `tools`"),
+        ({"reasoning_effort": "most"}, "reasoning_effort", "'none', 'minimal'"),
+        ({"max_thinking_tokens": -1}, "max_thinking_tokens", "at least 0"),
+    ],
+)  # fmt: skip
+def test_bad_tools_are_named(fields: dict[str, Any], param: str, words: str) -> None:
+    error = refusal(**fields)
+
+    assert error.param == param
+    assert words in error.message
 
 
 def test_tool_choice_without_tools() -> None:
@@ -291,7 +347,7 @@ def test_a_tool_conversation_reaches_the_template() -> None:
     assert assistant["content"] is None
     assert [made["function"]["arguments"] for made in assistant["tool_calls"]] == [{"x": 1}, "{broken", '{"x": "\\ud800"}']
     assert assistant.keys() == {"role", "content", "tool_calls"}
-    assert tool == {"role": "tool", "content": "4", "tool_call_id": "1"}
+    assert tool == {"role": "tool", "content": "4", "tool_call_id": "1", "name": "f"}
 
 
 def test_text_parts() -> None:

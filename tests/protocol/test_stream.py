@@ -8,6 +8,7 @@ import pytest
 
 from dashinfer import errors
 from dashinfer.protocol import chat, stream
+from dashinfer.text.tools.events import Arguments, CallBegin, Content, Reasoning
 from dashinfer.types import TokenLogprobs
 
 HEAD: dict[str, Any] = {"id": 'chatcmpl-"1"', "created": 1700000000, "model": "mödel", "system_fingerprint": "fp_1"}
@@ -78,6 +79,38 @@ def test_logprobs(encoder: stream.ChunkEncoder) -> None:
         assert (first["token"], first["logprob"], first["bytes"]) == (" a", -0.5, [32, 97])
         assert last["token"] == "\u2028"
         assert [top["logprob"] for top in first["top_logprobs"]] == [-0.5, -1.0, -9999.0]
+
+
+def test_events(encoder: stream.ChunkEncoder) -> None:
+    text = '\u2028"é'
+    deltas = [
+        event(encoder.event(1, each, call_id="call_1"))["choices"][0]["delta"]
+        for each in (Content(text), Reasoning(text), CallBegin(2, text), Arguments(2, text))
+    ]
+
+    assert deltas == [
+        {"content": text},
+        {"reasoning_content": text, "reasoning": text},
+        {"tool_calls": [{"index": 2, "id": "call_1", "type": "function", "function": {"name": text, "arguments": ""}}]},
+        {"tool_calls": [{"index": 2, "function": {"arguments": text}}]},
+    ]
+
+
+def test_a_message_with_calls() -> None:
+    calls = [stream.tool_call("call_1", "f", '{"a": 1}')]
+    choices = [
+        stream.choice(0, "", "tool_calls", tool_calls=calls),
+        stream.choice(1, "Yes.", "stop", reasoning="Hm."),
+    ]
+    value = json.loads(stream.completion_body(**HEAD, choices=choices, usage=stream.usage(1, 2, 0, None, 1)))
+    ours = chat.ChatCompletion.model_validate(value, strict=True)
+    theirs = openai.types.chat.ChatCompletion.model_validate(value, strict=True)
+
+    assert ours.choices[0].message.content is None
+    assert theirs.choices[0].message.tool_calls[0].function.arguments == '{"a": 1}'
+    assert (ours.choices[1].message.reasoning_content, ours.choices[1].message.reasoning) == ("Hm.", "Hm.")
+    assert "tool_calls" not in value["choices"][1]["message"]
+    assert theirs.usage.completion_tokens_details.reasoning_tokens == 1
 
 
 def test_usage(encoder: stream.ChunkEncoder) -> None:

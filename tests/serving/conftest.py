@@ -57,8 +57,15 @@ def run_server(text: TextModel) -> RunServer:
         engine = engine_type()
         service = Service(ServerConfig(model="demo", host="127.0.0.1", port=0, **settings), version="0")
         with listen.bind("127.0.0.1", 0) as sockets:
-            url = listen.url(sockets)
-            config = listen.hypercorn_config(sockets, graceful_timeout=1)
+            certificate = service.config.ssl_certfile
+            url = listen.url(sockets, tls=certificate is not None)
+            config = listen.hypercorn_config(
+                sockets,
+                graceful_timeout=1,
+                certificate=certificate,
+                key=service.config.ssl_keyfile,
+                root_path=service.config.root_path,
+            )
             async with trio.open_nursery() as nursery:
                 await nursery.start(engine.run)
                 if ready:

@@ -1,6 +1,6 @@
 """An engine and a backend without a model: what they answer is written in the prompt, and what happens to them is recorded.
 
-The last line of a prompt is a command, and the tokens are bytes:
+The last line of a prompt is a command, and the tokens are bytes, but for markers that a tokenizer has:
     say TEXT      answers TEXT and ends the turn
     forever       answers "x" without end
     wait TEXT     answers the first byte of TEXT, and the rest once `release` is set
@@ -8,7 +8,8 @@ The last line of a prompt is a command, and the tokens are bytes:
 """
 
 import math
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -29,6 +30,7 @@ from dashinfer.errors import (
     QueueFull,
     WorkerError,
 )
+from dashinfer.guidance.guide import Grammar
 from dashinfer.serving.service import TextModel
 from dashinfer.sources import ModelSource, ReportProgress, TokenizerFiles
 from dashinfer.text.chat_template import ChatTemplate
@@ -36,6 +38,7 @@ from dashinfer.text.tokenizer import Tokenizer, byte_alphabet
 from dashinfer.types import ModelFiles, Progress, Ready, SamplingParams, TokenLogprobs
 
 END = 256  # the token that ends a turn
+_MARKERS = 0xF0000  # a private character for each token that is no byte
 TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}{% if not loop.last %}\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|end|>{% endif %}"
@@ -55,16 +58,20 @@ INFO = Ready(
 )
 
 
-def write_tokenizer(folder: Path) -> TokenizerFiles:
-    """A byte-level tokenizer whose token ids are the bytes."""
+def write_tokenizer(
+    folder: Path, template: str = TEMPLATE, markers: Sequence[str] = (), special: Sequence[str] = ()
+) -> TokenizerFiles:
+    """A byte-level tokenizer whose token ids are the bytes. `markers` become tokens too, and `special` ones that are hidden."""
     vocabulary = {character: byte for byte, character in byte_alphabet().items()}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|end|>"])
+    tokenizer.add_tokens(list(markers))
+    tokenizer.add_special_tokens(list(special))
     path = folder / "tokenizer.json"
     tokenizer.save(str(path))
-    return TokenizerFiles(path, {"eos_token": "<|end|>"}, TEMPLATE)
+    return TokenizerFiles(path, {"eos_token": "<|end|>"}, template)
 
 
 def make_text(folder: Path) -> TextModel:
@@ -76,12 +83,25 @@ def make_text(folder: Path) -> TextModel:
 class FakeGeneration:
     def __init__(self, engine: "FakeEngine", prompt: list[int], params: list[SamplingParams]) -> None:
         self.cached_tokens = len(prompt) // 16 * 16
+        self.queue_time = 0.25
+        self.embedding = None if params[0].pooling is None else array("f", [3.0, 4.0, float(len(prompt))]).tobytes()
+        asked = params[0].prompt_logprobs
+        self.prompt_logprobs: list[TokenLogprobs] = []
+        if asked is not None:
+            self.prompt_logprobs = [
+                TokenLogprobs(-float(place), tuple(range(65, 65 + asked)), (-0.25,) * asked) for place in range(1, len(prompt))
+            ]
         self._engine = engine
         self._params = params
-        command = bytes(token for token in prompt if token < 256).decode().rsplit(": ", 1)[-1]
+        end = len(prompt) - prompt[::-1].index(END) - 1 if END in prompt else len(prompt)
+        spelled = b"".join(bytes([token]) if token < END else chr(_MARKERS + token).encode() for token in prompt[:end])
+        command = spelled.decode().rsplit(": ", 1)[-1]
+        while command and ord(command[0]) > _MARKERS:  # what stands for images
+            command = command[1:]
         self._verb, _, rest = command.partition(" ")
         self._waits_after = 1 if self._verb in ("wait", "crash") else math.inf
-        answer: Iterator[int] = iter([*rest.encode(), END])
+        said = [[ord(c) - _MARKERS] if ord(c) > _MARKERS else list(c.encode()) for c in rest]
+        answer: Iterator[int] = iter([*(token for tokens in said for token in tokens), END])
         if self._verb in ("forever", "crash"):
             answer = iter(lambda: ord("x"), None)
         self._answers = {index: list(islice(answer, 10**6)) if index == 0 else [] for index in range(len(params))}
@@ -142,6 +162,7 @@ class FakeEngine:
         self.model = INFO
         self.record: list[str] = []
         self.submitted: list[tuple[list[int], list[SamplingParams], PromptMedia | None]] = []
+        self.grammars: list[Grammar | None] = []
         self.running = 0
         self.at_once = 1
         self.refusal: Exception | None = None
@@ -201,7 +222,9 @@ class FakeEngine:
         self._changed.set()
         self._changed = trio.Event()
 
-    def submit(self, prompt: list[int], params: list[SamplingParams], media: PromptMedia | None = None) -> Any:
+    def submit(
+        self, prompt: list[int], params: list[SamplingParams], media: PromptMedia | None = None, grammar: Grammar | None = None
+    ) -> Any:
         if self.refusal is not None:
             raise self.refusal
         if self.state not in ("ready", "recovering"):
@@ -209,6 +232,7 @@ class FakeEngine:
         if len(prompt) >= self.model.max_length:
             raise ContextLengthExceeded("the prompt leaves no room")
         self.submitted.append((prompt, params, media))
+        self.grammars.append(grammar)
         return self._life(FakeGeneration(self, prompt, params))
 
     @contextmanager

@@ -113,6 +113,7 @@ class QueuingRunner:
     on_gpu = True
     ready = READY
     media = None
+    masks = None
 
     def __init__(self, config: WorkerConfig, *_: object) -> None:
         self._rank = fake_rank(config)

@@ -1,11 +1,14 @@
 """The runner on a small random model."""
 
+import threading
+
+import numpy as np
 import pytest
 import torch
 
 from dashinfer.errors import ConfigurationError, InsufficientMemory
 from dashinfer.models.config import ModelConfig
-from dashinfer.types import Chunk, Enter, StepPlan
+from dashinfer.types import Chunk, Enter, Masks, StepPlan
 from dashinfer.worker import capacity
 from dashinfer.worker import runner as runner_module
 from dashinfer.worker.capacity import count_blocks, step_bytes
@@ -75,6 +78,53 @@ def test_a_sequence_goes_on_after_a_preemption_as_if_nothing_had_been(runner):
     (rest,) = generate(runner, [tokens + whole[:6]], [greedy(10)])
 
     assert rest == whole[6:]
+
+
+def test_tokens_that_come_with_a_chunk_are_the_sequences(runner):
+    tokens, forced = prompt(6, 7), [5, 9, 17, 3]
+    (other,) = generate(runner, [tokens], [greedy(3)])
+    (rest,) = generate(runner, [tokens + forced], [greedy(3)])
+    enter = [Enter(slot, _bytes(tokens), 6, greedy()) for slot in range(2)]
+    first = runner.execute(StepPlan(0, enter, [Chunk(0, 0, 6, True, (0, 1)), Chunk(1, 0, 6, True, (2, 3))]))
+    jump = Chunk(0, 6, 4, True, (), _bytes(forced))  # over the token that was sampled
+    second = runner.execute(StepPlan(1, [], [Chunk(1, 6, 1, True, ()), jump]))
+    single = Chunk(0, 10, 1, True, (), _bytes(rest[:1]))
+    third = runner.execute(StepPlan(2, [], [Chunk(1, 7, 1, True, ()), single]))
+
+    assert [first.tokens[1], second.tokens[0], third.tokens[0]] == other
+    assert [second.tokens[1], third.tokens[1]] == rest[:2]
+
+
+def test_a_masked_step_waits_for_its_masks(runner):
+    enter = [Enter(slot, bytes(4), 1, greedy()) for slot in range(3)]
+    plan = StepPlan(7, enter, [Chunk(slot, 0, 1, True, (slot,)) for slot in range(3)], masked=True)
+    (free,) = set(runner.execute(StepPlan(6, enter, plan.chunks)).tokens)
+    words = np.zeros((2, 7), "<i4")
+    words[0, 3], words[1, 6] = 1 << 5, 1 << 18 | 1 << 20  # the last one is beyond the vocabulary
+    results = []
+    thread = threading.Thread(target=lambda: results.append(runner.execute(plan)))
+    thread.start()
+    runner.masks.put(Masks(5, (), b""))  # of a step that was dropped
+    thread.join(0.05)
+    waits = thread.is_alive()
+    runner.masks.put(Masks(7, (2, 0), words.tobytes()))
+    thread.join(10)
+
+    assert waits
+    assert results[0].tokens == [210, free, 101]
+    assert results[0].failed == []
+
+
+def test_a_step_whose_masked_sequences_have_ended_is_as_any_other(runner):
+    enter = [Enter(0, bytes(4), 1, greedy())]
+    chunks = [Chunk(0, 0, 1, True, (0,))]
+    runner.masks.put(Masks(9, (), b""))
+
+    assert runner.execute(StepPlan(9, enter, chunks, masked=True)).tokens == runner.execute(StepPlan(10, enter, chunks)).tokens
+
+
+def _bytes(tokens: list[int]) -> bytes:
+    return np.array(tokens, "<i4").tobytes()
 
 
 def test_a_request_for_logprobs_and_one_without_sit_in_one_step(runner):

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dashinfer_kernels.sampling.reference import DRAW_BITS, WEIGHT_BITS, adjust, draws, logprobs, record
+from dashinfer_kernels.sampling.reference import DRAW_BITS, WEIGHT_BITS, adjust, draws, logprobs, mask, record
 from dashinfer_kernels.sampling.state import TOP_P_ONE, Field, Sampled, SamplingBatch, SamplingState
 
 BLOCK = 64  # tokens whose greatest weight stands for all of them where the k greatest are looked for
@@ -15,8 +15,9 @@ def sample(logits: Tensor, state: SamplingState, batch: SamplingBatch) -> Sample
     slots = batch.slots.long()
     lines = _chosen_lines(logits, state, slots) if needs.top_logprobs is not None else None
     logits = logits.float()
-    if needs.edits or needs.penalties or batch.bitmask is not None:
+    if needs.edits or needs.penalties:
         adjust(logits, state, batch)
+    mask(logits, batch)
     tokens = torch.from_numpy(logits.numpy().argmax(-1))  # the first NaN where there is one
     peaks = logits.gather(1, tokens.unsqueeze(1))
     failed = (~peaks.isfinite()).squeeze(1) & (slots >= 0)

@@ -202,10 +202,13 @@ def _logprobs(raw: Tensor, tokens: Tensor, state: SamplingState, batch: Sampling
 
 
 def warm_up_sampling(state: SamplingState) -> None:
-    """Have every kernel compiled that `sample` may launch for float32 logits without masks; changes nothing of `state`."""
+    """Have every kernel compiled that `sample` may launch for float32 logits; changes nothing of `state`."""
     nobody = torch.full((1,), -1, dtype=torch.int32, device=state.device)
+    words = torch.zeros(1, -(-state.vocab_size // 32), dtype=torch.int32, device=state.device)
     steps = [Needs(top_logprobs=top) for top in TOPS]
     steps += [Needs(draws=True), Needs(draws=True, cuts=True), Needs(edits=True), Needs(penalties=True)]
     for needs in steps:
         logits = torch.zeros(1, state.vocab_size, dtype=torch.float32, device=state.device)
         sample(logits, state, SamplingBatch(nobody, nobody, needs))
+        if not needs.draws and needs.top_logprobs is None:
+            sample(logits, state, SamplingBatch(nobody, nobody, needs, words, nobody))

@@ -19,6 +19,10 @@ from dashinfer_kernels.sampling.state import MAX_COUNT, TOP_P_ONE, Field, Sample
 WEIGHT_BITS = 40
 DRAW_BITS = 31
 
+# [256, 8]: what a logit may be at most by its bit in a byte of a mask
+_GREATEST = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), np.inf, -np.inf)
+_GREATEST = _GREATEST.astype(np.float32)
+
 
 def philox(seed: np.ndarray, position: np.ndarray) -> np.ndarray:
     """[rows] int64 each -> the first word of Philox4x32-10, [rows] uint64 below 2^32."""
@@ -45,7 +49,7 @@ def sample(logits: Tensor, state: SamplingState, batch: SamplingBatch) -> Sample
     raw = logits.clone()
     tokens = torch.zeros(len(slots), dtype=torch.int64, device=logits.device)
     failed = torch.zeros(len(slots), dtype=torch.bool, device=logits.device)
-    adjusted = adjust(logits.float(), state, batch)
+    adjusted = mask(adjust(logits.float(), state, batch), batch)
     for row in rows:
         line, params = adjusted[row], state.params[slots[row]]
         place = line.argmax()
@@ -67,7 +71,7 @@ def sample(logits: Tensor, state: SamplingState, batch: SamplingBatch) -> Sample
 
 
 def adjust(logits: Tensor, state: SamplingState, batch: SamplingBatch) -> Tensor:
-    """Biases, stop tokens that wait, penalties and masks, in place. `logits` is [rows, vocab] float32, and returned."""
+    """Biases, stop tokens that wait and penalties, in place. `logits` is [rows, vocab] float32, and returned."""
     for row, (slot, position) in enumerate(zip(batch.slots.tolist(), batch.positions.tolist(), strict=True)):
         needs = state.needs[slot]
         if slot < 0 or not (needs.edits or needs.penalties):
@@ -82,11 +86,18 @@ def adjust(logits: Tensor, state: SamplingState, batch: SamplingBatch) -> Tensor
             line[params[Field.END : first]] = float("-inf")
         if words[Field.PENALISED]:
             _penalise(line, state.counts[slot], params.view(torch.float32))
-    if batch.bitmask is not None and batch.mask_rows is not None:
-        ids = torch.arange(logits.shape[1], device=logits.device)
-        for row, mask in enumerate(batch.mask_rows.tolist()):
-            if mask >= 0:
-                logits[row, (batch.bitmask[mask][ids >> 5] >> (ids & 31)) & 1 == 0] = float("-inf")
+    return logits
+
+
+def mask(logits: Tensor, batch: SamplingBatch) -> Tensor:
+    """What a row's mask does not allow becomes -inf, in place. `logits` is [rows, vocab] float32, and returned."""
+    if batch.bitmask is None or batch.mask_rows is None:
+        return logits
+    lines, masks = logits.numpy(), batch.bitmask.numpy().view(np.uint8)
+    for row, number in enumerate(batch.mask_rows.tolist()):
+        if number >= 0:
+            greatest = np.take(_GREATEST, masks[number], axis=0).reshape(-1)
+            np.fmin(lines[row], greatest[: lines.shape[1]], out=lines[row])  # of a NaN and -inf, -inf
     return logits
 
 

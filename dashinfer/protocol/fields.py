@@ -1,0 +1,68 @@
+"""`SamplingFields`: the fields that every request for text shares, but for chats, which have the same in `chat`."""
+
+from typing import Annotated
+
+from pydantic import Field
+from pydantic_core import PydanticCustomError
+
+from dashinfer.protocol.base import RequestModel
+from dashinfer.protocol.chat import (
+    GREATEST_REPETITION_PENALTY,
+    LEAST_REPETITION_PENALTY,
+    MAX_CHOICES,
+    Biases,
+    StopStrings,
+    StreamOptions,
+    TokenId,
+)
+
+
+class SamplingFields(RequestModel):
+    """How tokens are drawn, when an answer ends, and whether it is streamed."""
+
+    model: str = Field(min_length=1)
+    temperature: float | None = Field(default=None, ge=0, le=2, description="0 is greedy; default: the model's, or else 1")
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    stop: StopStrings = Field(default_factory=list, description="strings that end an answer and are no part of it")
+    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    logit_bias: Biases = Field(default_factory=dict, description="token id to a bias of its logit")
+    stream: bool = False
+    stream_options: StreamOptions | None = Field(default=None, description="needs stream")
+    user: str | None = Field(default=None, description="ignored")
+
+    # Beyond OpenAI
+    top_k: int | None = Field(default=None, ge=-1, description="0 and -1 are off")
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, ge=LEAST_REPETITION_PENALTY, le=GREATEST_REPETITION_PENALTY)
+    min_tokens: int = Field(default=0, ge=0, description="no stop token before that many tokens")
+    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] = Field(default_factory=list, max_length=256)
+    ignore_eos: bool = Field(default=False, description="go on after the model's end of turn")
+    skip_special_tokens: bool = Field(default=True, description="leave special tokens out of the text")
+
+    @property
+    def token_limit(self) -> int | None:
+        """What the request itself allows; None leaves it to the context."""
+        raise NotImplementedError
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Of each token, how many of the likeliest ones besides it; None: no log-probabilities."""
+        return None
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def check_fields(self) -> None:
+        """Raises PydanticCustomError where fields exclude each other."""
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError("at:stream_options", "needs `stream` to be true")
+        if self.token_limit is not None and self.min_tokens > self.token_limit:
+            raise PydanticCustomError(
+                "at:min_tokens",
+                "is {least}, more than the {most} tokens allowed at most",
+                {"least": self.min_tokens, "most": self.token_limit},
+            )
