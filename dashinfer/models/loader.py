@@ -191,7 +191,7 @@ def _source(config: WorkerConfig, model_config: ModelConfig, stage: Stage) -> So
 
 
 def _forget_other_stages(source: Source, model_config: ModelConfig, stage: Stage) -> None:
-    """To a source that has no other tensors of layers, embedding, final norm and head than the stage's, those are not amiss."""
+    """Leave a source no tensors of layers, embedding, final norm and head but the stage's: nobody misses the others."""
     layers = {f"model.layers.{index}." for index in stage.layers(model_config.num_layers)}
     held = tensor_shapes(model_config, stage)
     others = tuple(name.removesuffix("weight") for name in (EMBEDDING, FINAL_NORM, HEAD) if name not in held)
