@@ -28,6 +28,16 @@ class SmallSum(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
+class HostMemory(Protocol):
+    """Does the group's operations on host tensors, for ranks of one machine; sums are in the order of the ranks."""
+
+    def all_reduce(self, x: Tensor) -> Tensor: ...
+
+    def gather(self, x: Tensor) -> Tensor | None: ...
+
+    def broadcast(self, x: Tensor) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Group:
     """This rank's place among those that hold one model, or one stage of a pipeline, together. Whoever starts the ranks has set
@@ -37,6 +47,7 @@ class Group:
         ranks: torch.distributed's group of these ranks; None: its default one.
         ordered: sum in the order of the ranks, so that the bits of a sum do not depend on its place in a tensor.
         small: what sums the tensors faster that it takes; None: nothing does.
+        memory: what takes the place of torch.distributed, where all tensors are host tensors; None: nothing does.
     """
 
     rank: int = 0
@@ -44,6 +55,7 @@ class Group:
     ranks: torch.distributed.ProcessGroup | None = None
     ordered: bool = False
     small: SmallSum | None = None
+    memory: HostMemory | None = None
 
     def share(self, size: int) -> tuple[int, int]:
         """This rank's [start, stop) of `size` things, which must be a multiple of the world size."""
@@ -53,6 +65,8 @@ class Group:
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of all ranks' `x`, which may be overwritten."""
+        if self.memory is not None:
+            return self.memory.all_reduce(x)
         if self.small is not None and self.small.take(x):
             return self.small(x)
         if not self.ordered:
@@ -67,12 +81,16 @@ class Group:
 
     def gather(self, x: Tensor) -> Tensor | None:
         """All ranks' x [rows, columns] side by side on rank 0: [rows, world size * columns]; None on the others."""
+        if self.memory is not None:
+            return self.memory.gather(x)
         parts = [torch.empty_like(x) for _ in range(self.world_size)] if self.rank == 0 else None
         torch.distributed.gather(x, parts, group_dst=0, group=self.ranks)
         return None if parts is None else torch.cat(parts, dim=-1)
 
     def broadcast(self, x: Tensor) -> Tensor:
         """Rank 0's `x`, in place."""
+        if self.memory is not None:
+            return self.memory.broadcast(x)
         torch.distributed.broadcast(x, group_src=0, group=self.ranks)
         return x
 

@@ -1,7 +1,7 @@
 """The ranks that hold one model together: how they meet, what they agree on, and which errors are another rank's end.
 
-NCCL carries tensors on GPUs, gloo those in host memory. Nothing here waits less than a day for another rank: the parent watches
-all of them, and ends the group when one is lost.
+NCCL carries tensors on GPUs; host tensors go by gloo or, on one machine, through memory that ranks share. Nothing here waits
+less than a day for another rank: the parent watches all of them, and ends the group when one is lost.
 """
 
 import os
@@ -18,6 +18,7 @@ from dashinfer.models.parallel import Group
 from dashinfer.models.stage import Stage
 from dashinfer.types import WorkerConfig
 from dashinfer.worker.pipeline import Pipeline
+from dashinfer.worker.shared_memory import share_memory
 from dashinfer.worker.symmetric import small_sums
 
 PATIENCE = timedelta(days=1)
@@ -115,7 +116,10 @@ def _tensor_group(config: WorkerConfig, device: torch.device, ranks: dist.Proces
     small = None
     if device.type == "cuda" and size > 1 and config.world_size <= config.local_size and not config.deterministic:
         small = small_sums(ranks or dist.group.WORLD, getattr(torch, config.data_type), device)
-    return Group(config.rank % size, size, ranks, ordered, small)
+    memory = None
+    if device.type == "cpu" and size > 1 and config.rendezvous.startswith("file://"):  # all on this machine
+        memory = share_memory(ranks or dist.group.WORLD)
+    return Group(config.rank % size, size, ranks, ordered, small, memory)
 
 
 def _pipeline(config: WorkerConfig) -> Pipeline | None:

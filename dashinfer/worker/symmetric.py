@@ -40,7 +40,7 @@ def small_sums(ranks: dist.ProcessGroup, dtype: torch.dtype, device: torch.devic
     rank, size = dist.get_rank(ranks), dist.get_world_size(ranks)
     others = [torch.device("cuda", index) for index in range(torch.cuda.device_count()) if index != device.index]
     sums = None
-    if _all_can(all(torch.cuda.can_device_access_peer(device, other) for other in others), ranks):
+    if all_can(all(torch.cuda.can_device_access_peer(device, other) for other in others), ranks):
         try:
             sums = SmallSums(ranks, dtype, device)
             x = (torch.arange(64, device=device) % 8).to(dtype)  # so small that no type rounds the sums
@@ -48,12 +48,13 @@ def small_sums(ranks: dist.ProcessGroup, dtype: torch.dtype, device: torch.devic
         except (RuntimeError, AttributeError, ImportError) as error:
             logger.info("GPUs do not read each other's memory: %s", error)
             right = False
-        if not _all_can(right, ranks):
+        if not all_can(right, ranks):
             sums = None
     return sums
 
 
-def _all_can(works: bool, ranks: dist.ProcessGroup) -> bool:
+def all_can(works: bool, ranks: dist.ProcessGroup) -> bool:
+    """Whether it works on all ranks, which ask together."""
     found = torch.tensor([int(works)])
     dist.all_reduce(found, dist.ReduceOp.MIN, group=ranks)
     return bool(found.item())
