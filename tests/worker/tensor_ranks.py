@@ -18,7 +18,8 @@ WORLD_SIZE = 4
 
 
 class Job(msgspec.Struct):
-    """Load the model, on the first `config.world_size` ranks, and run the plans."""
+    """Load the model, on the first `config.world_size` ranks, and run the plans. Ranks that have a `config.rendezvous` share
+    memory, as those of one machine do; others speak gloo."""
 
     config: WorkerConfig
     plans: list[StepPlan] = []
@@ -69,9 +70,13 @@ def main(rank: int, folder: Path) -> None:
     join(config, torch.device("cpu"))
     sizes = {WORLD_SIZE: None, 2: dist.new_group([0, 1])}
     worlds = {}
-    for size, stages in dict.fromkeys((job.config.world_size, job.config.pipeline_parallel) for job in jobs):
-        split = msgspec.structs.replace(config, world_size=size, pipeline_parallel=stages)
-        worlds[size, stages] = make_world(split, torch.device("cpu"), sizes[size])
+    for one in (job.config for job in jobs):
+        size, stages, rendezvous = key = one.world_size, one.pipeline_parallel, one.rendezvous
+        if key not in worlds:
+            split = msgspec.structs.replace(
+                config, world_size=size, pipeline_parallel=stages, rendezvous=rendezvous if rank < size else ""
+            )
+            worlds[key] = make_world(split, torch.device("cpu"), sizes[size])
 
     read_stored, read = SafetensorsSource.read_stored, 0
 
@@ -92,7 +97,7 @@ def main(rank: int, folder: Path) -> None:
         read = 0
         config = msgspec.structs.replace(job.config, rank=rank)
         runner_module.free_memory = (lambda *_, found=job.free: found[rank]) if job.free else free_memory
-        world = worlds[size, config.pipeline_parallel]
+        world = worlds[size, config.pipeline_parallel, config.rendezvous]
         world = replace(world, group=replace(world.group, ordered=config.deterministic and world.group.world_size > 2))
         try:
             runner = runner_module.Runner(config, ModelConfig.from_hf(config.files.config, vision=True), lambda *_: None, world)

@@ -1,4 +1,4 @@
-"""A model on 2 and 4 ranks, which are processes that speak gloo, answers as on one, its layers split or dealt over stages.
+"""A model on 2 and 4 ranks, its layers split or dealt over stages, answers as on one. Ranks share memory or speak gloo.
 
 All ranks start once and load one small model after the other. The plans are those that a scheduler made for a single rank: they
 fit if, and only if, the tokens are the same.
@@ -42,6 +42,7 @@ FAMILIES = {
         "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
     },
 }
+SHARING = ("Mistral", "Uneven", "Qwen3", "a16w8", "fp8")  # memory, where the ranks of others speak gloo
 # layers that four stages cannot have as many of, with their own windows
 DEEP = MODEL | {
     "architectures": ["Qwen2ForCausalLM"],
@@ -118,8 +119,9 @@ def alone(tmp_path_factory) -> dict[str, Recorder]:
     return recorders
 
 
-def split(config: WorkerConfig, world_size: int, stages: int = 1) -> WorkerConfig:
-    return msgspec.structs.replace(config, world_size=world_size, pipeline_parallel=stages)
+def split(config: WorkerConfig, world_size: int, stages: int = 1, *, sharing: bool = False) -> WorkerConfig:
+    rendezvous = "file:///met" if sharing else ""
+    return msgspec.structs.replace(config, world_size=world_size, pipeline_parallel=stages, rendezvous=rendezvous)
 
 
 @pytest.fixture(scope="module")
@@ -128,11 +130,12 @@ def together(alone, tmp_path_factory) -> dict[tuple[str, int], list[Done]]:
     jobs = {}
     for name in (*FAMILIES, *QUANT_TYPES, "deterministic", "deterministic, alone"):
         for size in (2,) if name in QUANT_TYPES else (2, 4):
-            jobs[name, size] = Job(split(alone[name].config, size), alone[name].plans)
+            jobs[name, size] = Job(split(alone[name].config, size, sharing=name in SHARING), alone[name].plans)
     for (name, stages), sizes in STAGES.items():
         recorder = alone[f"{name} in {stages}"]
         for size in sizes:
-            jobs[f"{name} in {stages}", size] = Job(split(recorder.config, size, stages), recorder.plans)
+            config = split(recorder.config, size, stages, sharing=name in SHARING)
+            jobs[f"{name} in {stages}", size] = Job(config, recorder.plans)
     llama = alone["Llama"].config
     roomy = msgspec.structs.replace(split(llama, 2), num_blocks=None, max_batch=64)
     jobs["unequal memory", 2] = Job(roomy, free=[1 << 27, 6 << 20])
@@ -310,4 +313,7 @@ def test_two_processes_answer_and_one_tells_of_the_loss_of_the_other(stages: int
     assert isinstance(failed, Failed)
     assert failed.kind == "PeerLost"
     assert failed.message.startswith("another rank is gone: ")
-    assert "Connection closed by peer" in failed.message or "reset by peer" in failed.message
+    if stages == 1:  # they share memory
+        assert failed.message.endswith("rank 1 has ended")
+    else:
+        assert "Connection closed by peer" in failed.message or "reset by peer" in failed.message
