@@ -440,7 +440,7 @@ class ServerConfig:
             )
         if self.nnodes == 1:
             return
-        if not self.cluster_secret and not _is_loopback(self.master_addr):
+        if not self.cluster_secret and not (_is_loopback(self.master_addr) and self.cluster_interface in (None, "lo")):
             raise ConfigurationError(
                 "machines need a secret that they all know: set DASHINFER_CLUSTER_SECRET to the same on each, "
                 "such as what `openssl rand -hex 32` prints"

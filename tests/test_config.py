@@ -95,6 +95,7 @@ def test_the_name_in_the_api(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         ({"nnodes": 2, "tensor_parallel": 3}, "--nnodes 2 does not divide the number of workers, which is 3"),
         ({"nnodes": 2, "tensor_parallel": 2, "master_addr": "10.0.0.1"}, "set DASHINFER_CLUSTER_SECRET to the same on each"),
         ({"nnodes": 2, "tensor_parallel": 2, "master_addr": "somewhere", "cluster_secret": ""}, "need a secret"),
+        ({"nnodes": 2, "tensor_parallel": 2, "cluster_interface": "eth0"}, "need a secret"),  # where 127.0.0.1 is not
         ({"nnodes": 2, "tensor_parallel": 2, "master_port": 0}, "--master-port 0: the other machines must know the port"),
     ],
 )

@@ -350,17 +350,17 @@ class Engine:
                     break
                 plan = scheduler.schedule()
                 if plan is not None:
+                    now = trio.current_time()
+                    # before anything is waited for: the result may be there first, and the workers gone
+                    steps.append(_RunningStep(plan.step, sum(chunk.length for chunk in plan.chunks), now, now))
                     self._note_admissions(scheduler.running[len(scheduler.running) - len(plan.enter) :])
                     await life.workers.send(plan)
                     await self._send_masks(life)
                 for message in cache.take_messages() if cache is not None else ():
                     await life.workers.send(message)
-                if plan is None:
-                    due = math.inf
-                    break
-                now = trio.current_time()
-                steps.append(_RunningStep(plan.step, sum(chunk.length for chunk in plan.chunks), now, now))
                 due = math.inf
+                if plan is None:
+                    break
             if not life.said:
                 await self._wait(steps[0] if steps else None, due)
 

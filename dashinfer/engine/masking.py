@@ -37,10 +37,12 @@ class _Attempt:
             self.masks[row] = guide.mask()
 
     async def run_in_thread(self) -> None:
-        """As `run`, but a guide whose mask takes too long is in error then, left to the thread, and the last."""
+        """As `run`, but a guide whose mask takes too long is in error then, left to the thread, and the last. Who is cancelled
+        waits for the thread as well: the guides are needed again where it is the workers that have failed."""
+        await trio.lowlevel.checkpoint_if_cancelled()
         finished = False
         try:
-            with trio.move_on_after(TIMEOUT):
+            with trio.move_on_after(TIMEOUT, shield=True):
                 await trio.to_thread.run_sync(self.run, abandon_on_cancel=True)
                 finished = True
         finally:

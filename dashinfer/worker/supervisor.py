@@ -133,7 +133,10 @@ class Rank:
                 await self._reap(process)
 
     async def _start(self) -> trio.Process:
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            raise self._not_started(error) from None
         with theirs, ExitStack() as unless_started:
             unless_started.callback(ours.close)
             try:
@@ -147,10 +150,13 @@ class Rank:
                     process_group=0,
                 )
             except OSError as error:
-                raise errors.StartupError(f"the process of {self._name} cannot be started: {error}") from None
+                raise self._not_started(error) from None
             unless_started.pop_all()
         self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
         return self._process
+
+    def _not_started(self, error: OSError) -> errors.StartupError:
+        return errors.StartupError(f"the process of {self._name} cannot be started: {error}")
 
     async def send_frame(self, frame: bytes) -> None:
         """Send a whole frame. One for a rank that is gone is dropped, since `run` is about to say what ended it; one that a

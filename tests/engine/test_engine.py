@@ -260,6 +260,43 @@ async def until_state(engine: Engine, state: str) -> None:
         await trio.sleep(0.1)
 
 
+class HastyWorkers:
+    """They have a plan's result before the parent has sent all that goes with it, and fail."""
+
+    def __init__(self, ready: Ready, rank: FakeRank) -> None:
+        self._ready, self._rank = ready, rank
+        self._failed = trio.Event()
+
+    async def run(self, *, on_progress, on_result, on_encoded, on_memory, task_status) -> None:
+        self._on_result = on_result
+        task_status.started(self._ready)
+        await self._failed.wait()
+        raise WorkerError("died")
+
+    async def send(self, message) -> None:
+        self._on_result(self._rank.execute(message))
+        self._failed.set()
+        await trio.sleep_forever()
+
+
+async def test_a_result_that_comes_while_workers_fail_counts(autojump_clock):
+    engine = failing_engine([])
+    make_workers, groups = engine._make_workers, []
+
+    def make_hasty_first(configs):
+        groups.append(make_workers(configs))
+        chaos = groups[0]._chaos
+        return groups[-1] if len(groups) > 1 else HastyWorkers(chaos.ready, FakeRank(**chaos.rank))
+
+    engine._make_workers = make_hasty_first
+    async with trio.open_nursery() as nursery:
+        await nursery.start(engine.run)
+        tokens = await generate(engine, [1], params(6))
+        nursery.cancel_scope.cancel()
+
+    assert tokens == continuation([1], params(6))
+
+
 async def test_requests_that_come_while_workers_start_again_wait_in_the_queue(autojump_clock):
     engine = failing_engine([(4, "die")], max_queue=1)
     async with trio.open_nursery() as nursery:

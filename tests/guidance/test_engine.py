@@ -4,6 +4,7 @@ import json
 import re
 import time
 from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 import trio
@@ -11,7 +12,7 @@ import trio
 from dashinfer.config import ServerConfig
 from dashinfer.engine import masking
 from dashinfer.engine.engine import Engine
-from dashinfer.errors import InvalidRequest
+from dashinfer.errors import InvalidRequest, WorkerError
 from dashinfer.guidance.compiler import Compiler
 from dashinfer.guidance.guide import Grammar, Guide
 from dashinfer.guidance.spec import Constraint
@@ -140,6 +141,36 @@ async def test_after_memory_ran_out_what_is_known_is_followed(byte_level, gramma
 async def test_workers_that_are_replaced_follow_on(byte_level, grammar, step):
     async with running(RandomWorkers(byte_level, dies=step), RandomWorkers(byte_level)) as engine:
         check(await collect(engine, [1], [params(byte_level)] * 3, grammar), byte_level)
+
+
+class DyingWorkers(RandomWorkers):
+    async def run(self, **callbacks) -> None:
+        self.end = trio.Event()
+        with one_error():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(partial(super().run, **callbacks))
+                await self.end.wait()
+                raise WorkerError("a test")
+
+
+async def test_workers_that_fail_while_masks_are_computed_are_replaced(byte_level, grammar, monkeypatch):
+    mask, count = Guide.mask, 0
+
+    def slowly(guide: Guide) -> bytes:
+        nonlocal count
+        count += 1
+        found = mask(guide)
+        if count == 6:  # in a thread
+            trio.from_thread.run_sync(workers.end.set)
+            time.sleep(0.1)
+        guide.slow = True
+        return found
+
+    monkeypatch.setattr(Guide, "mask", slowly)
+    workers = DyingWorkers(byte_level)
+    async with running(workers, RandomWorkers(byte_level)) as engine:
+        check(await collect(engine, [1], [params(byte_level)] * 2, grammar), byte_level)
+        assert engine.stats().restarts == 1
 
 
 async def test_max_tokens_ends_what_is_not_complete(byte_level, grammar):

@@ -1,5 +1,6 @@
 """The supervisor against real processes whose model is fake."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -170,6 +171,15 @@ async def test_a_program_that_is_not_there(children):
         await WorkerGroup([config()], command=["/no/such/program"]).run(on_progress=print, on_result=print)
 
     assert children() == []
+
+
+async def test_a_rank_without_a_socket(monkeypatch):
+    def refuse():
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(supervisor.socket, "socketpair", refuse)
+    with trio.fail_after(30), pytest.raises(StartupError, match=r"the process of rank 0 cannot be started: .*Too many open"):
+        await group("good").run(on_progress=print, on_result=print)
 
 
 @pytest.mark.parametrize(("mode", "patience"), [("stopped", 1), ("frozen", 2)])
