@@ -23,6 +23,7 @@ _LABELS = {
     "tokenizer": "Preparing the tokenizer",
     "weights": "Loading weights",
     "warmup": "Warming up",
+    "answers": "Answering",
 }
 _LINE_EVERY = 10.0  # seconds between two log lines of one stage
 
