@@ -5,7 +5,7 @@ from `Service`; identity, keys and logging are the edge's (`edge.py`).
 """
 
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,12 +22,13 @@ from dashinfer.protocol import anthropic as anthropic_protocol
 from dashinfer.protocol import responses as responses_protocol
 from dashinfer.protocol.openapi import openapi_document
 from dashinfer.protocol.stream import KEEP_ALIVE, error_body
-from dashinfer.serving import anthropic, chat, completions, docs, embeddings, responses, status, tokens
+from dashinfer.serving import anthropic, chat, chat_page, completions, docs, embeddings, responses, status, tokens
 from dashinfer.serving.auth import KeyRing
 from dashinfer.serving.context import key_name
 from dashinfer.serving.edge import SCOPE_KEY, Edge, RequestRecord, Scope, error_headers, internal_error
 from dashinfer.serving.limits import Limits
 from dashinfer.serving.service import Service
+from dashinfer.serving.static_files import StaticFile
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ BODY_PATHS = (  # that take more than a small body
     *(CHAT_PATH, COMPLETIONS_PATH, EMBEDDINGS_PATH),
     *(RESPONSES_PATH, MESSAGES_PATH, COUNT_TOKENS_PATH, TOKENIZE_PATH, DETOKENIZE_PATH),
 )
-OPEN_PATHS = ("/", "/openapi.json", *status.OPEN_PATHS, *docs.OPEN_PATHS)
+OPEN_PATHS = ("/openapi.json", *status.OPEN_PATHS, *docs.OPEN_PATHS, *chat_page.OPEN_PATHS)
 
 _JSON = {"content-type": "application/json"}
 _EVENTS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -160,10 +161,6 @@ def create_app(service: Service) -> QuartTrio:
         model=service.config.model_name,
     )
 
-    @app.get("/")
-    async def index() -> Response:
-        return Response(b"", 307, headers={"location": "docs"})
-
     status.add_routes(app, service)
 
     store = responses.ResponseStore()
@@ -262,10 +259,21 @@ def create_app(service: Service) -> QuartTrio:
 
     @app.get("/docs/<name>")
     async def documentation_file(name: str) -> Response:
-        if (file := docs.FILES.get(name)) is None:
+        return await static_file(docs.FILES, name, docs.FILE_HEADERS)
+
+    @app.get("/")
+    async def chat_index() -> Response:
+        return Response(await trio.Path(chat_page.PAGE.path).read_bytes(), headers=chat_page.PAGE_HEADERS)
+
+    @app.get("/chat/<name>")
+    async def chat_file(name: str) -> Response:
+        return await static_file(chat_page.FILES, name, chat_page.FILE_HEADERS)
+
+    async def static_file(files: Mapping[str, StaticFile], name: str, headers: Mapping[str, str]) -> Response:
+        if (file := files.get(name)) is None:
             return error_response(NotFound(f"there is no {name[:200]!r} here"))
         content = await trio.Path(file.path).read_bytes()
-        return Response(content, headers={"content-type": file.content_type, **docs.FILE_HEADERS})
+        return Response(content, headers={"content-type": file.content_type, **headers})
 
     service.metrics.routes = frozenset(rule.rule for rule in app.url_map.iter_rules())
     app.register_error_handler(RequestError, error_response)

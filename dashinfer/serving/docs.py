@@ -4,10 +4,7 @@ Owns the list of static files (nothing else under `static/` can be asked for) an
 relative, so the page works below a prefix too.
 """
 
-from dataclasses import dataclass
-from pathlib import Path
-
-_STATIC = Path(__file__).parent / "static"
+from dashinfer.serving.static_files import StaticFile
 
 PAGE = b"""\
 <!DOCTYPE html>
@@ -36,19 +33,7 @@ PAGE_HEADERS = {
     "referrer-policy": "no-referrer",
 }
 
-
-@dataclass(frozen=True)
-class StaticFile:
-    path: Path
-    content_type: str
-
-
-FILES = {
-    "swagger-ui-bundle.js": StaticFile(_STATIC / "swagger-ui-bundle.js", "text/javascript; charset=utf-8"),
-    "swagger-ui.css": StaticFile(_STATIC / "swagger-ui.css", "text/css; charset=utf-8"),
-    "start.js": StaticFile(_STATIC / "start.js", "text/javascript; charset=utf-8"),
-    "favicon.png": StaticFile(_STATIC / "favicon.png", "image/png"),
-}
+FILES = {name: StaticFile.named(name) for name in ("swagger-ui-bundle.js", "swagger-ui.css", "start.js", "favicon.png")}
 
 FILE_HEADERS = {"cache-control": "max-age=3600", "x-content-type-options": "nosniff"}
 OPEN_PATHS = ("/docs", *(f"/docs/{name}" for name in FILES))

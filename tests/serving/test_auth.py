@@ -34,7 +34,7 @@ async def test_the_other_header(run_server: RunServer) -> None:
 
 async def test_open_paths(run_server: RunServer) -> None:
     async with run_server(api_keys=KEYS) as server:
-        for path in ("/health", "/docs", "/openapi.json", "/docs/start.js"):
+        for path in ("/", "/chat/chat.js", "/health", "/docs", "/openapi.json", "/docs/start.js"):
             assert (await server.client.get(path)).status_code == 200
 
 
@@ -73,7 +73,7 @@ async def test_a_refused_upload_reads_its_refusal(run_server: RunServer) -> None
     [
         "/v1/models", "//v1/models", "/v1//models", "/./v1/models", "/health/../v1/models", "/docs/../v1/models",
         "/%76%31/models", "/v1%2fmodels", "/V1/models", "/v1/models/",
-        "/v1/models?/health", "/v1/models;/health", "/docs/%2e%2e/v1/models",
+        "/v1/models?/health", "/v1/models;/health", "/docs/%2e%2e/v1/models", "/chat/../v1/models",
         "http://example.org/v1/models", "/health%00/../v1/models", "/docs/swagger-ui.css/../../v1/models",
     ],
 )  # fmt: skip
