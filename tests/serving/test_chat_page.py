@@ -39,7 +39,7 @@ async def say(page: Page, text: str) -> None:
 
 
 def prompts(engine: FakeEngine) -> list[str]:
-    """What the engine was given, as text."""
+    """What the engine was given, as text; the template puts nothing between messages."""
     return [bytes(token for token in prompt if token < END).decode() for prompt, *_ in engine.submitted]
 
 
@@ -94,6 +94,7 @@ async def test_a_conversation(run_server: RunServer, page: Page) -> None:
         await page.until(f"{IDLE} && {ANSWER} === 'new'")
         hidden = await page.run("document.querySelector('#attach').hidden")
         await page.go(server.url)
+        await page.until("document.querySelector('#model').textContent === 'demo'")
         kept = await page.run("document.querySelector('#system').value")
 
     assert first == "<img src=x onerror=alert(1)> & größe \u2028 \U0001f600"
@@ -104,8 +105,8 @@ async def test_a_conversation(run_server: RunServer, page: Page) -> None:
     user = f"user: say {first}"
     assert prompts(server.engine) == [
         user,
-        f"system: be brief\n{user}\nassistant: {first}\nuser: say two\nlines",
-        "system: be brief\nuser: say new",
+        f"system: be brief{user}assistant: {first}user: say two\nlines",
+        "system: be briefuser: say new",
     ]
     assert [params[0].temperature for _, params, _ in server.engine.submitted][1:] == [0.25, 0.25]
 
@@ -130,7 +131,7 @@ async def test_stopping_and_leaving(run_server: RunServer, page: Page) -> None:
         await page.go("about:blank")
         await server.engine.until(lambda: server.engine.running == 0)
 
-    assert prompts(server.engine)[2] == "user: wait abc\nassistant: a\nuser: wait xyz\nassistant: x\nuser: wait 123"
+    assert prompts(server.engine)[2] == "user: wait abcassistant: auser: wait xyzassistant: xuser: wait 123"
     assert server.engine.record.count("end") == 3
 
 
