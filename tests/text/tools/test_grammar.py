@@ -180,7 +180,7 @@ def test_schemas_that_a_format_cannot_enforce(name: str) -> None:
     ],
 )
 def test_what_is_no_schema_is_an_error_of_the_request(name: str, schema: dict[str, Any]) -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="parameters of 'f'"):
         call_grammar(name, "", [Function("f", schema)], required=True, parallel=True, token_id=lambda word: None)
 
 
