@@ -5,17 +5,18 @@ nothing of HTTP or of when to send what.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from dashinfer.errors import InvalidRequest, RequestError
-from dashinfer.protocol.base import RequestModel
+from dashinfer.protocol.base import RequestModel, TextOrObjects
 from dashinfer.protocol.chat import MAX_MESSAGES, ChatCompletionRequest, ChoiceFinish
 from dashinfer.protocol.parse import invalid
 from dashinfer.protocol.stream import escape_line_ends
+from dashinfer.protocol.tools import MAX_TOOLS
 from dashinfer.text.tools.events import Arguments, CallBegin, Content, Event, Reasoning
 
 Block = dict[str, Any]
@@ -28,7 +29,7 @@ _MAX_STOP = 16
 
 class InputMessage(RequestModel):
     role: Literal["user", "assistant"]
-    content: str | list[Block] = Field(description="text, or blocks: text, image, tool_use, tool_result, thinking")
+    content: TextOrObjects = Field(description="text, or blocks: text, image, tool_use, tool_result, thinking")
 
 
 class ToolDefinition(RequestModel):
@@ -44,9 +45,9 @@ class CountTokensRequest(RequestModel):
     """What a prompt is made of."""
 
     model: str = Field(min_length=1)
-    messages: list[InputMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
-    system: str | list[Block] | None = Field(default=None, description="text, or blocks of text")
-    tools: list[ToolDefinition] | None = None
+    messages: Annotated[list[InputMessage], Field(fail_fast=True)] = Field(min_length=1, max_length=MAX_MESSAGES)
+    system: TextOrObjects | None = Field(default=None, description="text, or blocks of text")
+    tools: Annotated[list[ToolDefinition], Field(fail_fast=True)] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_choice: dict[str, Any] | None = Field(default=None, description="type: auto, any, tool (with name) or none")
     thinking: dict[str, Any] | None = Field(default=None, description="type: enabled (with budget_tokens) or disabled")
 
@@ -62,7 +63,7 @@ class MessagesRequest(CountTokensRequest):
     temperature: float | None = Field(default=None, ge=0, le=1)
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=0)
-    stop_sequences: list[str] | None = Field(default=None, max_length=_MAX_STOP)
+    stop_sequences: Annotated[list[str], Field(fail_fast=True)] | None = Field(default=None, max_length=_MAX_STOP)
     stream: bool = False
     metadata: Any = Field(default=None, description="ignored")
     service_tier: str | None = Field(default=None, description="ignored")
@@ -112,9 +113,9 @@ def _system(system: str | list[Block] | None) -> Iterator[dict[str, Any]]:
         yield {"role": "system", "content": text}
 
 
-def _texts(blocks: Sequence[Block], param: str) -> list[str]:
+def _texts(blocks: Sequence[Any], param: str) -> list[str]:
     for number, block in enumerate(blocks):
-        if block.get("type") != "text" or not isinstance(block.get("text"), str):
+        if not isinstance(block, dict) or block.get("type") != "text" or not isinstance(block.get("text"), str):
             raise InvalidRequest(f"`{param}.{number}` must be a block of type text", param=f"{param}.{number}")
     return [block["text"] for block in blocks]
 
@@ -179,7 +180,9 @@ def _image(block: Block, place: str) -> dict[str, Any]:
 
 def _result(block: Block, place: str) -> str:
     content = block.get("content", "")
-    text = content if isinstance(content, str) else "\n".join(_texts(content if isinstance(content, list) else [{}], place))
+    text = (
+        content if isinstance(content, str) else "\n".join(_texts(content if isinstance(content, list) else [content], place))
+    )
     return f"Error: {text}" if block.get("is_error") is True else text
 
 

@@ -1,8 +1,8 @@
 """`RequestModel`: what every pydantic model of a request shares."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
 
 
@@ -21,3 +21,13 @@ class RequestModel(BaseModel):
                 if name not in known:
                     raise PydanticCustomError("unknown_field", "is not a field this server knows", {"field": name})
         return value
+
+
+def _text_or_objects(value: Any) -> Any:
+    """One error for all items, as above."""
+    if isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, dict) for item in value)):
+        return value
+    raise PydanticCustomError("text_or_objects", "must be a string or an array of objects")
+
+
+TextOrObjects = Annotated[str | list[dict[str, Any]], BeforeValidator(_text_or_objects)]

@@ -133,7 +133,9 @@ class ChatCompletionRequest(ConstrainedRequest, CallingRequest):
     safety_identifier: str | None = Field(default=None, description="ignored")
     prompt_cache_key: str | None = Field(default=None, description="ignored: the prefix cache needs no key")
     prompt_cache_retention: str | None = Field(default=None, description="ignored")
-    modalities: list[Literal["text"]] | None = Field(default=None, description='["text"] only')
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = Field(
+        default=None, description='["text"] only'
+    )
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> "ChatCompletionRequest":

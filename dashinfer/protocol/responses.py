@@ -5,13 +5,14 @@ and of where earlier responses are kept.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from dashinfer.errors import InvalidRequest, RequestError
-from dashinfer.protocol.base import RequestModel
+from dashinfer.protocol.base import RequestModel, TextOrObjects
 from dashinfer.protocol.chat import ChatCompletionRequest, ChoiceFinish
 from dashinfer.protocol.parse import invalid
 from dashinfer.protocol.stream import escape_line_ends
@@ -20,14 +21,22 @@ from dashinfer.text.tools.events import Arguments, CallBegin, Content, Event, Re
 Item = dict[str, Any]
 
 MAX_ITEMS = 4096
+MAX_METADATA = 16
 _encode = msgspec.json.Encoder().encode
+
+
+def _few(value: Any) -> Any:
+    """Refused before pydantic makes an error of each."""
+    if isinstance(value, dict) and len(value) > MAX_METADATA:
+        raise PydanticCustomError("too_long", "has too many items", {"max_length": MAX_METADATA})
+    return value
 
 
 class ResponsesRequest(RequestModel):
     """A turn of a conversation. A null stands for a field that is left out; an unknown field is refused."""
 
     model: str = Field(min_length=1)
-    input: str | list[Item] = Field(description="text, or items: messages, function_call, function_call_output, reasoning")
+    input: TextOrObjects = Field(description="text, or items: messages, function_call, function_call_output, reasoning")
     instructions: str | None = Field(default=None, description="a system message of this turn alone")
     previous_response_id: str | None = Field(default=None, description="goes on from there, as long as it is kept")
     store: bool = Field(default=True, description="keep it in memory, for later turns")
@@ -35,12 +44,14 @@ class ResponsesRequest(RequestModel):
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
     stream: bool = False
-    tools: list[Item] = Field(default_factory=list, max_length=128, description="of type function")
+    tools: Annotated[list[Item], Field(fail_fast=True)] = Field(
+        default_factory=list, max_length=128, description="of type function"
+    )
     tool_choice: str | Item = Field(default="auto", description="auto, none, required, or a function")
     parallel_tool_calls: bool = True
     text: Item | None = Field(default=None, description="format: of type text, json_object or json_schema")
     reasoning: Item | None = Field(default=None, description="effort")
-    metadata: dict[str, str] = Field(default_factory=dict, max_length=16)
+    metadata: Annotated[dict[str, str], BeforeValidator(_few)] = Field(default_factory=dict, max_length=MAX_METADATA)
 
     background: Literal[False] | None = Field(default=None, description="not supported")
     conversation: None = Field(default=None, description="not supported; use previous_response_id")
@@ -106,7 +117,9 @@ def _add(messages: list[dict[str, Any]], item: Item, place: str) -> None:
             messages.append({"role": "tool", "tool_call_id": _string(item, "call_id", place), "content": text})
         case "reasoning":
             parts = item.get("content") or []
-            thought = "".join(part.get("text", "") for part in parts if isinstance(part, dict))
+            if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+                raise InvalidRequest(f"`{place}.content` must be an array of objects", param=f"{place}.content")
+            thought = "".join(_string(part, "text", f"{place}.content") for part in parts if "text" in part)
             if thought:
                 message = _assistant(messages)
                 message["reasoning_content"] = message.get("reasoning_content", "") + thought

@@ -203,7 +203,7 @@ def create_app(service: Service) -> QuartTrio:
     @app.get(f"{RESPONSES_PATH}/<id>/input_items")
     async def response_items(id: str) -> Response:
         kept = store.get(key_name.get(), id)
-        return Response(responses_protocol.item_list_body([*kept.history, *kept.given]), headers=_JSON)
+        return Response(responses_protocol.item_list_body(kept.input_items()), headers=_JSON)
 
     @app.post(f"{RESPONSES_PATH}/<id>/cancel")
     async def cancel_response(id: str) -> Response:

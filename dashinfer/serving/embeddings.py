@@ -2,11 +2,12 @@
 
 import math
 from array import array
+from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 
-from dashinfer.engine.api import EngineAPI
+from dashinfer.engine.api import EngineAPI, Generation
 from dashinfer.errors import InvalidRequest
 from dashinfer.protocol.embeddings import EmbeddingRequest, embedding_list_body
 from dashinfer.protocol.parse import parse_request
@@ -28,16 +29,25 @@ async def embeddings(service: Service, body: bytes | bytearray, stack: ExitStack
     size = len(body)
     request, prompts = await service.off_the_loop(size, partial(_begin, service, engine, text, body))
     params = SamplingParams(max_tokens=1, seed=0, temperature=0.0, pooling=request.pooling)  # the token is dropped
-    generations = [stack.enter_context(engine.submit(prompt, [params])) for prompt in prompts]
-    vectors = []
-    for generation in generations:
-        while await generation.receive():
-            pass
-        assert generation.embedding is not None, "asked for and not delivered"
-        vectors.append(generation.embedding)
+    together = max(1, service.config.max_queue // 2)  # more would take the whole queue, or not fit into it
+    vectors: list[bytes] = []
+    waiting: deque[Generation] = deque()
+    for prompt in prompts:
+        if len(waiting) == together:
+            vectors.append(await _vector(waiting.popleft()))
+        waiting.append(stack.enter_context(engine.submit(prompt, [params])))
+    for generation in waiting:
+        vectors.append(await _vector(generation))
     total = sum(map(len, prompts))
     encode = partial(_encode, service, request, vectors, total)
     return await service.off_the_loop(sum(map(len, vectors)), encode), f"{total} tokens in"
+
+
+async def _vector(generation: Generation) -> bytes:
+    while await generation.receive():
+        pass
+    assert generation.embedding is not None, "asked for and not delivered"
+    return generation.embedding
 
 
 def _begin(

@@ -4,7 +4,7 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -25,28 +25,33 @@ MAX_KEPT = 4096  # responses
 MAX_KEPT_BYTES = 64 * 1024 * 1024  # of all responses and their conversations, as JSON
 
 _encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(list[protocol.Item]).decode
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A response and what it was made of.
+    """A response and what it was made of. Items are kept as JSON: as objects they can take thirty times as much.
 
     Attributes:
         body: its JSON.
-        history: items before this turn's.
-        given: this turn's input.
-        output: what the model answered.
+        given: JSON arrays of the items of this turn's input and of the turns before it, their outputs too.
+        output: a JSON array of what the model answered.
     """
 
     body: bytes
-    history: list[protocol.Item]
-    given: list[protocol.Item]
-    output: list[protocol.Item]
-    size: int
+    given: tuple[bytes, ...]
+    output: bytes
 
     @property
-    def conversation(self) -> list[protocol.Item]:
-        return [*self.history, *self.given, *self.output]
+    def size(self) -> int:
+        return len(self.body) + sum(map(len, self.given)) + len(self.output)
+
+    def input_items(self) -> list[protocol.Item]:
+        return [item for turn in self.given for item in _decode(turn)]
+
+    @property
+    def conversation(self) -> tuple[bytes, ...]:
+        return (*self.given, self.output)
 
 
 class ResponseStore:
@@ -58,16 +63,13 @@ class ResponseStore:
         self._lock = threading.Lock()
         self.bytes = 0
 
-    def put(
-        self, owner: bytes, id: str, body: bytes, history: Sequence[protocol.Item], given: Sequence[protocol.Item], output: Any
-    ) -> None:
+    def put(self, owner: bytes, id: str, kept: Kept) -> None:
         """Keep one. A conversation that is larger than all the room is not kept."""
-        size = len(body) + len(_encode(history)) + len(_encode(given))
-        if size > self._most_bytes:
+        if kept.size > self._most_bytes:
             return
         with self._lock:
-            self._kept[owner, id] = Kept(body, list(history), list(given), list(output), size)
-            self.bytes += size
+            self._kept[owner, id] = kept
+            self.bytes += kept.size
             while self.bytes > self._most_bytes or len(self._kept) > self._most:
                 _, gone = self._kept.popitem(last=False)
                 self.bytes -= gone.size
@@ -90,10 +92,10 @@ class ResponseStore:
 
 @dataclass
 class _Turn:
-    """What reading a request finds."""
+    """What reading a request finds. `given`: as `Kept.given`."""
 
     request: protocol.ResponsesRequest
-    history: list[protocol.Item]
+    given: tuple[bytes, ...]
 
 
 class ResponseAnswer:
@@ -149,8 +151,7 @@ class ResponseAnswer:
     def _keep(self) -> bytes:
         body = self._encoder.body(self._completion.outcome[0], self._usage())
         if self._turn.request.store:
-            given = self._turn.request.items()
-            self._store.put(self._owner, self._id, body, self._turn.history, given, self._encoder.output)
+            self._store.put(self._owner, self._id, Kept(body, self._turn.given, _encode(self._encoder.output)))
         return body
 
 
@@ -169,11 +170,11 @@ async def start(service: Service, store: ResponseStore, body: chat.Buffer, stack
 def _read(store: ResponseStore, owner: bytes, turns: list[_Turn], service: Service, body: chat.Buffer) -> ChatCompletionRequest:
     request = parse_request(protocol.ResponsesRequest, body)
     service.check_model(request.model)
-    history = []
+    before: tuple[bytes, ...] = ()
     if (previous := request.previous_response_id) is not None:
-        history = store.get(owner, previous, param="previous_response_id").conversation
-    turns.append(_Turn(request, history))
-    return request.chat(history)
+        before = store.get(owner, previous, param="previous_response_id").conversation
+    turns.append(_Turn(request, (*before, _encode(request.items()))))
+    return request.chat([item for turn in before for item in _decode(turn)])
 
 
 def cancel(store: ResponseStore, id: str) -> bytes:

@@ -153,6 +153,11 @@ async def test_an_answer_that_is_begun_goes_on(run_server: RunServer) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "tool_use"}]}]}, "`messages.0.content.0`"),
         ({"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}, "`messages.0.content.0.tool_use_id`"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "`messages.0.content.0.source`"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "content": [5]}]}]},
+            "`messages.0.content.0.0`",
+        ),
+        ({"messages": [{"role": "user", "content": [5]}]}, "`messages.0.content`"),
         ({"system": [{"type": "image"}]}, "`system.0`"),
         ({"tool_choice": {"type": "some"}}, "`tool_choice`"),
         ({"thinking": {"type": "maybe"}}, "`thinking.type`"),

@@ -1,6 +1,9 @@
 """The Responses API. The model's output is what the prompt tells it to say."""
 
+import gc
 import json
+import tracemalloc
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
@@ -10,7 +13,8 @@ import trio
 
 from dashinfer.errors import InternalError, NotFound
 from dashinfer.protocol.responses import DeletedResponse, ItemList, ResponseEvent, ResponseObject
-from dashinfer.serving.responses import ResponseStore
+from dashinfer.serving import responses
+from dashinfer.serving.responses import Kept, ResponseStore
 from dashinfer.serving.service import TextModel
 from dashinfer.text.tools.formats import ToolFormat
 
@@ -144,12 +148,12 @@ async def test_what_is_not_kept_and_whose_it_is(run_server: RunServer) -> None:
 def test_the_store_is_bounded() -> None:
     store = ResponseStore(most=2, most_bytes=100)
     for number in range(3):
-        store.put(b"a", str(number), b"x" * 10, [], [], [])
+        store.put(b"a", str(number), Kept(b"x" * 10, (), b""))
     with pytest.raises(NotFound):
         store.get(b"a", "0")
     store.get(b"a", "1")
-    store.put(b"a", "3", b"x" * 70, [], [], [])
-    store.put(b"a", "4", b"x" * 200, [], [], [])
+    store.put(b"a", "3", Kept(b"x" * 70, (), b""))
+    store.put(b"a", "4", Kept(b"x" * 200, (), b""))
 
     assert store.get(b"a", "1").body == b"x" * 10
     for gone in ("2", "4"):
@@ -158,6 +162,24 @@ def test_the_store_is_bounded() -> None:
     store.delete(b"a", "1")
     store.delete(b"a", "3")
     assert store.bytes == 0
+
+
+async def test_what_is_kept_takes_no_more_memory_than_is_counted(run_server: RunServer) -> None:
+    store = ResponseStore()
+    given = [{"type": "reasoning", "x": [[]] * 10**5}, {"role": "user", "content": "say hi"}]
+    body = json.dumps({"model": "demo", "input": given}).encode()
+    async with run_server() as server:
+        with ExitStack() as stack:
+            tracemalloc.start()
+            answer = await responses.start(server.service, store, body, stack)
+            id = json.loads(await answer.body())["id"]
+            del answer
+        gc.collect()
+        used, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+
+    assert used < 2 * store.bytes
+    assert store.get(b"", id).input_items() == given
 
 
 async def test_structured_output_and_reasoning_reach_the_chat(run_server: RunServer) -> None:
@@ -178,6 +200,10 @@ async def test_structured_output_and_reasoning_reach_the_chat(run_server: RunSer
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0"),
         ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "input.0.content.0"),
         ({"input": [{"type": "function_call", "call_id": "a", "name": "b"}]}, "input.0.arguments"),
+        ({"input": [{"type": "reasoning", "content": 5}]}, "input.0.content"),
+        ({"input": [{"type": "reasoning", "content": [{"text": 5}]}]}, "input.0.content.text"),
+        ({"input": [5]}, "input"),
+        ({"metadata": {str(number): "" for number in range(17)}}, "metadata"),
         ({"tools": [{"type": "web_search"}]}, "tools.0"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"text": {"format": {"type": "xml"}}}, "text"),

@@ -170,10 +170,14 @@ def _properties(function: Function) -> list[tuple[str, Any, bool]]:
     properties = closed.get("properties", {})
     if closed.get("additionalProperties") is not False or not isinstance(properties, Mapping):
         raise ValueError(f"the parameters of {function.name!r} are no plain object, as this model's format of calls needs them")
-    required = closed.get("required")
+    required = closed.get("required", ())
+    if not isinstance(required, list | tuple):
+        raise ValueError(f"`required` in the parameters of {function.name!r} is no array")
+    if not all(isinstance(schema, Mapping | bool) for schema in properties.values()):
+        raise ValueError(f"a property in the parameters of {function.name!r} has no schema")
     shared = {key: closed[key] for key in ("$defs", "definitions") if key in closed}
     return [
-        (name, {**schema, **shared} if isinstance(schema, Mapping) else schema, name in (required or ()))
+        (name, {**schema, **shared} if isinstance(schema, Mapping) else schema, name in required)
         for name, schema in properties.items()
     ]
 
@@ -206,6 +210,8 @@ def _xml_call(number: int, function: Function) -> list[str]:
         values = schema.get("enum", [schema["const"]] if "const" in schema else None) if isinstance(schema, Mapping) else None
         if types is None or "string" not in types:
             rules.append(f"{value}: {_term(function, schema)} {end}")
+        elif values is not None and not isinstance(values, list):
+            raise ValueError(f"the `enum` of {name!r} of {function.name!r} is no array")
         elif values is not None:
             texts = [text_term(item) for item in values if isinstance(item, str)]
             rules.append(f"{value}: ({' | '.join(texts)}) {end}")

@@ -168,3 +168,23 @@ def test_schemas_that_a_format_cannot_enforce(name: str) -> None:
 
     with pytest.raises(ValueError, match="no plain object"):
         grammar_of(ToolFormat(name), required=True, functions=[function])
+
+
+@pytest.mark.parametrize("name", ["pythonic", "qwen3_coder"])
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"properties": {"a": {}}, "required": 5},
+        {"properties": {"a": 5}},
+        {"properties": 5},
+    ],
+)
+def test_what_is_no_schema_is_an_error_of_the_request(name: str, schema: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="parameters of 'f'"):
+        call_grammar(name, "", [Function("f", schema)], required=True, parallel=True, token_id=lambda word: None)
+
+
+def test_an_enum_that_is_no_array() -> None:
+    schema = {"properties": {"a": {"type": "string", "enum": 5}}}
+    with pytest.raises(ValueError, match="enum"):
+        call_grammar("qwen3_coder", "", [Function("f", schema)], required=True, parallel=True, token_id=lambda word: None)
