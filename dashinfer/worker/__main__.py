@@ -93,8 +93,10 @@ class Connection:
                     if isinstance(message, Masks):
                         assert self.masks is not None
                         self.masks.put(message)
-                    else:
-                        self.inbox.put(message)
+                        continue
+                    if isinstance(message, Reset) and self.masks is not None:
+                        self.masks.interrupt()
+                    self.inbox.put(message)
             except WorkerError as error:  # nothing more can be understood, and the main thread would wait for ever
                 self.send(Failed("", str(error)))
                 os._exit(1)
@@ -193,6 +195,7 @@ class Loop:
                         self._execute(plan)
                 case Reset() as message:
                     self._runner.reset()
+                    self._runner.masks.resume()
                     self._dropping = False
                     if self._runner.on_gpu:
                         self._steps.put(message)

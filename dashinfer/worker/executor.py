@@ -73,7 +73,7 @@ class Executor:
         self._launched_scores: LaunchedScores | None = None  # of the step that is being launched
         self._launched_embeddings: LaunchedEmbeddings | None = None  # likewise
         self._graphs: DecodeGraphs | None = None
-        self.masks = MaskInbox()
+        self.masks = MaskInbox(model.stage.count + 1)
 
     def use_caches(self, kv_caches: list[KVCache]) -> None:
         """The cache of each layer of the stage, as `allocate_kv_cache` makes them. Graphs recorded over others are dropped."""

@@ -33,6 +33,7 @@ from dashinfer.errors import InsufficientMemory, UnsupportedModel
 from dashinfer.models.config import ModelConfig
 from dashinfer.types import Encode, Encoded, Failed, OutOfMemory, Progress, Ready, StepPlan, StepResult, WorkerConfig
 from dashinfer.worker import __main__ as worker
+from dashinfer.worker.masks import MaskInbox
 from tests.engine.fake_rank import FakeRank
 
 MODES = sys.argv.pop(1).split(",")
@@ -113,7 +114,7 @@ class QueuingRunner:
     on_gpu = True
     ready = READY
     media = None
-    masks = None
+    masks = MaskInbox()
 
     def __init__(self, config: WorkerConfig, *_: object) -> None:
         self._rank = fake_rank(config)

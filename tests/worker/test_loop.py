@@ -13,6 +13,7 @@ from dashinfer.errors import InsufficientMemory
 from dashinfer.types import Encode, Encoded, Forget, OutOfMemory, Reset, StepPlan, StepResult
 from dashinfer.worker import __main__ as loop
 from dashinfer.worker.__main__ import SMALL_MODEL, Loop, arrange_threads
+from dashinfer.worker.masks import MaskInbox
 
 
 class End(Exception):
@@ -51,6 +52,7 @@ class Rank:
         self.record: list = []
         self.inbox = Inbox()
         self.media = self
+        self.masks = MaskInbox()
         self.on_gpu = on_gpu
         self.busy = 0  # how many looks at the device find it busy
         self.blocks, self._steps = blocks, steps
@@ -70,6 +72,8 @@ class Rank:
     # runner
     def launch(self, plan: StepPlan):
         time.sleep(0.002)
+        if plan.masked:
+            self.masks.take(plan.step)
         if self.starved.get(plan.step) == "launch":
             raise InsufficientMemory("not enough")
         return Step(plan.step)
@@ -211,7 +215,7 @@ def test_a_step_without_memory_is_dropped_with_those_after_it(where: str) -> Non
 
 @pytest.mark.parametrize("where", ["launch", "result"])
 def test_on_a_gpu_what_is_dropped_is_told_after_the_results_before_it(where: str) -> None:
-    """The step after it is launched before anybody knows, and has no result either."""
+    """The step after it is launched before anybody knows, and has no result either, nor masks."""
     rank = Rank(blocks=0, steps=0, on_gpu=True)
     rank.media = None
     rank.starved = {2: where}
@@ -221,6 +225,7 @@ def test_on_a_gpu_what_is_dropped_is_told_after_the_results_before_it(where: str
     def send(message) -> None:
         Rank.send(rank, message)
         if isinstance(message, OutOfMemory):
+            rank.masks.interrupt()
             rank.inbox.put(Reset())
             rank.inbox.put(StepPlan(4, [], []))
         if message == StepResult(4, []):
@@ -228,7 +233,7 @@ def test_on_a_gpu_what_is_dropped_is_told_after_the_results_before_it(where: str
 
     rank.send = send
     for step in range(4):
-        rank.inbox.put(StepPlan(step, [], []))
+        rank.inbox.put(StepPlan(step, [], [], masked=step == 3))
     threading.Thread(target=Loop(rank, rank, 0).run, daemon=True).start()
 
     assert answered.wait(10)
