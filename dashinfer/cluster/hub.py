@@ -252,9 +252,16 @@ class Hub:
         return msgspec.structs.replace(config, interface=self._interface)
 
     def meeting_point(self, leader: Place | None) -> str:
-        """Where ranks meet whose first one is at this place, or on this machine."""
+        """Where ranks meet whose first one is at this place, or on this machine.
+
+        Raises:
+            LinkLost: this machine has no port to meet at now.
+        """
         if leader is None:
-            return network.tcp_url(self._master_addr, network.free_port(self._address))
+            try:
+                return network.tcp_url(self._master_addr, network.free_port(self._address))
+            except OSError as error:  # the address went with its link, or the process has too many files open
+                raise LinkLost(f"no port to meet at on {self._address}: {error}") from None
         return network.tcp_url(leader.address, leader.port)
 
 

@@ -515,7 +515,8 @@ class Engine:
     def _enter(self, group: SequenceGroup) -> None:
         assert self._scheduler is not None
         self._open += 1
-        self._idle = trio.Event()
+        if self._idle.is_set():
+            self._idle = trio.Event()
         self._prompt_tokens += group.sequences[0].prompt_length
         for sequence in group.sequences:
             self._groups[sequence] = group
