@@ -1,9 +1,9 @@
 """What happens after ranks have failed: when they start again, and whose request is given up rather than computed once more.
 
 A failure is a *strike* against every sequence that was being computed; a token clears its strikes. One with two strikes is a
-*suspect*, to be computed alone, so that the next failure has one possible cause. The one that is alone at its third strike is
-given up: a request that ends a rank every time costs three restarts and takes no other with it, while failures by chance hardly
-ever strike a sequence three times between two of its tokens.
+*suspect*, to be computed alone, so that the next failure has one possible cause. The one that has been struck three times while
+it was alone is given up: a request that ends a rank every time costs three restarts, five if it began in company, and takes no
+other with it. Those with fewer strikes come first, so failures by chance, even every few seconds, strike another one each time.
 
 Pure policy over hashable sequences: no clock, no ranks, no requests.
 """
@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 from msgspec import Struct
 
 SUSPICIOUS = 2  # strikes
-GIVEN_UP = 3  # strikes
+GIVEN_UP = 3  # strikes while it was alone
 DELAYS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 10.0)  # seconds before a restart, by failures in a row
 GOOD_STEPS = 64  # after which steps may be twice as large again
 
@@ -44,8 +44,9 @@ class Recovery(Generic[S]):
         self._max_restarts = max_restarts
         self._window = window
         self._strikes: dict[S, int] = {}
+        self._alone: dict[S, int] = {}  # those of them at which nothing else was computed
         self._failures: deque[float] = deque()  # when they were, within the window
-        self._row = 0  # failures since a step, without those that had a culprit
+        self._row = 0  # failures since a step, without those of suspects, of which there is an end
 
     def failure(self, struck: Iterable[S], *, now: float, idle: float = 0.0) -> Verdict[S]:
         """The ranks failed at `now`, in seconds, while `struck` were computed. `idle`: how long they had had nothing to do."""
@@ -55,14 +56,17 @@ class Recovery(Generic[S]):
         self._failures.append(now)
         while self._failures[0] < now - self._window:
             self._failures.popleft()
+        found_out = len(struck) == 1 and self.is_suspect(struck[0])
         for sequence in struck:
             self._strikes[sequence] = self._strikes.get(sequence, 0) + 1
-        culprits = [sequence for sequence in struck if len(struck) == 1 and self._strikes[sequence] >= GIVEN_UP]
+        if len(struck) == 1:
+            self._alone[struck[0]] = self._alone.get(struck[0], 0) + 1
+        culprits = [sequence for sequence in struck if len(struck) == 1 and self._alone[sequence] >= GIVEN_UP]
         too_many = len(self._failures) > self._max_restarts
         victims = [sequence for sequence in struck if too_many and sequence not in culprits]
         for sequence in (*culprits, *victims):
             self.forget(sequence)
-        if not culprits:
+        if not found_out:
             self._row += 1
         if self._row > self._max_restarts:
             return Verdict(None, culprits, victims)
@@ -74,11 +78,12 @@ class Recovery(Generic[S]):
 
     def token(self, sequence: S) -> None:
         """A sequence has gained a token."""
-        self._strikes.pop(sequence, None)
+        self.forget(sequence)
 
     def forget(self, sequence: S) -> None:
-        """A sequence has ended."""
+        """Nothing is held against a sequence any more."""
         self._strikes.pop(sequence, None)
+        self._alone.pop(sequence, None)
 
     def is_suspect(self, sequence: S) -> bool:
         return self._strikes.get(sequence, 0) >= SUSPICIOUS

@@ -10,23 +10,40 @@ def test_one_failure_gives_nobody_up():
     assert recovery.suspect() is None
 
 
-def test_who_was_there_twice_is_computed_alone_and_given_up_at_the_third_time():
+def test_who_was_there_twice_is_computed_alone_and_given_up_at_the_third_time_then():
     recovery = Recovery(max_restarts=8, window=300)
     recovery.failure(["a", "b"], now=0)
     recovery.token("b")
     recovery.failure(["a", "b", "c"], now=1)
 
     assert recovery.suspect() == "a"
-    assert recovery.failure(["a"], now=2) == Verdict(0.5, ["a"], [])
+    for now in (2, 3):
+        assert recovery.failure(["a"], now=now) == Verdict(0.5, [], [])
+    assert recovery.failure(["a"], now=4) == Verdict(0.5, ["a"], [])
     assert recovery.suspect() is None
 
 
-def test_the_third_strike_counts_only_alone():
+def test_who_is_alone_from_the_beginning_is_given_up_at_the_third_failure():
     recovery = Recovery(max_restarts=8, window=300)
-    for now in range(3):
+
+    assert [recovery.failure(["a"], now=now).culprits for now in range(3)] == [[], [], ["a"]]
+
+
+def test_strikes_in_company_give_nobody_up():
+    recovery = Recovery(max_restarts=8, window=300)
+    for now in range(4):
         assert not recovery.failure(["a", "b"], now=now).culprits
 
-    assert recovery.failure(["b"], now=3).culprits == ["b"]
+    assert not recovery.failure(["b"], now=4).culprits
+
+
+def test_failures_by_chance_strike_another_suspect_each_time():
+    recovery = Recovery(max_restarts=1000, window=300)
+    streams = list(range(16))
+    verdicts = [recovery.failure(streams, now=now) for now in range(2)]
+    verdicts += [recovery.failure([recovery.suspect()], now=2 + n) for n in range(2 * len(streams))]
+
+    assert not any(verdict.culprits or verdict.victims for verdict in verdicts)
 
 
 def test_suspects_with_fewer_strikes_come_first():
@@ -79,14 +96,14 @@ def test_without_restarts_the_first_failure_ends_the_server():
 
 
 def test_finding_poisoned_requests_does_not_end_the_server():
-    """All of a full batch kill: two failures of all, then one of each."""
+    """All of a full batch kill: two failures of all, then three of each."""
     recovery = Recovery(max_restarts=8, window=1)
     batch = list(range(32))
     verdicts = [recovery.failure(batch, now=0), recovery.failure(batch, now=10)]
     while (suspect := recovery.suspect()) is not None:
         verdicts.append(recovery.failure([suspect], now=10 * len(verdicts)))
 
-    assert [verdict.culprits for verdict in verdicts] == [[], [], *([n] for n in batch)]
+    assert [verdict.culprits for verdict in verdicts] == [[] for _ in range(2 + 2 * len(batch))] + [[n] for n in batch]
     assert all(verdict.delay is not None for verdict in verdicts)
 
 
