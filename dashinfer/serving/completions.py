@@ -1,13 +1,14 @@
 """One request for completions, from the body's bytes to the answer's: validate, tokenise, submit, detokenise, encode.
 
-Each prompt is a request of its own to the engine. All are handed over at once and compute together; their answers are sent one
-prompt after another. Counting is as in `chat`, but that log-probabilities include the token that ended a choice, as evaluation
-harnesses expect, with its place at the end of the text.
+Each prompt is a request of its own to the engine. They compute together, as many as half of its queue holds; their answers are
+sent one prompt after another. Counting is as in `chat`, but that log-probabilities include the token that ended a choice, as
+evaluation harnesses expect, with its place at the end of the text.
 """
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -237,9 +238,20 @@ class Completions:
         request: the validated request.
     """
 
-    def __init__(self, service: Service, request: CompletionRequest, answers: Sequence[_Answer]) -> None:
+    def __init__(
+        self,
+        service: Service,
+        text: TextModel,
+        request: CompletionRequest,
+        prompts: Sequence[_Prepared],
+        submit: Callable[[_Prepared], Generation],
+    ) -> None:
+        """Hands over the first prompts by `submit`; raises what that raises."""
         self.request = request
-        self._answers = answers
+        self._text = text
+        self._submit = submit
+        self._waiting = deque(enumerate(prompts))
+        self._answers: list[_Answer] = []  # of the prompts that were handed over
         self._encoder = CompletionEncoder(
             id="cmpl-" + secrets.token_hex(12),
             created=int(time.time()),
@@ -247,6 +259,20 @@ class Completions:
             system_fingerprint=service.system_fingerprint,
             include_usage=request.include_usage,
         )
+        together = max(1, service.config.max_queue // 2)  # more would take the whole queue, or not fit into it
+        while self._waiting and len(self._answers) < together:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        number, prepared = self._waiting.popleft()
+        self._answers.append(_Answer(number, self.request, prepared, self._submit(prepared), self._text))
+
+    def _in_order(self) -> Iterator[_Answer]:
+        """The answers, each to be received to its end; the next prompt is handed over then."""
+        for answer in self._answers:  # which grows
+            yield answer
+            if self._waiting:
+                self._hand_over()
 
     @property
     def summary(self) -> str:
@@ -262,9 +288,14 @@ class Completions:
         )
 
     async def body(self) -> bytes:
-        """The whole answer as JSON. Raises InternalError or EngineUnavailable where the engine lost it."""
+        """The whole answer as JSON.
+
+        Raises:
+            InternalError, EngineUnavailable: the engine lost it.
+            QueueFull: other requests have taken the places of prompts that were still to come.
+        """
         choices: dict[int, list[dict[str, Any]]] = {}
-        for answer in self._answers:
+        for answer in self._in_order():
             while (parts := await answer.receive()) is not None:
                 for part in parts:
                     choices.setdefault(part["index"], []).append(part)
@@ -273,7 +304,7 @@ class Completions:
     async def events(self) -> AsyncIterator[bytes]:
         """The answer as server-sent events. An engine's failure becomes an error event, without `[DONE]` after it."""
         try:
-            for answer in self._answers:
+            for answer in self._in_order():
                 while (parts := await answer.receive()) is not None:
                     if parts:
                         yield b"".join([self._encoder.chunk(part) for part in parts])
@@ -297,8 +328,8 @@ async def start(service: Service, body: bytes | bytearray, stack: ExitStack) -> 
     request, prompts = await service.off_the_loop(size, partial(_begin, service, engine, text, body))
     constraint = request.constraint()
     grammar = None if constraint is None else await service.compile(constraint)
-    answers = []
-    for number, prepared in enumerate(prompts):
-        generation = stack.enter_context(engine.submit(prepared.tokens, prepared.params, None, grammar))
-        answers.append(_Answer(number, request, prepared, generation, text))
-    return Completions(service, request, answers)
+
+    def submit(prepared: _Prepared) -> Generation:
+        return stack.enter_context(engine.submit(prepared.tokens, prepared.params, None, grammar))
+
+    return Completions(service, text, request, prompts, submit)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,6 +121,9 @@ async def test_streams_go_on_while_ranks_are_killed_and_stopped(parallel):
         with trio.fail_after(PATIENCE):
             while (await health(client))["status"] != "ok":
                 await trio.sleep(0.2)
+        metrics = (await client.get("/metrics")).text
+    for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
+        assert re.search(rf"^dashinfer:{name}{{.*}} 0\.0$", metrics, re.MULTILINE), metrics
     with trio.fail_after(SETTLE):
         while len(server.worker_pids) != ranks or count_open_files(server.process.pid) > open_files:
             await trio.sleep(0.1)

@@ -7,12 +7,14 @@ import httpx
 import openai
 import pytest
 import trio
+import trio.testing
 
+from dashinfer.engine.api import TokenOutput
 from dashinfer.errors import InternalError, QueueFull
 from dashinfer.protocol.completions import Completion
 
 from .conftest import Running, RunServer
-from .fake_engine import END
+from .fake_engine import END, FakeGeneration
 
 
 async def ask(server: Running, prompt: Any, **fields: Any) -> httpx.Response:
@@ -214,6 +216,37 @@ async def test_a_full_queue_refuses_all_prompts(run_server: RunServer) -> None:
 
     assert answer.status_code == 429
     assert server.engine.record[:2] == ["begin", "end"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_many_prompts_leave_room_in_the_queue(
+    run_server: RunServer, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    release, receive = trio.Event(), FakeGeneration.receive
+
+    async def wait(generation: FakeGeneration) -> list[TokenOutput]:
+        await release.wait()
+        return await receive(generation)
+
+    monkeypatch.setattr(FakeGeneration, "receive", wait)
+    prompts = [f"say {number}" for number in range(7)]
+    answers: list[httpx.Response] = []
+    async with run_server(max_queue=4) as server:
+
+        async def ask_all() -> None:
+            options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+            answers.append(await ask(server, prompts, **options))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask_all)
+            await server.engine.until(lambda: server.engine.running == 2)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            first = len(server.engine.submitted)
+            release.set()
+
+    assert first == 2
+    found = (streamed if stream else completion)(answers[0])
+    assert [choice.text for choice in found.choices] == [str(number) for number in range(7)]
 
 
 async def test_a_stream_that_fails_says_so(run_server: RunServer) -> None:
