@@ -4,14 +4,13 @@ Owns every field's type and bounds, and is the source of the OpenAPI document. K
 what the model's defaults are (`sampling`), or how responses become bytes (`stream`, which tests hold to these models).
 """
 
-import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from dashinfer.protocol.base import RequestModel
 from dashinfer.protocol.constraints import ConstrainedRequest
+from dashinfer.protocol.fields import SamplingFields
 from dashinfer.protocol.messages import (
     Message,
     forget_media,
@@ -27,95 +26,25 @@ from dashinfer.vision.request import MediumRequest
 ChoiceFinish = FinishReason | Literal["tool_calls"]
 
 MAX_MESSAGES = 4096
-MAX_STOP_STRINGS = 16
-MAX_STOP_LENGTH = 1000  # characters
-MAX_CHOICES = 16
 MAX_TOP_LOGPROBS = 20
-MAX_BIASES = 1024
-LEAST_REPETITION_PENALTY, GREATEST_REPETITION_PENALTY = 0.01, 100.0  # beyond them float32 logits overflow
-
-_TOKEN_ID = re.compile(r"\d{1,10}")
 
 
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-def _biases(value: Any) -> Any:
-    """Keys arrive as text, since JSON knows no others."""
-    if not isinstance(value, dict):
-        return value
-    if len(value) > MAX_BIASES:
-        raise PydanticCustomError("too_long", "has too many items", {"max_length": MAX_BIASES})
-    for key in value:
-        if not isinstance(key, str) or _TOKEN_ID.fullmatch(key) is None:
-            raise PydanticCustomError("bias_key", "has the key {key}, which is no token id", {"key": repr(key)[:40]})
-    return {int(key): bias for key, bias in value.items()}
-
-
-StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
-StopStrings = Annotated[
-    list[StopString],
-    Field(max_length=MAX_STOP_STRINGS),
-    Field(fail_fast=True),
-    BeforeValidator(_listed),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string", "minLength": 1},
-                {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": MAX_STOP_STRINGS},
-            ]
-        }
-    ),
-]
-Bias = Annotated[float, Field(ge=-100, le=100)]
-Biases = Annotated[
-    dict[int, Bias],
-    BeforeValidator(_biases),
-    WithJsonSchema({"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}}),
-]
-TokenId = Annotated[int, Field(ge=0)]
-
-
-class StreamOptions(RequestModel):
-    include_usage: bool = Field(default=False, description="send a last chunk with the usage")
-    include_obfuscation: bool = Field(default=False, description="ignored: nothing is added to chunks")
-
-
-class ChatCompletionRequest(ConstrainedRequest, CallingRequest):
+class ChatCompletionRequest(SamplingFields, ConstrainedRequest, CallingRequest):
     """A chat. A null stands for a field that is left out; an unknown field is refused."""
 
     messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1, max_length=MAX_MESSAGES)
-    model: str = Field(min_length=1)
 
-    temperature: float | None = Field(default=None, ge=0, le=2, description="0 is greedy; default: the model's, or else 1")
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     max_tokens: int | None = Field(
         default=None, ge=1, description="most tokens of an answer; the default, and the limit, is what the context leaves"
     )
     max_completion_tokens: int | None = Field(default=None, ge=1, description="newer name of max_tokens, goes before it")
-    stop: StopStrings = Field(default_factory=list, description="strings that end an answer and are no part of it")
-    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
-    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
-    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
-    logit_bias: Biases = Field(default_factory=dict, description="token id to a bias of its logit")
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=MAX_TOP_LOGPROBS, description="needs logprobs")
-    stream: bool = False
-    stream_options: StreamOptions | None = Field(default=None, description="needs stream")
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
         default=None, description="a name for the chat template; without effect where the template does not read it"
     )
 
     # Beyond OpenAI
-    top_k: int | None = Field(default=None, ge=-1, description="0 and -1 are off")
-    min_p: float | None = Field(default=None, ge=0, le=1)
-    repetition_penalty: float | None = Field(default=None, ge=LEAST_REPETITION_PENALTY, le=GREATEST_REPETITION_PENALTY)
-    min_tokens: int = Field(default=0, ge=0, description="no stop token before that many tokens")
-    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] = Field(default_factory=list, max_length=256)
-    ignore_eos: bool = Field(default=False, description="go on after the model's end of turn")
-    skip_special_tokens: bool = Field(default=True, description="leave special tokens out of the text")
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, max_length=64, description="names for the chat template")
     continue_final_message: bool = Field(default=False, description="go on with the last message")
     add_generation_prompt: bool = Field(
@@ -126,7 +55,6 @@ class ChatCompletionRequest(ConstrainedRequest, CallingRequest):
     )
 
     # OpenAI's, without a meaning here
-    user: str | None = Field(default=None, description="ignored")
     store: bool | None = Field(default=None, description="ignored: nothing is stored")
     metadata: Any = Field(default=None, description="ignored")
     service_tier: str | None = Field(default=None, description="ignored")
@@ -141,14 +69,7 @@ class ChatCompletionRequest(ConstrainedRequest, CallingRequest):
     def _fields_fit_together(self) -> "ChatCompletionRequest":
         if self.top_logprobs and not self.logprobs:
             raise PydanticCustomError("at:top_logprobs", "needs `logprobs` to be true")
-        if self.stream_options is not None and not self.stream:
-            raise PydanticCustomError("at:stream_options", "needs `stream` to be true")
-        if self.token_limit is not None and self.min_tokens > self.token_limit:
-            raise PydanticCustomError(
-                "at:min_tokens",
-                "is {least}, more than the {most} tokens allowed at most",
-                {"least": self.min_tokens, "most": self.token_limit},
-            )
+        self.check_fields()
         if self.continue_final_message:
             if "add_generation_prompt" not in self.model_fields_set:
                 self.add_generation_prompt = False
@@ -165,10 +86,6 @@ class ChatCompletionRequest(ConstrainedRequest, CallingRequest):
     def num_logprobs(self) -> int | None:
         """Of each token, how many of the likeliest ones besides it; None: no log-probabilities."""
         return self.top_logprobs if self.logprobs else None
-
-    @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
 
     def template_messages(self) -> list[dict[str, Any]]:
         """Plain dictionaries for `ChatTemplate.render`."""

@@ -1,20 +1,65 @@
-"""`SamplingFields`: the fields that every request for text shares, but for chats, which have the same in `chat`."""
+"""`SamplingFields`: the fields that every request for text shares."""
 
-from typing import Annotated
+import re
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from dashinfer.protocol.base import RequestModel
-from dashinfer.protocol.chat import (
-    GREATEST_REPETITION_PENALTY,
-    LEAST_REPETITION_PENALTY,
-    MAX_CHOICES,
-    Biases,
-    StopStrings,
-    StreamOptions,
-    TokenId,
-)
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 1000  # characters
+MAX_CHOICES = 16
+MAX_BIASES = 1024
+LEAST_REPETITION_PENALTY, GREATEST_REPETITION_PENALTY = 0.01, 100.0  # beyond them float32 logits overflow
+
+_TOKEN_ID = re.compile(r"\d{1,10}")
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _biases(value: Any) -> Any:
+    """Keys arrive as text, since JSON knows no others."""
+    if not isinstance(value, dict):
+        return value
+    if len(value) > MAX_BIASES:
+        raise PydanticCustomError("too_long", "has too many items", {"max_length": MAX_BIASES})
+    for key in value:
+        if not isinstance(key, str) or _TOKEN_ID.fullmatch(key) is None:
+            raise PydanticCustomError("bias_key", "has the key {key}, which is no token id", {"key": repr(key)[:40]})
+    return {int(key): bias for key, bias in value.items()}
+
+
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+StopStrings = Annotated[
+    list[StopString],
+    Field(max_length=MAX_STOP_STRINGS),
+    Field(fail_fast=True),
+    BeforeValidator(_listed),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "minLength": 1},
+                {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": MAX_STOP_STRINGS},
+            ]
+        }
+    ),
+]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Biases = Annotated[
+    dict[int, Bias],
+    BeforeValidator(_biases),
+    WithJsonSchema({"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}}),
+]
+TokenId = Annotated[int, Field(ge=0)]
+
+
+class StreamOptions(RequestModel):
+    include_usage: bool = Field(default=False, description="send a last chunk with the usage")
+    include_obfuscation: bool = Field(default=False, description="ignored: nothing is added to chunks")
 
 
 class SamplingFields(RequestModel):

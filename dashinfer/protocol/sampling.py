@@ -12,8 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dashinfer.errors import ContextLengthExceeded, InvalidRequest
-from dashinfer.protocol.chat import GREATEST_REPETITION_PENALTY, LEAST_REPETITION_PENALTY, ChatCompletionRequest
-from dashinfer.protocol.fields import SamplingFields
+from dashinfer.protocol.fields import GREATEST_REPETITION_PENALTY, LEAST_REPETITION_PENALTY, SamplingFields
 from dashinfer.types import SamplingParams
 
 _SEEDS = 2**63
@@ -42,7 +41,7 @@ def no_room(max_length: int, size: str) -> ContextLengthExceeded:
 
 
 def sampling_params(
-    request: ChatCompletionRequest | SamplingFields,
+    request: SamplingFields,
     *,
     generation_config: Mapping[str, Any],
     eos_token_ids: Sequence[int],

@@ -11,7 +11,8 @@ from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from dashinfer.protocol.base import RequestModel
-from dashinfer.protocol.chat import MAX_MESSAGES, TokenId
+from dashinfer.protocol.chat import MAX_MESSAGES
+from dashinfer.protocol.fields import TokenId
 from dashinfer.protocol.messages import Message, has_media, template_message
 
 MAX_TOKENS = 2**20  # of one request to be detokenised

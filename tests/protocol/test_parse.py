@@ -4,7 +4,8 @@ from typing import Any
 import pytest
 
 from dashinfer.errors import InvalidRequest
-from dashinfer.protocol.chat import MAX_BIASES, MAX_MESSAGES, ChatCompletionRequest
+from dashinfer.protocol.chat import MAX_MESSAGES, ChatCompletionRequest
+from dashinfer.protocol.fields import MAX_BIASES
 from dashinfer.protocol.parse import parse_chat_request
 from dashinfer.vision.request import MediumRequest
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from dashinfer.protocol.chat import MAX_BIASES
+from dashinfer.protocol.fields import MAX_BIASES
 from dashinfer.types import Chunk, Enter, SamplingParams
 from dashinfer.worker.executor import LaunchedStep, enter_slot
 from dashinfer_kernels import SamplingBatch, SamplingState
