@@ -27,6 +27,7 @@ from dashinfer.text.detokenizer import IncrementalDetokenizer, StopString
 from dashinfer.text.tokenizer import Tokenizer
 from dashinfer.types import FinishReason, SamplingParams, TokenLogprobs
 
+MAX_PROMPT_LOGPROBS = 2**20  # of all prompts of a request together, each of about a hundred bytes until the answer is sent
 _LEAST_LOGPROB = -9999.0  # stands for the logarithm of zero, which JSON cannot write
 
 
@@ -43,7 +44,16 @@ def _begin(service: Service, engine: EngineAPI, text: TextModel, body: bytes | b
     """Everything before the engine; safe to run in a thread. Raises RequestError."""
     request = parse_request(CompletionRequest, body)
     service.check_model(request.model)
-    return request, [_prepare(engine, text, request, prompt) for prompt in request.prompt]
+    prompts = [_prepare(engine, text, request, prompt) for prompt in request.prompt]
+    if request.echo and request.logprobs is not None:
+        wanted = sum(len(prompt.tokens) for prompt in prompts) * (request.logprobs + 1) * request.n
+        if wanted > MAX_PROMPT_LOGPROBS:
+            raise InvalidRequest(
+                f"`logprobs` of all tokens of these prompts are {wanted}; a request may have {MAX_PROMPT_LOGPROBS}: "
+                "send fewer prompts at once, or ask for fewer",
+                param="logprobs",
+            )
+    return request, prompts
 
 
 def _prepare(engine: EngineAPI, text: TextModel, request: CompletionRequest, prompt: Prompt) -> _Prepared:

@@ -218,6 +218,21 @@ async def test_a_full_queue_refuses_all_prompts(run_server: RunServer) -> None:
     assert server.engine.record[:2] == ["begin", "end"]
 
 
+async def test_log_probabilities_of_prompts_are_bounded(run_server: RunServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dashinfer.serving.completions.MAX_PROMPT_LOGPROBS", 2 * len("say hi") * 3)
+    fields = {"echo": True, "logprobs": 2, "max_tokens": 1}
+    async with run_server() as server:
+        fits = await ask(server, ["say hi"] * 2, **fields)
+        too_many = await ask(server, ["say hi"] * 3, **fields)
+        of_choices = await ask(server, ["say hi"] * 2, n=2, **fields)
+        submitted = len(server.engine.submitted)
+
+    assert (fits.status_code, submitted) == (200, 2)
+    for answer in (too_many, of_choices):
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "logprobs"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_many_prompts_leave_room_in_the_queue(
     run_server: RunServer, monkeypatch: pytest.MonkeyPatch, stream: bool
