@@ -443,7 +443,8 @@ class Engine:
         if self._wake.is_set() or now >= due:
             return
         if now > end + LATE:
-            # The whole server was stopped, by Ctrl-Z or with its machine. The workers were too: the step starts afresh.
+            # This process was stopped, by Ctrl-Z or with its machine: what came meanwhile is yet to be read, or the step
+            # stood still, too. It starts afresh.
             step.begun = now
         elif now >= end:
             raise WorkerError(f"the workers hang: no result of a step for {self._config.step_timeout:g} s")
