@@ -297,11 +297,19 @@ def test_a_request_that_always_kills_costs_five_restarts_and_nobody_else():
 
 
 def test_an_image_that_always_kills_costs_three_restarts_and_nobody_else():
-    arrivals = [Arrival([number], 10, media=((0, number),)) for number in range(3)]
+    arrivals = [Arrival([number], 10, at=100 * number, media=((0, number),)) for number in range(3)]
     history = History(arrivals, sick={bytes([1]) * 32}, max_restarts=8).play()
 
     assert history.endings == ["finished", "failed", "finished"]
     assert len(history.chaos.configs) == 1 + 3
+
+
+def test_an_image_that_kills_in_company_costs_two_restarts_more_at_most():
+    arrivals = [Arrival([number], 10, media=((0, number),)) for number in range(3)]
+    history = History([*arrivals, Arrival([4], 4, at=1000)], sick={bytes([1]) * 32}, max_restarts=8).play()
+
+    assert history.endings == ["finished", "failed", "finished", "finished"]
+    assert 1 + 3 <= len(history.chaos.configs) <= 1 + 2 + 3
 
 
 def test_many_requests_that_kill_do_not_end_the_server():
