@@ -1,4 +1,4 @@
-"""`python -m tests.features README.md FILE`: writes the table that a run's file gives into a text, or compares it with the text's."""
+"""`python -m tests.features README.md FILE`: writes the table that a run's file gives into a text, or compares the two."""
 
 import argparse
 import sys

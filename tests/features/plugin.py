@@ -1,4 +1,4 @@
-"""A pytest plugin: the markers `feature` and `compiles`, the option --features, and the end of a run that does not bear README out.
+"""A pytest plugin: the markers `feature` and `compiles`, the option --features, and a red end where README claims too much.
 
 Outcomes travel with the reports, so that those of a distributed run reach the process that writes the file. README is looked at
 after a whole run alone: all of `testpaths`, nothing deselected, nothing stopped.

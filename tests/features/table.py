@@ -40,7 +40,7 @@ class Row:
 
 
 def rows(catalogue: Mapping[str, Sequence[Feature]], run: Run, gpu_runs: Iterable[Run] = ()) -> list[Row]:
-    """The rows that `run` proves, in the catalogue's order; `gpu_runs` add what they prove on their GPUs, and rows of GPUs alone.
+    """The rows that `run` proves, in the catalogue's order; `gpu_runs` add what they prove on their GPUs.
 
     A feature is proven when a test of it passed and none failed. One whose tests were all skipped for want of a GPU is a row
     that says so.
