@@ -58,12 +58,12 @@ CATALOGUE: dict[str, tuple[Feature, ...]] = {
         Feature("Thinking switched and bounded", "`reasoning_effort`, `chat_template_kwargs`, `max_thinking_tokens`"),
     ),
     "Models": (
-        Feature("Llama, Mistral", "`--model`", TEXT),
-        Feature("Qwen2, Qwen2.5", "`--model`", TEXT),
-        Feature("Qwen3", "`--model`", (*TEXT, r"^rope-.*-norm")),
-        Feature("Qwen2-VL, Qwen2.5-VL", "`--model`", (*TEXT, *TOWER, r"^rope-.*-mrope")),
-        Feature("Qwen3-VL", "`--model`", (*TEXT, *TOWER, r"^rope-.*-mrope")),
-        Feature("From Hugging Face or a directory", "`--model`, safetensors"),
+        Feature("Llama, Mistral", "`--model HuggingFaceTB/SmolLM2-1.7B-Instruct`", TEXT),
+        Feature("Qwen2, Qwen2.5", "`--model Qwen/Qwen2.5-7B-Instruct`", TEXT),
+        Feature("Qwen3", "`--model Qwen/Qwen3-8B`", (*TEXT, r"^rope-.*-norm")),
+        Feature("Qwen2-VL, Qwen2.5-VL", "`--model Qwen/Qwen2-VL-7B-Instruct`", (*TEXT, *TOWER, r"^rope-.*-mrope")),
+        Feature("Qwen3-VL", "`--model Qwen/Qwen3-VL-8B-Instruct`", (*TEXT, *TOWER, r"^rope-.*-mrope")),
+        Feature("From Hugging Face or a directory", "`--model ID` or `DIRECTORY`, safetensors"),
         Feature("GGUF, with weights of 4 to 32 bits", "`--model FILE.gguf`", (r"^weight_only-int4-zeros",)),
     ),
     "Quantisation": (

@@ -1,6 +1,5 @@
 """The plugin in small runs of its own: what is noted, and when a run ends red for what README claims."""
 
-
 import pytest
 
 from . import plugin, table
@@ -239,6 +238,19 @@ def test_a_part_of_a_run_is_not_compared(project: Project, arguments: tuple[str,
     result = project.run(*arguments)
 
     assert result.ret == pytest.ExitCode.OK
+    result.stdout.no_fnmatch_line("*table of features*")
+
+
+def test_a_run_from_which_a_plugin_takes_tests_is_not_compared(project: Project) -> None:
+    project.claim(ROW_ONE)
+    project.write(ONE, TWO)
+    (project.folder / "checks" / "conftest.py").write_text(
+        "def pytest_collection_modifyitems(config, items):\n    config.hook.pytest_deselected(items=[items.pop(0)])\n"
+    )
+    result = project.run()
+
+    assert result.ret == pytest.ExitCode.OK
+    result.assert_outcomes(passed=1, deselected=1)
     result.stdout.no_fnmatch_line("*table of features*")
 
 
