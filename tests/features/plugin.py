@@ -82,7 +82,7 @@ class Recorder:
         if self._complaints and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+    def pytest_terminal_summary(self, terminalreporter: "pytest.TerminalReporter") -> None:
         if self._complaints or self._notes:
             terminalreporter.section("README's table of features", red=bool(self._complaints))
             for line in (*self._complaints, *self._notes):
