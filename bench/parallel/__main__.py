@@ -17,11 +17,11 @@ from bench.machine import describe_machine
 from bench.parallel import report
 from bench.parallel.loading import time_loading
 from bench.parallel.recovery import Kill, Recovery, kill_ranks
-from bench.serve import report as serve_report
 from bench.serve.__main__ import Extra, at_least_one, levels, measure, tell
-from bench.serve.measure import Run, Settings
 from bench.serve.servers import running
-from bench.serve.target import BenchError, Target
+from dashinfer.bench import report as serve_report
+from dashinfer.bench.measure import Run, Settings
+from dashinfer.bench.target import BenchError, Target
 from dashinfer.config import ServerConfig
 from dashinfer.errors import DashInferError
 

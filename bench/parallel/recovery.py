@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 import psutil
 import trio
 
-from bench.serve.client import DIALECTS, EventParser, find_model, probe, read_answer, record
-from bench.serve.exchange import Recording, Response
-from bench.serve.prompts import calibrate, make_prompt
-from bench.serve.target import BenchError, Target
+from dashinfer.bench.client import DIALECTS, EventParser, find_model, probe, read_answer, record
+from dashinfer.bench.exchange import Recording, Response
+from dashinfer.bench.prompts import calibrate, make_prompt
+from dashinfer.bench.target import BenchError, Target
 
 MARK = 3.0  # seconds beside loading the weights
 

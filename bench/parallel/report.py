@@ -5,8 +5,8 @@ from dataclasses import asdict
 from typing import Any
 
 from bench.parallel.recovery import MARK, Recovery
-from bench.serve.measure import Run
-from bench.serve.stats import median_figures
+from dashinfer.bench.measure import Run
+from dashinfer.bench.stats import median_figures
 
 COLUMNS = (
     "ranks",

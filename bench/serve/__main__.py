@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bench.machine import describe_machine
-from bench.serve import report
-from bench.serve.measure import Run, Settings, measure_round, prepare, schedule
 from bench.serve.servers import read_memory, running
-from bench.serve.target import BenchError, Target, parse_body, parse_target, split_label
+from dashinfer.bench import report
+from dashinfer.bench.measure import Run, Settings, measure_round, prepare, schedule
+from dashinfer.bench.target import BenchError, Target, parse_body, parse_target, split_label
 
 Extra = dict[str, dict[str, Any]]  # label -> what is known of a target beyond its figures
 
@@ -179,7 +179,7 @@ def write(
     markdown.write_text(report.as_markdown(runs, settings, baseline, machine, extra, command))
     written = [path, markdown]
     try:
-        from bench.serve.plot import draw
+        from dashinfer.bench.plot import draw
     except ImportError:
         print('no plot: matplotlib is missing; pip install -e ".[bench]"', file=sys.stderr)
     else:

@@ -7,9 +7,9 @@ import pytest
 import trio
 from rich.console import Console
 
-from bench.serve import report
-from bench.serve.measure import Run, Settings, measure_round, prepare, schedule
-from bench.serve.target import Target, parse_target
+from dashinfer.bench import report
+from dashinfer.bench.measure import Run, Settings, measure_round, prepare, schedule
+from dashinfer.bench.target import Target, parse_target
 
 RUNS = pytest.StashKey[list[Run]]()
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import trio
 
-from bench.serve.client import DIALECTS, EventParser, ask, find_model, probe
-from bench.serve.exchange import Connect
-from bench.serve.measure import Run, Settings, closed_loop, measure_round, prepare, schedule
-from bench.serve.target import BenchError, Target
+from dashinfer.bench.client import DIALECTS, EventParser, ask, find_model, probe
+from dashinfer.bench.exchange import Connect
+from dashinfer.bench.measure import Run, Settings, closed_loop, measure_round, prepare, schedule
+from dashinfer.bench.target import BenchError, Target
 
 Parts = list[tuple[float, bytes]]  # seconds after the request, bytes
 Respond = Callable[[dict[str, Any]], Parts]

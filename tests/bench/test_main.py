@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench.serve.__main__ import levels, make_parser, read_targets
-from bench.serve.target import BenchError, Target
+from dashinfer.bench.target import BenchError, Target
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,10 +8,10 @@ import pytest
 from bench.parallel import report
 from bench.parallel.__main__ import make_parser, make_target
 from bench.parallel.recovery import Kill, Recovery, after_silence, read_pieces
-from bench.serve.exchange import Response
-from bench.serve.measure import Run
-from bench.serve.stats import Sample, summarise
-from bench.serve.target import BenchError, Target
+from dashinfer.bench.exchange import Response
+from dashinfer.bench.measure import Run
+from dashinfer.bench.stats import Sample, summarise
+from dashinfer.bench.target import BenchError, Target
 
 
 def event(text: str) -> bytes:

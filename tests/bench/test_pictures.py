@@ -11,8 +11,8 @@ import pytest
 import trio
 
 from bench.serve.__main__ import make_parser
-from bench.serve.measure import Run, Settings, measure_round, prepare
-from bench.serve.pictures import QUESTION, draw, make_question, red_circle
+from dashinfer.bench.measure import Run, Settings, measure_round, prepare
+from dashinfer.bench.pictures import QUESTION, draw, make_question, red_circle
 from tests.bench.test_client import DONE, STOP, TARGET, event, server, streaming, text, usage
 
 Image = pytest.importorskip("PIL.Image")

@@ -2,8 +2,8 @@
 
 import pytest
 
-from bench.serve.prompts import CLOSING, WORDS, calibrate, make_prompt
-from bench.serve.target import BenchError
+from dashinfer.bench.prompts import CLOSING, WORDS, calibrate, make_prompt
+from dashinfer.bench.target import BenchError
 
 
 def test_the_same_seed_draws_the_same_prompt_and_no_two_seeds_share_a_beginning() -> None:

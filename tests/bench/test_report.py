@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from bench.machine import describe_machine
-from bench.serve import report
-from bench.serve.measure import Run, Settings
-from bench.serve.stats import Figures
-from bench.serve.target import Target
+from dashinfer.bench import report
+from dashinfer.bench.measure import Run, Settings
+from dashinfer.bench.stats import Figures
+from dashinfer.bench.target import Target
 
 MACHINE = {
     "cpu": "Some CPU",
@@ -122,7 +122,7 @@ def test_the_machine_is_described_without_its_name() -> None:
 
 def test_the_plot_is_an_image(runs: list[Run], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from bench.serve.plot import draw
+    from dashinfer.bench.plot import draw
 
     runs[1].levels[4] = [figures(1, ttft_p50=None, ttft_p99=None)]
     for rate in ("tokens_per_second", "requests_per_second"):

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from bench.serve.servers import read_memory, running
-from bench.serve.target import BenchError, Target
+from dashinfer.bench.target import BenchError, Target
 
 # Answers every request with one event, has a child, and dies of SIGTERM without caring for it.
 SERVER = """

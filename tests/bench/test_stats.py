@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.serve.stats import Figures, Sample, median_figures, median_ratio, percentile, summarise
+from dashinfer.bench.stats import Figures, Sample, median_figures, median_ratio, percentile, summarise
 
 
 def sample(started: float, first: float, last: float, tokens: int, **rest: object) -> Sample:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.serve.target import BenchError, Target, parse_body, parse_target
+from dashinfer.bench.target import BenchError, Target, parse_body, parse_target
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure  # not pyplot: no window, no state, no display needed
 
-from bench.serve.measure import Run
-from bench.serve.stats import median_figures
+from dashinfer.bench.measure import Run
+from dashinfer.bench.stats import median_figures
 
 RATES = {"tokens_per_second": "output tokens/s", "requests_per_second": "images/s"}
 PANELS = (

@@ -11,11 +11,11 @@ from typing import Literal
 
 import trio
 
-from bench.serve.client import DIALECTS, QUESTION, Content, ask, find_model, probe, read_answer, record
-from bench.serve.exchange import Connect, Recording, open_stream
-from bench.serve.prompts import calibrate, make_prompt
-from bench.serve.stats import Figures, Sample, summarise
-from bench.serve.target import Target
+from dashinfer.bench.client import DIALECTS, QUESTION, Content, ask, find_model, probe, read_answer, record
+from dashinfer.bench.exchange import Connect, Recording, open_stream
+from dashinfer.bench.prompts import calibrate, make_prompt
+from dashinfer.bench.stats import Figures, Sample, summarise
+from dashinfer.bench.target import Target
 
 OnAnswer = Callable[[], None]  # called as each answer ends
 
@@ -83,7 +83,7 @@ def make_prompts(run: Run, settings: Settings, name: str, count: int) -> list[Co
     seeds = [f"{settings.seed} {name} {index}" for index in range(count)]
     if not settings.images:
         return [make_prompt(seed, run.words) for seed in seeds]
-    from bench.serve.pictures import draw, make_question
+    from dashinfer.bench.pictures import draw, make_question
 
     sizes = itertools.cycle(settings.images)
     return [make_question(draw(seed, next(sizes)), settings.image_format) for seed in seeds]
@@ -92,7 +92,7 @@ def make_prompts(run: Run, settings: Settings, name: str, count: int) -> list[Co
 def _first_question(settings: Settings) -> Content:
     if not settings.images:
         return QUESTION
-    from bench.serve.pictures import make_question, red_circle
+    from dashinfer.bench.pictures import make_question, red_circle
 
     return make_question(red_circle(), settings.image_format)
 

@@ -8,9 +8,9 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from bench.serve.exchange import Connect, Recording, exchange, open_stream
-from bench.serve.stats import Sample
-from bench.serve.target import BenchError, Target
+from dashinfer.bench.exchange import Connect, Recording, exchange, open_stream
+from dashinfer.bench.stats import Sample
+from dashinfer.bench.target import BenchError, Target
 
 Content = str | list[dict[str, Any]]  # of a message: text, or parts as OpenAI's API has them
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from bench.serve.measure import Run, Settings
-from bench.serve.stats import Figures, median_figures, median_ratio
+from dashinfer.bench.measure import Run, Settings
+from dashinfer.bench.stats import Figures, median_figures, median_ratio
 
 RATES = {"tokens_per_second": "tok/s", "requests_per_second": "images/s"}
 COLUMNS = (

@@ -8,7 +8,7 @@ nearly the same length; what the length really was is read from the server's `us
 import random
 from collections.abc import Awaitable, Callable
 
-from bench.serve.target import BenchError
+from dashinfer.bench.target import BenchError
 
 # Common one-token nouns, verbs and adjectives; no names, no digits.
 WORDS = (  # noqa: SIM905 (twelve lines rather than three hundred)
