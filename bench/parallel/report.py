@@ -23,7 +23,7 @@ COLUMNS = (
 def step_overhead(run: Run, single: Run) -> tuple[float, float]:
     """Seconds of a step of one sequence, and how many of them are more than a single rank takes on the same cores."""
     least = min(run.levels)
-    own, other = (median_figures(each.levels[least]).tpot_p50 for each in (run, single))
+    own, other = (median_figures(each.levels[least]).times["tpot_p50"] for each in (run, single))
     if own is None or other is None:
         return float("nan"), float("nan")
     return own, own - other

@@ -1,1 +1,1 @@
-"""The command around `dashinfer.bench`, and servers that it starts; README.md beside this file says how."""
+"""`dashinfer_bench` with servers that it starts, on the machine that it measures; README.md beside this file has examples."""

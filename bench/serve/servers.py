@@ -12,7 +12,8 @@ import psutil
 import trio
 
 from dashinfer.bench.client import QUESTION, ask, find_model
-from dashinfer.bench.target import BenchError, Target
+from dashinfer.bench.target import Target
+from dashinfer.errors import BenchError
 
 POLL_SECONDS = 0.1
 TERM_SECONDS = 40.0  # longer than servers take to drain

@@ -2,8 +2,11 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+PERCENTILES = (50.0, 90.0, 99.0)  # always there, whatever others are asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +21,9 @@ class Sample:
         output_tokens: from the server's `usage`, or else the number of chunks with text.
         counted_by_usage: whether `output_tokens` is the server's own count.
         prompt_tokens, cached_tokens: from `usage`, None where the server does not say.
+        gaps: seconds between pieces of text that came one after the other; 0 between pieces that were read together.
+        due: when it was to be sent; None in a closed loop.
+        wanted_tokens: how long the answer was to be.
         error: one line, or None for a complete answer.
     """
 
@@ -29,6 +35,9 @@ class Sample:
     counted_by_usage: bool = False
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
+    gaps: tuple[float, ...] = ()
+    due: float | None = None
+    wanted_tokens: int | None = None
     text: str = ""
     error: str | None = None
 
@@ -44,27 +53,56 @@ class Sample:
             return None
         return (self.last - self.first) / (self.output_tokens - 1)
 
+    @property
+    def e2e(self) -> float:
+        """Seconds from sending to the end of the answer."""
+        return self.finished - self.started
+
+    @property
+    def late(self) -> float | None:
+        """Seconds from when it was due to when it was sent: waiting for a free place, and connecting."""
+        return None if self.due is None else self.started - self.due
+
+    def keeps_to(self, marks: Mapping[str, float]) -> bool:
+        """Whether no time is longer than its mark, in seconds by name (`ttft`, `tpot`, `itl`, `e2e`).
+
+        A time that the answer is too short for keeps to any mark; of gaps between pieces the mean counts.
+        """
+        mean_gap = statistics.fmean(self.gaps) if self.gaps else None
+        times = {"ttft": self.ttft, "tpot": self.tpot, "itl": mean_gap, "e2e": self.e2e}
+        return all((times[name] or 0.0) <= mark for name, mark in marks.items())
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """One round, or the medians of several. Times in seconds; None where no request gave the figure."""
+    """One round, or the medians of several. Times in seconds; None where no request gave the figure.
+
+    Attributes:
+        good_requests: those that kept to all marks; None where none are set.
+        goodput: of these, per second.
+        times: by names such as `ttft_p50` and `ttft_mean`.
+    """
 
     requests: int
     errors: int
     requests_per_second: float
     tokens_per_second: float
+    prompt_tokens_per_second: float | None
     output_tokens: float | None  # mean an answer
+    wanted_tokens: float | None  # mean an answer
     prompt_tokens: float | None  # mean
     cached_tokens: float | None  # mean
-    ttft_p50: float | None
-    ttft_p90: float | None
-    ttft_p99: float | None
-    tpot_p50: float | None
-    tpot_p90: float | None
-    tpot_p99: float | None
+    good_requests: int | None = None
+    goodput: float | None = None
+    times: dict[str, float | None] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """All figures side by side."""
+        rest = asdict(self)
+        return {**rest, **rest.pop("times")}
 
 
-_SUMMED = ("requests", "errors")
+_SUMMED = ("requests", "errors", "good_requests")
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -93,49 +131,73 @@ def _or_none(reduce: Callable[[Sequence[float]], float], values: Iterable[float 
     return reduce(present) if present else None
 
 
-def summarise(samples: Sequence[Sample]) -> Figures:
+def summarise(
+    samples: Sequence[Sample],
+    percentiles: Iterable[float] = (),
+    marks: Mapping[str, float] | None = None,
+    metrics: Iterable[str] = ("ttft", "tpot", "itl", "e2e"),
+) -> Figures:
     """The figures of one round.
 
-    Requests and output tokens per second count complete answers alone, over the time from the first request sent to the last
-    answer's end.
+    Requests and tokens per second count complete answers alone, over the time from the first request sent to the last answer's
+    end. Gaps between pieces (`itl`) of all answers are taken together.
+
+    Args:
+        percentiles: from 0 to 100, beside `PERCENTILES`.
+        marks: seconds by name of a time, for `Sample.keeps_to`.
+        metrics: names of the times.
     """
     assert samples, "a round has requests"
     good = [sample for sample in samples if sample.error is None]
     wall = max(sample.finished for sample in samples) - min(sample.started for sample in samples)
-    tokens = sum(sample.output_tokens for sample in good)
-    ttft = [sample.ttft for sample in good]
-    tpot = [sample.tpot for sample in good]
+
+    def per_second(count: float) -> float:
+        return count / wall if wall > 0 else 0.0
+
+    times: dict[str, float | None] = {}
+    for name in metrics:
+        if name == "itl":
+            values = sorted(gap for sample in good for gap in sample.gaps)
+        else:
+            values = sorted(_present(getattr(sample, name) for sample in good))
+        times[f"{name}_mean"] = _or_none(statistics.fmean, values)
+        for percent in sorted({*PERCENTILES, *percentiles}):
+            times[f"{name}_p{percent:g}"] = percentile(values, percent) if values else None
+    prompt_tokens = _present(sample.prompt_tokens for sample in good)
+    kept = sum(sample.keeps_to(marks) for sample in good) if marks else None
     return Figures(
         requests=len(samples),
         errors=len(samples) - len(good),
-        requests_per_second=len(good) / wall if wall > 0 else 0.0,
-        tokens_per_second=tokens / wall if wall > 0 else 0.0,
+        requests_per_second=per_second(len(good)),
+        tokens_per_second=per_second(sum(sample.output_tokens for sample in good)),
+        prompt_tokens_per_second=per_second(sum(prompt_tokens)) if prompt_tokens else None,
         output_tokens=_or_none(statistics.fmean, [sample.output_tokens for sample in good]),
-        prompt_tokens=_or_none(statistics.fmean, [sample.prompt_tokens for sample in good]),
+        wanted_tokens=_or_none(statistics.fmean, [sample.wanted_tokens for sample in good]),
+        prompt_tokens=_or_none(statistics.fmean, prompt_tokens),
         cached_tokens=_or_none(statistics.fmean, [sample.cached_tokens for sample in good]),
-        **{
-            f"{name}_p{percent}": _or_none(lambda values, percent=percent: percentile(values, percent), values)
-            for name, values in (("ttft", ttft), ("tpot", tpot))
-            for percent in (50, 90, 99)
-        },
+        good_requests=kept,
+        goodput=None if kept is None else per_second(kept),
+        times=times,
     )
 
 
 def median_figures(rounds: Sequence[Figures]) -> Figures:
     """Each figure's median over rounds; requests and errors are summed."""
     assert rounds, "there is at least one round"
-    merged = {}
-    for name in (field.name for field in fields(Figures)):
+    merged: dict[str, Any] = {}
+    for name in (each.name for each in fields(Figures) if each.name != "times"):
         values = [getattr(figures, name) for figures in rounds]
-        merged[name] = sum(values) if name in _SUMMED else _or_none(statistics.median, values)
-    return Figures(**merged)
+        merged[name] = _or_none(sum if name in _SUMMED else statistics.median, values)
+    names = dict.fromkeys(name for figures in rounds for name in figures.times)
+    times = {name: _or_none(statistics.median, [figures.times.get(name) for figures in rounds]) for name in names}
+    return Figures(**merged, times=times)
 
 
 def median_ratio(rounds: Sequence[Figures], baseline: Sequence[Figures], rate: str = "tokens_per_second") -> float | None:
     """Median over rounds of the ratio of a rate, each round against the baseline's in the same round.
 
     Rounds of two servers lie next to each other in time, so a ratio within a round sees the same noise on both sides. None
-    where the baseline got nothing done.
+    where the baseline got nothing done. A round that only one of them has, since the other was interrupted, is left out.
     """
-    pairs = [(getattr(a, rate), getattr(b, rate)) for a, b in zip(rounds, baseline, strict=True)]
+    pairs = [(getattr(a, rate), getattr(b, rate)) for a, b in zip(rounds, baseline, strict=False)]
     return _or_none(statistics.median, [ours / theirs if theirs else None for ours, theirs in pairs])

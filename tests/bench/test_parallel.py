@@ -11,7 +11,8 @@ from bench.parallel.recovery import Kill, Recovery, after_silence, read_pieces
 from dashinfer.bench.exchange import Response
 from dashinfer.bench.measure import Run
 from dashinfer.bench.stats import Sample, summarise
-from dashinfer.bench.target import BenchError, Target
+from dashinfer.bench.target import Target
+from dashinfer.errors import BenchError
 
 
 def event(text: str) -> bytes:
