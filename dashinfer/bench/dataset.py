@@ -41,7 +41,7 @@ def read_dataset(path: Path, settings: Settings, output_tokens: int | None) -> l
                 found.append(question)
     except (OSError, UnicodeDecodeError) as error:
         raise BenchError(f"cannot read --dataset {path}: {getattr(error, 'strerror', None) or error}") from None
-    except (BenchError, ValueError) as error:
+    except ValueError as error:
         raise BenchError(f"--dataset {path}, {error}") from None
     if not found:
         raise BenchError(f"--dataset {path} has no question")

@@ -4,6 +4,7 @@ Targets take turns, and change who goes first, so that whatever else the machine
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -20,6 +21,7 @@ from dashinfer.bench.target import Target
 from dashinfer.errors import BenchError
 
 POLL_SECONDS = 0.5
+BACK_OFF_SECONDS = 0.1  # after a request that found no server
 
 OnAnswer = Callable[[], None]  # called as each answer ends
 
@@ -141,15 +143,10 @@ def schedule(runs: Sequence[Run], settings: Settings) -> Iterator[tuple[float, i
                 yield level, number, run
 
 
-async def measure_round(
-    run: Run, level: float, number: int, settings: Settings, on_answer: OnAnswer = lambda: None
-) -> Figures | None:
+async def measure_round(run: Run, level: float, number: int, settings: Settings, on_answer: OnAnswer = lambda: None) -> Figures:
     """Measures one round of one target and notes it in `run`; when cancelled, what was answered until then.
 
     Targets of one vocabulary get the same prompts in a round; no random prompt comes up in two rounds.
-
-    Returns:
-        The round's figures; None if no request was sent.
     """
     name = f"{level:g} {number}"
     count = settings.requests_at(level)
@@ -162,20 +159,23 @@ async def measure_round(
         recording = await _send(run, question, settings)
         sent.append(_Sent(question=question, recording=recording, due=due))
         on_answer()
+        if recording.failure is not None and settings.duration is not None:
+            await trio.sleep(BACK_OFF_SECONDS)  # else a server that is gone fails as many requests as there is memory for
 
     figures = None
-    seconds = float("inf") if settings.duration is None else settings.duration
+    seconds = math.inf if settings.duration is None else settings.duration
     try:
         if settings.open:
             offsets = itertools.takewhile(
                 lambda offset: offset < seconds, arrivals(level, settings.arrivals, f"{settings.seed} {name} arrivals")
             )
-            await open_loop(send, questions, offsets, settings.max_concurrency or float("inf"))
+            await open_loop(send, questions, offsets, settings.max_concurrency or math.inf)
         else:
             await closed_loop(send, questions, int(level), seconds)
     finally:
         if sent:
             figures = _note(run, level, [each.sample() for each in sent], settings)
+    assert figures is not None, "a round has requests"
     return figures
 
 

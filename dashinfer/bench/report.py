@@ -1,7 +1,8 @@
 """Results for people and for programs: tables, Markdown, JSON."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
@@ -173,14 +174,17 @@ def time_rows(runs: Sequence[Run], settings: Settings) -> Rows:
 
 def as_tables(runs: Sequence[Run], settings: Settings, baseline: str | None) -> list[Table]:
     """Rates, then times."""
-    rates, times = Table(*columns(settings, baseline)), Table(*time_columns(settings))
-    for table, content in ((rates, rows(runs, settings, baseline)), (times, time_rows(runs, settings))):
-        for row, following in zip(content, [*content[1:], None], strict=True):
-            ends = following is None or (row[1] if table is rates else row[:2]) != (
-                following[1] if table is rates else following[:2]
-            )
-            table.add_row(*row, end_section=ends)
-    return [rates, times]
+    return [
+        _in_sections(Table(*columns(settings, baseline)), rows(runs, settings, baseline), lambda row: row[1]),
+        _in_sections(Table(*time_columns(settings)), time_rows(runs, settings), lambda row: row[:2]),
+    ]
+
+
+def _in_sections(table: Table, content: Rows, section: Callable[[tuple[str, ...]], Any]) -> Table:
+    """The table with a line between rows of different sections."""
+    for row, following in itertools.zip_longest(content, content[1:]):
+        table.add_row(*row, end_section=following is not None and section(row) != section(following))
+    return table
 
 
 def as_markdown(

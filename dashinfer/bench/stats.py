@@ -99,7 +99,8 @@ class Figures:
     def as_json(self) -> dict[str, Any]:
         """All figures side by side."""
         rest = asdict(self)
-        return {**rest, **rest.pop("times")}
+        times = rest.pop("times")
+        return rest | times
 
 
 _SUMMED = ("requests", "errors", "good_requests")

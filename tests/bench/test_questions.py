@@ -191,7 +191,7 @@ async def test_a_file_is_asked_on_through_rounds(autojump_clock: trio.testing.Mo
     assert {body["messages"][1]["content"] for body in asked} == {question.content for question in questions}
     assert all(body["max_tokens"] == int(body["messages"][1]["content"][9]) + 3 for body in asked)
     assert run.words == 0
-    assert figures is not None and figures.output_tokens == figures.wanted_tokens
+    assert figures.output_tokens == figures.wanted_tokens
 
 
 @pytest.mark.parametrize(

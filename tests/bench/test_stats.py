@@ -130,7 +130,8 @@ def test_medians_of_rounds_add_up_requests_and_skip_what_is_missing() -> None:
     assert merged.tokens_per_second == 20
     assert merged.times == {"ttft_p50": 2.0, "tpot_p50": 4.0}
     assert merged.goodput is None
-    assert merged.as_json() == merged.as_json() | {"ttft_p50": 2.0, "requests": 3}
+    flat = merged.as_json()
+    assert (flat["requests"], flat["ttft_p50"], flat["goodput"], "times" in flat) == (3, 2.0, None, False)
 
 
 def test_a_ratio_compares_within_rounds() -> None:
