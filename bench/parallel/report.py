@@ -69,5 +69,5 @@ def as_markdown(runs: Sequence[Run], recoveries: Sequence[Recovery]) -> str:
 
 
 def as_json(recoveries: Sequence[Recovery]) -> list[dict[str, Any]]:
-    """Times in seconds."""
-    return [{**asdict(each), "mark": MARK + each.weights, "holds": each.holds} for each in recoveries]
+    """Times in seconds; without kills, nothing holds or fails to."""
+    return [{**asdict(each), "mark": MARK + each.weights, "holds": each.holds if each.kills else None} for each in recoveries]

@@ -81,6 +81,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.section("bench.serve")
         console = Console(width=128)
         with console.capture() as capture:
-            for table in report.as_tables(runs, config.stash[SETTINGS], "peer"):
+            for table in report.as_tables(runs, config.stash[SETTINGS], "peer" if len(runs) > 1 else None):
                 console.print(table)
         terminalreporter.write_line(capture.get())
