@@ -298,7 +298,7 @@ async def test_completions_are_asked_with_a_prompt_and_read_from_text(autojump_c
 
 
 async def test_an_open_loop_sends_what_is_due_whatever_is_under_way(autojump_clock: trio.testing.MockClock) -> None:
-    """Each answer takes 2 s, and every half second a request is due: four are under way at once, five where they end."""
+    """Each answer takes 2 s, and every half second a request is due."""
     settings = Settings(request_rate=(2.0,), arrivals="constant", requests=10, output_tokens=11, goodput=(("ttft", 1.5),))
     run = Run(TARGET, dialect="full length", words=75, connect=server(echo_server))
 
@@ -318,6 +318,20 @@ async def test_a_bound_on_requests_under_way_makes_others_late(autojump_clock: t
 
     assert figures.times["late_p50"] == pytest.approx(2)  # after 0, 2 and 4 seconds
     assert figures.times["ttft_p99"] == pytest.approx(1)
+
+
+async def test_rounds_draw_arrivals_of_their_own_which_targets_share(autojump_clock: trio.testing.MockClock) -> None:
+    settings = Settings(request_rate=(2.0,), requests=5, output_tokens=2)
+    due = []
+    for number in (0, 0, 1):
+        run = Run(TARGET, dialect="full length", words=75, connect=server(echo_server))
+        await measure_round(run, 2.0, number, settings)
+        times = sorted(sample.due or 0.0 for sample in run.samples[2.0][0])
+        due.append([time - times[0] for time in times])
+
+    first, again, other = due
+    assert first == pytest.approx(again)
+    assert first != pytest.approx(other)
 
 
 @pytest.mark.parametrize(
