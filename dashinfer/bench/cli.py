@@ -264,7 +264,7 @@ def check_packages(settings: Settings) -> None:
     needed = NEEDED | ({"PIL": "pillow"} if settings.images else {})
     missing = [name for module, name in needed.items() if util.find_spec(module) is None]
     if missing:
-        raise BenchError(f'{", ".join(missing)} is missing; pip install "dashinfer[bench]"')
+        raise BenchError(f'{", ".join(missing)} not installed; pip install "dashinfer[bench]"')
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -348,7 +348,7 @@ def test_without_the_extra_it_says_what_to_install(missing: str, named: str, fla
     result = python(code, *flags)
 
     assert result.returncode == 2
-    assert result.stderr == f'dashinfer_bench: error: {named} is missing; pip install "dashinfer[bench]"\n'
+    assert result.stderr == f'dashinfer_bench: error: {named} not installed; pip install "dashinfer[bench]"\n'
 
 
 def test_as_many_connections_are_open_as_there_are_requests(server: Server) -> None:
