@@ -28,6 +28,7 @@ T = TypeVar("T")
 
 CLOSING = 10.0  # seconds that the end of the workers may take
 INTERRUPTING = 5.0  # seconds that the end of a call may take that nobody waits for any more
+ATTENTIVE = 0.5  # seconds after which a wait begins again: a signal that comes just before it does would not be noticed in it
 
 
 class _Call:
@@ -77,7 +78,7 @@ class EngineThread:
         self._display = display
         self._thread.start()
         try:
-            self._ready.result()
+            _outcome(self._ready)
         except BaseException:
             self.close()
             raise
@@ -106,7 +107,7 @@ class EngineThread:
         try:
             with suppress(trio.RunFinishedError):  # the thread is about to tell the call
                 token.run_sync_soon(partial(self._begin, call))
-            return call.future.result()
+            return _outcome(call.future)
         except BaseException:
             if not call.future.done():
                 with suppress(trio.RunFinishedError):
@@ -166,6 +167,13 @@ class EngineThread:
 async def _keep(engine: RunnableEngine, *, task_status: trio.TaskStatus[Ready]) -> None:
     await engine.run(task_status=task_status)
     raise WorkerError("the engine ended by itself")
+
+
+def _outcome(future: Future[T]) -> T:
+    """Its result or error, once it is there. Ctrl-C ends the wait."""
+    while not wait([future], ATTENTIVE).done:
+        pass
+    return future.result()
 
 
 def _cause(error: Exception) -> Exception:
