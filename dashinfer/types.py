@@ -171,9 +171,10 @@ class Forget(Struct, tag="forget", frozen=True):
 
 
 class Encoded(Struct, tag="encoded", frozen=True):
-    """Rank to parent: these are there. Without keys: encoding goes on."""
+    """Rank to parent: these are there. Without any: encoding goes on."""
 
     keys: list[bytes]
+    failed: list[bytes] = []  # there is not enough memory for these, even by themselves; the rank has given them up
 
 
 class MediaSpan(Struct, frozen=True, array_like=True):
