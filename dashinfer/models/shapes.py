@@ -45,8 +45,8 @@ def tensor_shapes(config: ModelConfig, stage: Stage = ALL) -> dict[str, tuple[in
 
 
 def head_cost(config: ModelConfig, *, layer_bits: float = 16, head_bits: float = 16) -> float:
-    """What the head costs, in layers: bytes of weights that are read for each token. An embedding, of which one row is read, costs
-    nothing unless it is the head.
+    """What the head costs, in layers: bytes of weights that are read for each token. An embedding costs nothing unless it is
+    the head: a row of it is read.
 
     Args:
         layer_bits: of a weight of a layer's matrices.

@@ -31,7 +31,7 @@ class Stage:
 
 
 def deal_layers(num_layers: int, count: int, head: float) -> list[int]:
-    """Numbers of layers, one at least, for so many stages, so that the slowest takes as little time as it can; then, so that all
+    """Numbers of layers, one at least, for so many stages, so that the slowest takes as little time as it can; then so that all
     take about as much. Those before the last differ by one at most, and the larger ones come first.
 
     Args:
