@@ -2,6 +2,5 @@
 
 from contextvars import ContextVar
 
-replica_number: ContextVar[int | None] = ContextVar(
-    "replica", default=None
-)  # which of several copies of the model; None: the only one
+# Which of several copies of the model; None: the only one.
+replica_number: ContextVar[int | None] = ContextVar("replica_number", default=None)
