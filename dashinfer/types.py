@@ -228,12 +228,12 @@ class StepPlan(Struct, tag="plan", frozen=True):
     step: int
     enter: list[Enter]
     chunks: list[Chunk]
-    masked: bool = False  # `Masks` of this step follow; sampling waits for them
+    masked: bool = False  # `Masks` of this step follow, for the rank that samples, which waits for them then
 
 
 class Masks(Struct, tag="masks", frozen=True):
-    """Parent to rank: what the chunks that sample in a step may sample. Comes once for each plan that says so, as soon as the
-    results of the steps before it are applied, so while the step already runs."""
+    """Parent to the rank that samples: what the chunks that sample in a step may sample. Comes once for each plan that says so,
+    as soon as the results of the steps before it are applied, so while the step already runs."""
 
     step: int
     rows: tuple[int, ...]  # among the chunks that sample, in the plan's order; any other takes every token
