@@ -171,9 +171,10 @@ class Forget(Struct, tag="forget", frozen=True):
 
 
 class Encoded(Struct, tag="encoded", frozen=True):
-    """Rank to parent: these are there. Without keys: encoding goes on."""
+    """Rank to parent: these are there. Without any: encoding goes on."""
 
     keys: list[bytes]
+    failed: list[bytes] = []  # there is not enough memory for these, even by themselves; the rank has given them up
 
 
 class MediaSpan(Struct, frozen=True, array_like=True):
@@ -227,12 +228,12 @@ class StepPlan(Struct, tag="plan", frozen=True):
     step: int
     enter: list[Enter]
     chunks: list[Chunk]
-    masked: bool = False  # `Masks` of this step follow; sampling waits for them
+    masked: bool = False  # `Masks` of this step follow, for the rank that samples, which waits for them then
 
 
 class Masks(Struct, tag="masks", frozen=True):
-    """Parent to rank: what the chunks that sample in a step may sample. Comes once for each plan that says so, as soon as the
-    results of the steps before it are applied, so while the step already runs."""
+    """Parent to the rank that samples: what the chunks that sample in a step may sample. Comes once for each plan that says so,
+    as soon as the results of the steps before it are applied, so while the step already runs."""
 
     step: int
     rows: tuple[int, ...]  # among the chunks that sample, in the plan's order; any other takes every token

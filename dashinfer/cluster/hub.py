@@ -8,8 +8,8 @@ import logging
 import math
 import socket
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -103,7 +103,7 @@ class Hub:
         self._places: dict[int, list[Place]] = {node: [] for node in range(1, nnodes)}  # of each machine, oldest first
         self._here: set[int] = set()  # machines that were told of
         self._changed = trio.Event()  # a place has become free
-        self._strangers = 0
+        self._strangers: dict[trio.CancelScope, str] = {}  # their addresses, oldest first
         self._next_warning = -math.inf
 
     @classmethod
@@ -137,23 +137,44 @@ class Hub:
 
     async def _attend(self, stream: trio.SocketStream) -> None:
         """One connection's life."""
-        if self._strangers >= MAX_STRANGERS:
+        try:
+            address = stream.socket.getpeername()[0]
+        except OSError:  # it is gone already
             await trio.aclose_forcefully(stream)
             return
-        self._strangers += 1
-        try:
-            place = await self._welcome(stream)
-        finally:
-            self._strangers -= 1
+        place = None
+        with self._stranger(address):
+            place = await self._welcome(stream, address)
         if place is None:
             await trio.aclose_forcefully(stream)
         else:
             await self._keep(place)
 
-    async def _welcome(self, stream: trio.SocketStream) -> Place | None:
-        peer = "a connection that is gone"
+    @contextmanager
+    def _stranger(self, address: str) -> Iterator[None]:
+        """Around what an address has to prove. Where there are too many, the oldest one of the address that has the most is cut
+        off: who says nothing keeps out nobody but its like."""
+        if len(self._strangers) >= MAX_STRANGERS:
+            counts = Counter(self._strangers.values())
+            self._drop(next(scope for scope, each in self._strangers.items() if counts[each] == max(counts.values())))
+        with trio.CancelScope() as scope:
+            self._strangers[scope] = address
+            try:
+                yield
+            finally:
+                self._strangers.pop(scope, None)
+
+    def _drop(self, scope: trio.CancelScope) -> None:
+        self._warn(self._strangers.pop(scope), "too many connections say nothing")
+        scope.cancel()
+
+    def _warn(self, address: str, reason: object) -> None:
+        if trio.current_time() >= self._next_warning:
+            self._next_warning = trio.current_time() + WARNING_INTERVAL
+            logger.warning("%s is refused: %s", address, reason)
+
+    async def _welcome(self, stream: trio.SocketStream, peer: str) -> Place | None:
         try:
-            peer = stream.socket.getpeername()[0]
             with trio.fail_after(HANDSHAKE_TIMEOUT):
                 node, link = await answer_call(stream, self._key)
                 join = await link.receive()
@@ -164,10 +185,7 @@ class Hub:
                     raise LinkLost(refusal.reason)
                 await link.send(Welcome())
         except (LinkLost, OSError, trio.TooSlowError) as error:
-            if trio.current_time() >= self._next_warning:
-                self._next_warning = trio.current_time() + WARNING_INTERVAL
-                reason = "it says too little, too slowly" if isinstance(error, trio.TooSlowError) else error
-                logger.warning("%s is refused: %s", peer, reason)
+            self._warn(peer, "it says too little, too slowly" if isinstance(error, trio.TooSlowError) else error)
             return None
         link.limit = MAX_BODY
         return Place(node, peer, join, link)

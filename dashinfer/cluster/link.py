@@ -5,12 +5,13 @@ itself can serve as a proof; the dialling side proves first, so that a stranger 
 from. Keys for frames, one for each direction, come from the same nonces. A MAC covers a frame's place in the stream, so none
 can be changed, left out, repeated or put elsewhere unnoticed. Nothing is encrypted.
 
-    hub    magic, version, nonce
-    agent  magic, version, node rank, nonce, HMAC-SHA256(secret, "agent" + all of the above)
+    hub    version, nonce
+    agent  version, node rank, nonce, HMAC-SHA256(secret, "agent" + all of the above)
     hub    verdict, HMAC-SHA256(secret, "hub" + all of the above)
     both   length of the body, body, HMAC-SHA256(key of the direction, place + length + body) ...
 
-A body is a message of `dashinfer.cluster.messages`, or a frame from or for a rank as `dashinfer.worker.frames` made it.
+A version is a magic number, the protocol's number and the fingerprint of all message types. Who finds another one says its own
+and hangs up. A body is a message of `dashinfer.cluster.messages`, or a frame from or for a rank, of `dashinfer.worker.frames`.
 """
 
 import hashlib
@@ -24,6 +25,7 @@ import msgspec
 import trio
 
 from dashinfer.cluster.messages import PROTOCOL, FromAgent, FromHub, Ping
+from dashinfer.cluster.wire import WIRE
 from dashinfer.errors import ConfigurationError, LinkLost
 from dashinfer.types import MAX_FRAME_BYTES
 
@@ -38,8 +40,9 @@ _SLOW = 1 << 20  # bytes whose MAC takes long enough to be left to a thread
 _ROUNDS = 100_000  # of PBKDF2, about 50 ms: guesses at a weak secret cost as much each
 
 _MAGIC = b"dashinfr"
-_HELLO = struct.Struct("<8sH32s")  # magic, version, nonce
-_ANSWER = struct.Struct("<8sHI32s")  # magic, version, node rank, nonce
+_VERSION = struct.Struct("<8sH8s")  # magic, protocol, message types
+_NONCE = 32
+_NODE = struct.Struct("<I")
 _DIGEST = 32
 _LENGTH = struct.Struct("<I")
 _PLACE = struct.Struct("<Q")
@@ -166,13 +169,17 @@ async def call(stream: trio.SocketStream, key: bytes, node_rank: int) -> Link:
         ConfigurationError: the secrets differ, or the versions.
         LinkLost: this is no hub, or it went away.
     """
-    greeting = await _receive_exactly(stream, _HELLO.size)
-    magic, version, _ = _HELLO.unpack(greeting)
-    if magic != _MAGIC:
+    theirs = await _receive_exactly(stream, _VERSION.size)
+    if not theirs.startswith(_MAGIC):
         raise LinkLost("what answers there is not dashinfer_serve")
-    if version != PROTOCOL:
-        raise ConfigurationError(f"machine 0 runs another version of dashinfer (protocol {version}, here {PROTOCOL})")
-    answer = _ANSWER.pack(_MAGIC, PROTOCOL, node_rank, os.urandom(32))
+    if (difference := _difference(theirs)) is not None:
+        await _send_all(stream, _version())
+        await _receive_some(
+            stream
+        )  # a connection with something unread is cut rather than closed, and what was sent may be lost
+        raise ConfigurationError(f"machine 0 runs another version of dashinfer ({difference})")
+    greeting = theirs + await _receive_exactly(stream, _NONCE)
+    answer = _version() + _NODE.pack(node_rank) + os.urandom(_NONCE)
     proof = _digest(key, b"agent", greeting, answer)
     await _send_all(stream, answer + proof)
     verdict = await _receive_exactly(stream, 1 + _DIGEST)
@@ -190,14 +197,15 @@ async def answer_call(stream: trio.SocketStream, key: bytes) -> tuple[int, Link]
     Raises:
         LinkLost: the other side is no agent, has another version or secret, or went away.
     """
-    greeting = _HELLO.pack(_MAGIC, PROTOCOL, os.urandom(32))
+    greeting = _version() + os.urandom(_NONCE)
     await _send_all(stream, greeting)
-    answer = await _receive_exactly(stream, _ANSWER.size)
-    magic, version, node_rank, _ = _ANSWER.unpack(answer)
-    if magic != _MAGIC:
+    theirs = await _receive_exactly(stream, _VERSION.size)
+    if not theirs.startswith(_MAGIC):
         raise LinkLost("not an agent of dashinfer_serve")
-    if version != PROTOCOL:
-        raise LinkLost(f"it runs another version of dashinfer (protocol {version}, here {PROTOCOL})")
+    if (difference := _difference(theirs)) is not None:
+        raise LinkLost(f"it runs another version of dashinfer ({difference})")
+    answer = theirs + await _receive_exactly(stream, _NODE.size + _NONCE)
+    (node_rank,) = _NODE.unpack_from(answer, _VERSION.size)
     proof = await _receive_exactly(stream, _DIGEST)
     if not hmac.compare_digest(proof, _digest(key, b"agent", greeting, answer)):
         await _send_all(stream, _WRONG_SECRET + bytes(_DIGEST))
@@ -205,6 +213,18 @@ async def answer_call(stream: trio.SocketStream, key: bytes) -> tuple[int, Link]
     await _send_all(stream, _ACCEPTED + _digest(key, b"hub", greeting, answer, proof))
     to_hub, to_agent = _session_keys(key, greeting, answer)
     return node_rank, Link(stream, "hub", to_agent, to_hub)
+
+
+def _version() -> bytes:
+    return _VERSION.pack(_MAGIC, PROTOCOL, WIRE)
+
+
+def _difference(theirs: bytes) -> str | None:
+    """How the other side's version differs from ours, or None."""
+    _, protocol, types = _VERSION.unpack(theirs)
+    if protocol != PROTOCOL:
+        return f"protocol {protocol}, here {PROTOCOL}"
+    return None if types == WIRE else f"messages {types.hex()}, here {WIRE.hex()}"
 
 
 def _session_keys(key: bytes, greeting: bytes, answer: bytes) -> tuple[bytes, bytes]:

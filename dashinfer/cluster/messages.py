@@ -11,7 +11,9 @@ from msgspec import Struct
 
 from dashinfer.types import ModelFiles
 
-PROTOCOL = 1  # raised by every change that an older version would not understand
+# Raised by every change that an older version would not understand, such as of the handshake or of what ranks tell each other;
+# changes of message types are noticed by `wire`.
+PROTOCOL = 2
 
 
 class Join(Struct, tag="join", frozen=True):

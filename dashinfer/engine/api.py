@@ -156,7 +156,7 @@ class Workers(Protocol):
         ...
 
     async def send(self, message: FromParent) -> None:
-        """To every rank.
+        """To every rank, and `Masks` to the one that samples.
 
         Raises:
             WorkerError: one is gone.

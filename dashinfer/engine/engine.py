@@ -249,6 +249,7 @@ class Engine:
             if not life.over:
                 assert self._media_cache is not None
                 self._media_cache.encoded(message.keys)
+                self._lose_media(message.failed)
                 self._wake.set()
 
         with self._watched():
@@ -482,6 +483,13 @@ class Engine:
             group.deliver(update)
             if update.finish is None and update.sequence.guide is not None:
                 self._advance(scheduler, update.sequence, update.sequence.guide, update.token)
+
+    def _lose_media(self, keys: list[bytes]) -> None:
+        """Ranks have no memory to encode these."""
+        assert self._media_cache is not None
+        holders = self._media_cache.failed(keys)
+        lost = [sequence for sequence in self._groups if sequence in holders]
+        self._give_up(lost, "memory ran out while an image or a video of this request was encoded")
 
     def _advance(self, scheduler: Scheduler, sequence: Sequence, guide: Guide, token: int) -> None:
         """A sequence that follows a grammar has said this, and says at once what must follow if that is much."""

@@ -89,6 +89,17 @@ class MediaCache:
             if (entry := self._entries.get(key)) is not None:
                 entry.encoded = True
 
+    def failed(self, keys: list[bytes]) -> set[Hashable]:
+        """The ranks have given these up. Who pins or wants them, in vain. If one was asked for again meanwhile, that is taken
+        back, too."""
+        holders: set[Hashable] = set()
+        for key in keys:
+            if (entry := self._entries.pop(key, None)) is not None:
+                self.used -= entry.size
+                self._messages.append(Forget([key]))
+                holders |= entry.pins | entry.wants
+        return holders
+
     def ready(self, key: bytes) -> bool:
         entry = self._entries.get(key)
         return entry is not None and entry.encoded

@@ -15,6 +15,7 @@ import trio
 
 from dashinfer.engine.api import EngineAPI, EngineState, EngineStats, PromptMedia
 from dashinfer.engine.blocks import extend_hashes
+from dashinfer.engine.context import replica_number
 from dashinfer.engine.generation import SequenceGroup
 from dashinfer.engine.routing import Outlook, choose
 from dashinfer.errors import EngineUnavailable, QueueFull
@@ -71,7 +72,7 @@ class Replicas:
 
     async def run(self, *, task_status: trio.TaskStatus[Ready] = trio.TASK_STATUS_IGNORED) -> None:
         """Load all replicas at the same time, then serve until cancelled; started with what each of them is, and the blocks
-        of all.
+        of all. What a replica logs is known as its own.
 
         Raises:
             StartupError, WorkerError: as `dashinfer.engine.engine.Engine.run`, of the first that did.
@@ -79,6 +80,7 @@ class Replicas:
         loaded: dict[int, Ready] = {}
 
         async def load(number: int) -> None:
+            replica_number.set(number)  # of this task, and of those that it starts
             loaded[number] = await nursery.start(self._replicas[number].run)
 
         with one_error():

@@ -116,7 +116,10 @@ class Scheduler:
         return self._planned[0].sequences, self._planned[0].tokens
 
     def stuck(self) -> list[Sequence]:
-        """The waiting sequences that the next plans cannot admit: slots or blocks are lacking, for them or one before them."""
+        """The waiting sequences that the next plans cannot admit: slots or blocks are lacking, for them or one before them, or
+        another sequence is computed alone."""
+        if self.alone is not None:
+            return [sequence for sequence in self.waiting if sequence is not self.alone]
         admissible = self._num_admissible(sequence.length for sequence in self.waiting)
         return list(islice(self.waiting, admissible, None))
 

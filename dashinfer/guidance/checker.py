@@ -34,29 +34,21 @@ class Checker:
         """
         with self._lock:
             process = self._start()
-            late = threading.Event()
-
-            def give_up() -> None:
-                late.set()
-                process.kill()
-
-            timer = threading.Timer(PATIENCE * self._timeout, give_up)
-            timer.start()
+            deadline = _Deadline(process, PATIENCE * self._timeout)
             try:
                 answer = _ask(process, grammar)
             finally:
-                timer.cancel()
-            if not answer:
+                late = deadline.end()
+            if late or not answer:
                 process.kill()
-                if process.wait() == -signal.SIGPROF:
-                    late.set()
+                late = process.wait() == -signal.SIGPROF or late
                 self.close()
         if answer:
             found = json.loads(answer)
             if "error" in found:
                 raise ValueError(found["error"])
             return found["grammar"]
-        if late.is_set():
+        if late:
             raise ValueError(f"it is too complex: it takes longer than {self._timeout:g} s to compile")
         raise ValueError("it is too complex: nested too deeply, or too large")
 
@@ -76,6 +68,30 @@ class Checker:
                 raise InternalError(f"grammars cannot be checked: {error}") from None
             self._stop = weakref.finalize(self, _end, self._process)
         return self._process
+
+
+class _Deadline:
+    """Kills a process after so many seconds, but never once it has ended: the process has the next grammar then."""
+
+    def __init__(self, process: "subprocess.Popen[str]", seconds: float) -> None:
+        self._process = process
+        self._lock = threading.Lock()
+        self._ended = self._passed = False
+        self._timer = threading.Timer(seconds, self._pass)
+        self._timer.start()
+
+    def _pass(self) -> None:
+        with self._lock:
+            if not self._ended:
+                self._passed = True
+                self._process.kill()
+
+    def end(self) -> bool:
+        """Whether it had passed, and the process is killed."""
+        self._timer.cancel()
+        with self._lock:
+            self._ended = True
+            return self._passed
 
 
 def _ask(process: "subprocess.Popen[str]", grammar: str) -> str:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from dashinfer.models.quantized_config import CheckpointQuantization
 from dashinfer.types import QuantType
 
 
@@ -50,3 +51,18 @@ def rounding(quant_type: QuantType, group_size: int | None) -> Rounding:
         return Rounding(bits=8, activations="int8")
     assert quant_type == "fp8"
     return Rounding(bits=None, activations="fp8")
+
+
+def layer_bits(
+    quant_type: QuantType | None, quantization: CheckpointQuantization | None, group_size: int | None, otherwise: int
+) -> float:
+    """Bits of a weight in a layer's matrices, about.
+
+    Args:
+        quantization: the checkpoint's; `quant_type` and `group_size`: as asked for.
+        otherwise: where nothing is quantised.
+    """
+    if quantization is not None:
+        modes = [mode for mode in quantization.modes if mode != "gptq"]
+        return rounding(modes[0], None).bits_per_weight if modes else 4
+    return otherwise if quant_type is None else rounding(quant_type, group_size).bits_per_weight

@@ -1,5 +1,7 @@
 """The tensors a checkpoint of a decoder has: Hugging Face's names, and the shapes that its config implies. Knows no torch."""
 
+import math
+
 from dashinfer.models.config import ModelConfig
 from dashinfer.models.stage import Stage
 
@@ -40,3 +42,20 @@ def tensor_shapes(config: ModelConfig, stage: Stage = ALL) -> dict[str, tuple[in
         if not config.tie_word_embeddings:
             shapes[HEAD] = (config.vocab_size, hidden)
     return shapes
+
+
+def head_cost(config: ModelConfig, *, layer_bits: float = 16, head_bits: float = 16) -> float:
+    """What the head costs, in layers: bytes of weights that are read for each token. An embedding costs nothing unless it is
+    the head: a row of it is read.
+
+    Args:
+        layer_bits: of a weight of a layer's matrices.
+        head_bits: of a weight of the head.
+    """
+    shapes = tensor_shapes(config)
+    layer = sum(
+        math.prod(shape)
+        for name, shape in shapes.items()
+        if name.startswith("model.layers.0.") and name.endswith("_proj.weight")
+    )
+    return config.vocab_size * config.hidden_size * head_bits / (layer * layer_bits)

@@ -1,6 +1,6 @@
 """What belongs to the HTTP request that a task answers, for those who are not handed it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ arrival: ContextVar[float] = ContextVar("arrival")  # in time.monotonic's second
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 charge: ContextVar[Callable[[int], None] | None] = ContextVar("charge", default=None)  # told of tokens as they are used
 key_name: ContextVar[bytes] = ContextVar("key_name", default=b"")  # of whoever asks, from `KeyRing.check`
+client: ContextVar[Hashable] = ContextVar("client", default=None)  # its key's name, or its address where no key is needed
 trace: ContextVar["RequestTrace | None"] = ContextVar("trace", default=None)  # of a request that is traced
 
 

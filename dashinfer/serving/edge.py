@@ -22,7 +22,7 @@ import trio
 from dashinfer.errors import ConfigurationError, InternalError, RateLimitExceeded, RequestError
 from dashinfer.protocol.stream import error_body
 from dashinfer.serving.auth import KeyRing
-from dashinfer.serving.context import arrival, charge, key_name, request_id, trace, trace_failure
+from dashinfer.serving.context import arrival, charge, client, key_name, request_id, trace, trace_failure
 from dashinfer.serving.cors import Cors, Headers
 from dashinfer.serving.limits import Limiter, Limits
 from dashinfer.serving.log import log_access
@@ -270,6 +270,7 @@ class Edge:
         path = _mounted_path(scope)
         name = self._keys.check(path, scope["headers"])
         key_name.set(name)
+        client.set(name or (scope.get("client") or (None,))[0])
         limits = self._keys.limits_of(name)
         if scope["method"] != "POST" or self._keys.is_open(path) or limits == Limits():
             return

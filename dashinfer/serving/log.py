@@ -12,6 +12,7 @@ from typing import TextIO
 import msgspec
 
 from dashinfer.config import LogFormat
+from dashinfer.engine.context import replica_number
 from dashinfer.errors import DashInferError
 
 PROBES = frozenset({"/health", "/health/live", "/health/ready", "/ping", "/metrics"})
@@ -36,14 +37,21 @@ class _Formatter(logging.Formatter):
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created)) + f".{int(record.msecs):03d}"
 
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        if (number := replica_number.get()) is not None:
+            record.message = f"replica {number}: {record.message}"
+        return super().formatMessage(record)
+
 
 class _JsonFormatter(logging.Formatter):
-    """An object a line: `time` (RFC 3339, UTC), `level`, `logger`, `message`, `exception` if there is one, and what the record
-    has under `fields`."""
+    """An object a line: `time` (RFC 3339, UTC), `level`, `logger`, `message`, `replica` where there are several, `exception` if
+    there is one, and what the record has under `fields`."""
 
     def format(self, record: logging.LogRecord) -> str:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
         line = {"time": stamp, "level": record.levelname.lower(), "logger": record.name, "message": record.getMessage()}
+        if (number := replica_number.get()) is not None:
+            line["replica"] = number
         line |= getattr(record, "fields", {})
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)

@@ -72,7 +72,8 @@ class Server:
         self._backend = backend
         self._engine: RunnableEngine | None = None
         self._engine_scope = trio.CancelScope()
-        self._asked_to_end = False
+        self._root_scope = trio.CancelScope()
+        self._asked_to_end = trio.Event()
 
     async def serve(self) -> None:
         """Everything, until it ends.
@@ -90,17 +91,22 @@ class Server:
                 async with trio.open_nursery() as outside:
                     await outside.start(self._watch_signals)
                     try:
-                        async with trio.open_nursery() as self._root:
-                            self._root.start_soon(self._arm_when_cancelled, watchdog)
-                            url = listen.url(sockets, tls=self._config.ssl_certfile is not None)
-                            self._root.start_soon(self._load, display, url)
-                            self._root.start_soon(self._serve_http, sockets)
+                        with self._root_scope:
+                            await self._run_parts(sockets, display, watchdog)
                     finally:
                         watchdog.cancel()  # what is left has a bound of its own
                         await self._service.close_tracing()
                     outside.cancel_scope.cancel()
         finally:
             watchdog.cancel()
+
+    async def _run_parts(self, sockets: list[socket.socket], display: Display, watchdog: threading.Timer) -> None:
+        async with trio.open_nursery() as self._root:
+            self._root.start_soon(self._arm_when_cancelled, watchdog)
+            self._root.start_soon(self._drain_when_asked)
+            url = listen.url(sockets, tls=self._config.ssl_certfile is not None)
+            self._root.start_soon(self._load, display, url)
+            self._root.start_soon(self._serve_http, sockets)
 
     def _bind(self) -> AbstractContextManager[list[socket.socket]]:
         config = self._config
@@ -184,6 +190,7 @@ class Server:
         return create_app(self._service), settings
 
     async def _watch_signals(self, *, task_status: trio.TaskStatus[None]) -> None:
+        """It outlives the root nursery, which may be anything when a signal comes: yet to be opened, ending, or closed."""
         reloading = [signal.SIGHUP] if self._config.api_keys_file is not None else []
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, *reloading) as signals:
             task_status.started()
@@ -195,15 +202,15 @@ class Server:
                     continue  # it is ending, and the watchdog sees to it
                 if self._service.state == "loading":
                     self._end(128 + number)
-                elif not self._asked_to_end:
-                    self._asked_to_end = True
-                    self._root.start_soon(self._drain)
+                elif not self._asked_to_end.is_set():
+                    self._asked_to_end.set()
                 else:
                     with trio.move_on_after(LAST_BYTES):
                         await self._service.idle()
                     self._end(128 + number if self._service.in_flight else 0)
 
-    async def _drain(self) -> None:
+    async def _drain_when_asked(self) -> None:
+        await self._asked_to_end.wait()
         assert self._engine is not None, "only what serves is drained"
         config, service = self._config, self._service
         logger.info(
@@ -226,7 +233,7 @@ class Server:
 
     def _end(self, exit_code: int) -> None:
         self.exit_code = exit_code
-        self._root.cancel_scope.cancel()
+        self._root_scope.cancel()
 
     async def _arm_when_cancelled(self, watchdog: threading.Timer) -> None:
         try:

@@ -20,7 +20,7 @@ from dashinfer.guidance.compiler import Compiler
 from dashinfer.guidance.guide import Grammar
 from dashinfer.guidance.spec import Constraint
 from dashinfer.serving import log
-from dashinfer.serving.context import request_id
+from dashinfer.serving.context import client, request_id
 from dashinfer.serving.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ class Service:
             QueueFull: too many requests wait for their grammars.
         """
         assert self._compiler is not None, "ready without a tokenizer"
-        return await self._compiler.compile(constraint)
+        return await self._compiler.compile(constraint, client.get())
 
     def check_model(self, name: str | None) -> None:
         """Raises ModelNotServed where a request names another model than the one that is served; None names none."""

@@ -4,9 +4,9 @@ The main thread loads the model, executes plans and encodes images between them;
 socket closes, in the middle of a step if need be, so that no rank outlives its parent; one says once a second that the process
 is alive; with a GPU, which is given steps before earlier ones have ended, one waits for their results.
 
-Of several ranks, the first of the last stage says what became of steps, and the first says all else. A step that fails for want
-of memory ends them, since the others wait in its midst. A rank that is alone drops that step and those after it, says so, and
-goes on when it is told that all begins anew.
+Of several ranks, the first of the last stage says what became of steps, and the first says all else. A step or an image that
+fails for want of memory ends them: others wait in the midst of the step, or have the image. A rank that is alone says so, and
+goes on with an image less, or without that step and those after it until it is told that all begins anew.
 
 Signals that a terminal or a service manager sends to the whole group are left to the parent.
 """
@@ -231,6 +231,8 @@ class Loop:
                 raise
             self._dropping = True
             logger.warning("step %d is dropped: %s", plan.step, error)
+            if self._media is not None:
+                self._tell_encoded(self._media)  # the parent must know first what the step may have failed for
             if self._runner.on_gpu:
                 self._steps.put(OutOfMemory(plan.step))  # behind the results of earlier steps
             else:
@@ -245,9 +247,17 @@ class Loop:
         advanced = media.pending and not media.running
         if advanced:
             media.advance(seconds)
-        keys, now = media.take_new(), time.perf_counter()
-        if self._speaks and (keys or (advanced and now >= self._told + SIGN_INTERVAL)):
-            self._connection.send(Encoded(keys))
+        self._tell_encoded(media, sign=advanced)
+
+    def _tell_encoded(self, media: "Media", *, sign: bool = False) -> None:
+        """What is new, and with `sign`, now and then, that there is nothing."""
+        keys, failed, now = media.take_new(), media.take_failed(), time.perf_counter()
+        for error in failed.values():
+            if not self._alone:
+                raise error
+            logger.warning("an image or a video is given up: %s", error)
+        if self._speaks and (keys or failed or (sign and now >= self._told + SIGN_INTERVAL)):
+            self._connection.send(Encoded(keys, list(failed)))
             self._told = now
 
     def _send_results(self) -> None:

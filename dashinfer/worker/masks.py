@@ -10,7 +10,7 @@ _KEPT = 8  # at least
 
 class MaskInbox:
     def __init__(self, under_way: int = 2) -> None:
-        """`under_way`: steps at most. Masks of at least as many are kept, and not all: ranks that do not sample take none."""
+        """`under_way`: steps at most. Masks of at least as many are kept."""
         self._arrived = threading.Condition()
         self._waiting: deque[Masks] = deque(maxlen=max(_KEPT, under_way))
         self._resets = 0  # that were read and not yet come to

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,8 @@ from dashinfer.errors import ConfigurationError
 from dashinfer.models.config import ModelConfig
 from dashinfer.models.kv_cache import allocate_kv_cache, kv_bytes_per_block, kv_dtype
 from dashinfer.models.loader import load_model
+from dashinfer.models.quantization import layer_bits
+from dashinfer.models.shapes import head_cost
 from dashinfer.models.towers import Tower
 from dashinfer.models.vision_config import VisionConfig
 from dashinfer.models.weights import ReportProgress
@@ -81,7 +83,7 @@ class Runner:
         compiling = None if on_gpu else _in_thread(warm_up_loops, getattr(torch, config.data_type))
         vision = VisionConfig.from_hf(config.files.config) if config.vision else None
         self._world = world = world or join(config, device)
-        stage = world.stage
+        stage = replace(world.stage, head=_head_cost(config, model_config, on_gpu=on_gpu))
         place = world.group.world_size, world.group.rank, stage
         (free,) = world.least(free_memory(device, config.local_size))
         with self._out_of_memory("while loading; use a smaller model or data type, or free some memory"):
@@ -322,6 +324,16 @@ def _image(vision: VisionConfig, patches: int) -> Encode:
     rows = max(math.isqrt(patches) // vision.merge_size, 1) * vision.merge_size
     columns = max(patches // rows // vision.merge_size, 1) * vision.merge_size
     return Encode(b"black", (1, rows, columns), bytes(rows * columns * vision.patch_dim))
+
+
+def _head_cost(config: WorkerConfig, model_config: ModelConfig, *, on_gpu: bool) -> float:
+    """Of the head, in layers. On CPU, where a few rows already wait for the arithmetic, a weight of fewer bits costs as much as
+    any other."""
+    if not on_gpu:
+        return head_cost(model_config)
+    bits = 8 * getattr(torch, config.data_type).itemsize
+    layers = layer_bits(config.quant_type, model_config.quantization, config.quant_group_size, bits)
+    return head_cost(model_config, layer_bits=layers, head_bits=layers if config.quantize_head else bits)
 
 
 def _in_thread(function: Callable[..., None], *args: Any) -> Future[None]:

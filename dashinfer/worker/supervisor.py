@@ -30,7 +30,19 @@ import msgspec
 import trio
 
 from dashinfer import errors
-from dashinfer.types import Alive, Encoded, Failed, FromParent, OutOfMemory, Progress, Ready, Start, StepResult, WorkerConfig
+from dashinfer.types import (
+    Alive,
+    Encoded,
+    Failed,
+    FromParent,
+    Masks,
+    OutOfMemory,
+    Progress,
+    Ready,
+    Start,
+    StepResult,
+    WorkerConfig,
+)
 from dashinfer.worker.frames import encode, parent_reader
 
 Spoken = Progress | StepResult | OutOfMemory | Encoded
@@ -266,7 +278,8 @@ class Rank:
 class WorkerGroup:
     """All ranks of one model. `run` is its one life; to start again, another group is made.
 
-    Plans go to every rank; results come from the first rank of the last stage, everything else from rank 0.
+    Plans go to every rank, masks to the first rank of the last stage, which samples; results come from there, everything else
+    from rank 0.
     """
 
     def __init__(
@@ -288,6 +301,7 @@ class WorkerGroup:
         self._configs = configs
         self._make_rank = make_rank or partial(Rank, command=command, heartbeat_timeout=heartbeat_timeout)
         self._ranks: list[AnyRank] = []
+        self._sampler = len(configs) - len(configs) // configs[0].pipeline_parallel  # the first rank of the last stage
         self._failures: list[errors.DashInferError] = []  # as they were noticed
         self._failed = trio.Event()  # there are enough of them
 
@@ -307,11 +321,10 @@ class WorkerGroup:
             StartupError, WorkerError: as `Rank.run`; of several failures the one that most likely led to the others.
         """
         assert not self._ranks, "a group has one life"
-        last_stage = len(self._configs) - len(self._configs) // self._configs[0].pipeline_parallel
 
         def on_message(rank: int, message: Spoken) -> None:
             match message:
-                case StepResult() if rank == last_stage:
+                case StepResult() if rank == self._sampler:
                     on_result(message)
                 case Encoded() if rank == 0:
                     on_encoded(message)
@@ -361,14 +374,15 @@ class WorkerGroup:
                 await self._failed.wait()
 
     async def send(self, message: FromParent) -> None:
-        """Send a plan, or what goes with plans, encoded once, to every rank. One that is stopped keeps nothing from the others;
-        its silence ends the group, and with it the waiting."""
+        """Send a plan, or what goes with plans, encoded once, to every rank; masks to the one that samples. One that is stopped
+        keeps nothing from the others; its silence ends the group, and with it the waiting."""
         frame = encode(message)
-        if len(self._ranks) == 1:
-            await self._ranks[0].send_frame(frame)
+        ranks = [self._ranks[self._sampler]] if isinstance(message, Masks) else self._ranks
+        if len(ranks) == 1:
+            await ranks[0].send_frame(frame)
             return
         async with trio.open_nursery() as nursery:
-            for rank in self._ranks:
+            for rank in ranks:
                 nursery.start_soon(rank.send_frame, frame)
 
 

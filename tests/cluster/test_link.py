@@ -130,29 +130,29 @@ async def test_a_hub_without_the_secret_is_found_out(source):
     """It may say what a true hub said to another agent, or what this agent says itself."""
     async with linked() as (_, _, between):
         pass
-    greeting, verdict = between.to_agent[:42], between.to_agent[42:]
+    greeting, verdict = between.to_agent[:50], between.to_agent[50:]
     agent, impostor = stream_pair()
     async with agent, impostor, trio.open_nursery() as nursery:
 
         async def pretend() -> None:
             await impostor.send_all(greeting)
             answer = b""
-            while len(answer) < 46 + 32:
+            while len(answer) < 54 + 32:
                 answer += await impostor.receive_some()
-            await impostor.send_all(verdict if source == "recorded" else verdict[:1] + answer[46:])
+            await impostor.send_all(verdict if source == "recorded" else verdict[:1] + answer[54:])
 
         nursery.start_soon(pretend)
         with pytest.raises(ConfigurationError, match="machine 0 cannot prove that it knows the --cluster-secret"):
             await call(agent, KEY, 7)
 
 
-@pytest.mark.parametrize("place", range(0, 78, 6))
+@pytest.mark.parametrize("place", range(0, 86, 6))
 async def test_any_change_of_the_handshake_is_noticed(place):
     with trio.fail_after(10):
         between = Eavesdropper()
 
         def change(data: bytes) -> bytes:
-            if len(data) < 78:
+            if len(data) < 86:
                 return bytes(data)
             return bytes(data[:place]) + bytes([data[place] ^ 1]) + bytes(data[place + 1 :])
 
@@ -276,18 +276,37 @@ async def test_something_else_that_answers_is_no_hub(greeting):
             await call(agent, KEY, 1)
 
 
-async def test_another_version_is_named(monkeypatch):
-    monkeypatch.setattr(link_module, "PROTOCOL", 2)
+@pytest.mark.parametrize(
+    ("name", "value", "agents", "hubs"),
+    [
+        ("PROTOCOL", 7, "protocol 7, here 2", "protocol 2, here 7"),
+        ("WIRE", b"changed!", "messages 6368616e67656421, here [0-9a-f]{16}", "messages [0-9a-f]{16}, here 6368616e67656421"),
+    ],
+)
+async def test_another_version_is_named_on_both_sides(name, value, agents, hubs, monkeypatch):
     agent, hub = stream_pair()
     async with agent, hub, trio.open_nursery() as nursery:
-        nursery.start_soon(agent.send_all, bytes(100))
+
+        async def answer() -> None:
+            with pytest.raises(LinkLost, match=rf"^it runs another version of dashinfer \({hubs}\)$"):
+                await answer_call(hub, KEY)
+
+        with monkeypatch.context() as other:
+            other.setattr(link_module, name, value)
+            greeting = link_module._version() + bytes(32)
+        await hub.send_all(greeting)
+        with pytest.raises(ConfigurationError, match=rf"^machine 0 runs another version of dashinfer \({agents}\)$"):
+            await call(agent, KEY, 7)
+        monkeypatch.setattr(link_module, name, value)
+        nursery.start_soon(answer)
+
+
+async def test_what_is_no_agent_is_told_apart_from_another_version():
+    agent, hub = stream_pair()
+    async with agent, hub:
+        await agent.send_all(bytes(100))
         with pytest.raises(LinkLost, match="not an agent"):
             await answer_call(hub, KEY)
-        greeting = await agent.receive_some()
-        monkeypatch.setattr(link_module, "PROTOCOL", 1)
-        await hub.send_all(greeting)
-        with pytest.raises(ConfigurationError, match=r"another version of dashinfer \(protocol 2, here 1\)"):
-            await call(agent, KEY, 1)
 
 
 async def test_strangers_who_say_nothing_are_few_and_soon_gone(monkeypatch, caplog):
@@ -295,21 +314,39 @@ async def test_strangers_who_say_nothing_are_few_and_soon_gone(monkeypatch, capl
     monkeypatch.setattr(hub_module, "MAX_STRANGERS", 3)
     with trio.fail_after(10), make_hub() as (hub, port):
         async with background(hub.run):
-            strangers = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(4)]
             begun = trio.current_time()
-            said = [b"", b"", b"", b""]
-            for number, stranger in reversed(list(enumerate(strangers))):
+            strangers = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(4)]
+            for number, stranger in enumerate(strangers):
+                said = b""
                 while data := await stranger.receive_some():
-                    said[number] += data
-                if number == 3:
-                    assert trio.current_time() - begun < 0.4
-            assert 0.4 < trio.current_time() - begun < 2
+                    said += data
+                assert len(said) == 50
+                assert (trio.current_time() - begun < 0.4) == (number == 0)  # the oldest goes for the last one
+            assert trio.current_time() - begun < 2
+            for stranger in strangers:
+                await stranger.aclose()
+
+    assert "127.0.0.1 is refused: too many connections say nothing" in caplog.messages
+
+
+async def test_strangers_who_say_nothing_keep_nobody_out(monkeypatch):
+    """Those of one address as many as may be, and one of another."""
+    monkeypatch.setattr(hub_module, "HANDSHAKE_TIMEOUT", 60)
+    monkeypatch.setattr(hub_module, "MAX_STRANGERS", 4)
+    with trio.fail_after(20), make_hub() as (hub, port):
+        async with background(hub.run):
+            other = await trio.open_tcp_stream("127.0.0.1", port, local_address="127.0.0.3")
+            assert await other.receive_some()
+            strangers = []
+            for _ in range(6):
+                strangers.append(await trio.open_tcp_stream("127.0.0.1", port, local_address="127.0.0.2"))
+                assert await strangers[-1].receive_some()
             agent = make_agent(port)
             async with background(agent.run):
                 while not agent.joined:
                     await trio.sleep(0.01)
-            for stranger in strangers:
+            kept = sorted(hub._strangers.values())
+            for stranger in (other, *strangers):
                 await stranger.aclose()
 
-    assert sorted(map(len, said)) == [0, 42, 42, 42]
-    assert "127.0.0.1 is refused: it says too little, too slowly" in caplog.messages
+    assert kept == ["127.0.0.2", "127.0.0.2", "127.0.0.3"]

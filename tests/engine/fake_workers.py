@@ -30,6 +30,7 @@ class Chaos:
         faults: (boundaries, manner): the first fails a group after so many of its message boundaries, and so on.
         poison: by a sequence's seed, the position whose computing kills.
         sick: keys of media whose encoding kills.
+        huge: keys of media that there is no memory to encode.
         shows: by seed, keys of media.
         memory: tokens of a step that there is memory for.
         resets: whether ranks go on after running out of memory.
@@ -41,7 +42,7 @@ class Chaos:
         kills: by seed, failures by its poison.
         strikes: by seed, failures since its last token.
         guilty: seeds that were all that was computed at their third strike or a later one, or when memory ran out in the
-            smallest step.
+            smallest step, or that show what is huge.
     """
 
     rank: Mapping[str, Any]
@@ -49,6 +50,7 @@ class Chaos:
     faults: deque[tuple[int, Manner]] = field(default_factory=deque)
     poison: Mapping[int, int] = field(default_factory=dict)
     sick: Collection[bytes] = ()
+    huge: Collection[bytes] = ()
     shows: Mapping[int, Collection[bytes]] = field(default_factory=dict)
     memory: int = 1 << 30
     resets: bool = True
@@ -78,6 +80,7 @@ class FakeWorkers:
         self._come = trio.Event()
         self._passed = 0  # message boundaries
         self._exhausted = False
+        self._given_up: set[bytes] = set()  # keys, until they are forgotten
         self._told: set[bytes] = set()  # keys that the parent has been told are encoded
         self._seeds: dict[int, int] = {}  # by slot
         self._computing: deque[list[int]] = deque()  # seeds of each plan without a result
@@ -104,7 +107,7 @@ class FakeWorkers:
 
     async def _serve(self) -> None:
         if not self._inbox:
-            if waiting := [key for key in self._rank.media if key not in self._rank.encoded]:
+            if waiting := [key for key in self._rank.media if key not in self._rank.encoded | self._given_up]:
                 await self._encode(waiting[0])
                 return
             self._come = trio.Event()
@@ -115,6 +118,7 @@ class FakeWorkers:
             case StepPlan():
                 await self._step(message)
             case Encode() | Forget():
+                self._given_up -= {message.key} if isinstance(message, Encode) else set(message.keys)
                 self._rank.tell(message)
             case _:
                 raise AssertionError("memory had not run out")
@@ -124,6 +128,11 @@ class FakeWorkers:
         await trio.sleep(ENCODE)
         if key in self._chaos.sick:
             raise WorkerError("a sick image")
+        if key in self._chaos.huge:
+            self._given_up.add(key)
+            self._chaos.guilty.update(seed for seed, keys in self._chaos.shows.items() if key in keys)
+            self._on_encoded(Encoded([], [key]))
+            return
         await self._boundary(lambda: self._on_encoded(Encoded([key])))
         keys = self._rank.encode(1)
         self._told.update(keys)

@@ -178,6 +178,22 @@ async def test_requests_that_arrive_together_are_taken_as_far_as_there_are_place
                 engine.submit([6], [params(4)])
 
 
+async def test_the_queue_counts_who_waits_for_one_that_is_computed_alone(autojump_clock):
+    """Slots and blocks are free meanwhile."""
+    engine = failing_engine([(3, "die"), (3, "die")], max_queue=1)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(engine.run)
+        with engine.submit([1], [params(4)]), engine.submit([2], [params(4)]):
+            while (engine.stats().restarts, engine.stats().running) != (2, 1):
+                await trio.sleep(0.1)
+            with engine.submit([3], [params(4)]):
+                with pytest.raises(QueueFull, match="1 of at most 1 requests"):
+                    engine.submit([4], [params(4)])
+                assert engine.stats().waiting == 2
+        assert await generate(engine, [5], params(4)) == continuation([5], params(4))
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_request_without_finite_logits_fails_alone():
     """The fake model fails after the token 49."""
     healthy = [[number] for number in range(40) if 49 not in continuation([number], params(10))][:3]

@@ -52,6 +52,20 @@ def test_what_is_pinned_stays_and_what_is_wanted_gives_way_to_it_alone():
     assert cache.hold("waiting", TWO, pin=False)
 
 
+def test_what_ranks_have_given_up_is_forgotten_and_may_be_asked_for_again():
+    cache = new_cache(3)
+    for holder, pin in (("running", True), ("waiting", False)):
+        assert cache.hold(holder, ONE, pin=pin)
+    assert cache.hold("other", TWO, pin=True)
+    cache.take_messages()
+
+    assert cache.failed([ONE.key, THREE.key]) == {"running", "waiting"}
+    assert (cache.used, cache.num_encoding) == (20, 1)
+    cache.abandon("running", ONE.key)
+    assert cache.hold("later", ONE, pin=True)
+    assert cache.take_messages() == [Forget([ONE.key]), *encode(ONE)]
+
+
 def test_a_want_becomes_a_pin():
     cache = new_cache(2)
     cache.hold("a", TWO, pin=False)

@@ -86,7 +86,9 @@ def seed(request: int, choice: int) -> int:
 class History:
     """An engine, its failing ranks and its requests, until all have ended."""
 
-    def __init__(self, arrivals: list[Arrival], faults=(), geometry: Geometry | None = None, *, sick=(), **config) -> None:
+    def __init__(
+        self, arrivals: list[Arrival], faults=(), geometry: Geometry | None = None, *, sick=(), huge=(), **config
+    ) -> None:
         geometry = geometry or Geometry()
         self.arrivals = arrivals
         self.prompts = [show(each.prompt, list(each.media)) if each.media else (each.prompt, None) for each in arrivals]
@@ -112,6 +114,7 @@ class History:
             faults=deque(faults),
             poison={seed: poison for n, seed in every if (poison := arrivals[n].poison) is not None},
             sick=sick,
+            huge=huge,
             shows={seed: [each.key for each in media.media] for n, seed in every if (media := self.prompts[n][1])},
             memory=geometry.block_size + geometry.memory,
             resets=geometry.resets,
@@ -197,6 +200,10 @@ class History:
         return [ending for outcome in self.outcomes for ending in outcome.endings]
 
 
+def key_of(medium: int) -> bytes:
+    return bytes([medium]) * 32
+
+
 def rarely(strategy: st.SearchStrategy, otherwise: object) -> st.SearchStrategy:
     return st.one_of(st.just(otherwise), st.just(otherwise), strategy)
 
@@ -239,9 +246,9 @@ geometries = st.builds(
 
 
 @settings(max_examples=2000, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink])
-@given(arrivals=some_arrivals, faults=some_faults, geometry=geometries)
-def test_nothing_is_lost_or_doubled_in_any_history(arrivals, faults, geometry):
-    history = History(arrivals, faults, geometry).play()
+@given(arrivals=some_arrivals, faults=some_faults, geometry=geometries, huge=rarely(st.integers(0, 3).map(key_of), None))
+def test_nothing_is_lost_or_doubled_in_any_history(arrivals, faults, geometry, huge):
+    history = History(arrivals, faults, geometry, huge=[huge]).play()
 
     assert history.error is None
     event(f"failures: {min(len(history.chaos.configs) - 1, 4)}")
@@ -300,7 +307,7 @@ def test_a_request_that_always_kills_costs_five_restarts_and_nobody_else():
 
 def test_an_image_that_always_kills_costs_three_restarts_and_nobody_else():
     arrivals = [Arrival([number], 10, at=100 * number, media=((0, number),)) for number in range(3)]
-    history = History(arrivals, sick={bytes([1]) * 32}, max_restarts=8).play()
+    history = History(arrivals, sick={key_of(1)}, max_restarts=8).play()
 
     assert history.endings == ["finished", "failed", "finished"]
     assert len(history.chaos.configs) == 1 + 3
@@ -308,10 +315,20 @@ def test_an_image_that_always_kills_costs_three_restarts_and_nobody_else():
 
 def test_an_image_that_kills_in_company_costs_two_restarts_more_at_most():
     arrivals = [Arrival([number], 10, media=((0, number),)) for number in range(3)]
-    history = History([*arrivals, Arrival([4], 4, at=1000)], sick={bytes([1]) * 32}, max_restarts=8).play()
+    history = History([*arrivals, Arrival([4], 4, at=1000)], sick={key_of(1)}, max_restarts=8).play()
 
     assert history.endings == ["finished", "failed", "finished", "finished"]
     assert 1 + 3 <= len(history.chaos.configs) <= 1 + 2 + 3
+
+
+def test_an_image_that_there_is_no_memory_for_fails_its_own_requests():
+    """Those that wait for it, too, and one that comes later; workers stay."""
+    arrivals = [Arrival([number], 10, media=((0, number % 2),)) for number in range(4)]
+    history = History([*arrivals, Arrival([5], 4, at=100, media=((1, 1),)), Arrival([6], 4, at=200)], huge={key_of(1)}).play()
+
+    assert history.endings == ["finished", "failed", "finished", "failed", "failed", "finished"]
+    assert history.outcomes[1].why == "memory ran out while an image or a video of this request was encoded"
+    assert len(history.chaos.configs) == 1
 
 
 def test_many_requests_that_kill_do_not_end_the_server():

@@ -348,8 +348,10 @@ def test_one_is_computed_alone():
         harness.apply()
 
     assert harness.scheduler.running == [sequences[1]]
+    assert harness.scheduler.stuck() == [sequences[0], sequences[2], sequences[3]]
     assert [sequence.num_output for sequence in sequences] == [1, 4, 1, 0]
     harness.scheduler.isolate(None)
+    assert harness.scheduler.stuck() == []
     harness.run()
     for sequence in sequences:
         assert sequence.tokens[6:] == continuation(sequence.tokens[:6], sequence.params)

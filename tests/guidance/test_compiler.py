@@ -3,6 +3,8 @@
 import json
 import random
 import sys
+import threading
+from typing import ClassVar
 
 import pytest
 import trio
@@ -188,7 +190,7 @@ async def test_what_is_lenient_leaves_out_what_cannot_be_enforced(compiler):
 async def test_a_grammar_is_compiled_once(compiler, monkeypatch):
     made = []
     make = compiler._make
-    monkeypatch.setattr(compiler, "_make", lambda grammar: made.append(grammar) or make(grammar))
+    monkeypatch.setattr(compiler, "_make", lambda grammar, checker: made.append(grammar) or make(grammar, checker))
     constraints = [Constraint.from_choice([text], "p") for text in "aab"] * 3 + [Constraint.from_regex("(", "p")] * 2
 
     async def compile(constraint: Constraint) -> None:
@@ -240,15 +242,111 @@ async def test_what_takes_too_long_is_given_up(byte_level, monkeypatch):
     with pytest.raises(InvalidRequest, match=r"too complex: it takes longer than 0\.2 s"):
         await compiler.compile(Constraint.from_choice(["a"], "p"))
 
-    assert compiler._checker._process is None
+    assert compiler._checkers[0]._process is None
 
 
 async def test_the_checker_may_be_killed(compiler):
     await compiler.compile(Constraint.json_object("p"))
-    compiler._checker._process.kill()
-    compiler._checker._process.wait()
+    compiler._checkers[0]._process.kill()
+    compiler._checkers[0]._process.wait()
 
     await compiler.compile(Constraint.from_choice(["a"], "p"))
+
+
+class LateTimer:
+    """Fires when it is told to, whether it was cancelled or not: its thread was on its way."""
+
+    def __init__(self, seconds: float, function) -> None:
+        self.fire = function
+        LateTimer.made.append(self)
+
+    made: ClassVar[list["LateTimer"]] = []
+
+    def start(self) -> None: ...
+
+    def cancel(self) -> None: ...
+
+
+@pytest.mark.parametrize("when", ["before the answer is read", "after it is read", "while the next one is checked"])
+def test_a_deadline_that_passes_with_the_answer_does_not_end_the_next_grammar(when, monkeypatch):
+    monkeypatch.setattr(checker_module.threading, "Timer", LateTimer)
+    monkeypatch.setattr(LateTimer, "made", [])
+    ask, asked = checker_module._ask, []
+
+    def ask_slowly(process, grammar):
+        asked.append(grammar)
+        if len(asked) == 2 and when == "while the next one is checked":
+            LateTimer.made[0].fire()
+        answer = ask(process, grammar)
+        if len(asked) == 1 and when == "before the answer is read":
+            LateTimer.made[0].fire()
+        return answer
+
+    monkeypatch.setattr(checker_module, "_ask", ask_slowly)
+    checker = checker_module.Checker(timeout=5)
+    try:
+        for text in "ab":
+            assert checker.check(f'start: "{text}"\n') == f'start: "{text}"\n'
+            if when == "after it is read":
+                LateTimer.made[0].fire()
+    finally:
+        checker.close()
+
+
+async def test_hard_grammars_of_one_client_keep_no_other_waiting(byte_level, monkeypatch):
+    compiler = Compiler(byte_level, byte_level.vocab_size, max_waiting=10)
+    patience, made = threading.Event(), []
+
+    def make(grammar: str, checker: checker_module.Checker) -> str:
+        made.append(grammar)
+        if "hard" in grammar:
+            patience.wait(30)
+        return "refused"
+
+    monkeypatch.setattr(compiler, "_make", make)
+
+    async def compile(text: str, client: str) -> None:
+        with pytest.raises(InvalidRequest):
+            await compiler.compile(Constraint(text, "p"), client)
+
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            for number in range(5):
+                nursery.start_soon(compile, f"hard {number}", "one")
+                await trio.testing.wait_all_tasks_blocked()
+            for text in ("easy", "easier"):
+                await compile(text, "other")
+            assert sorted(made) == ["easier", "easy", "hard 0"]
+            await compile("easy", "one")  # known
+            patience.set()
+
+    assert sorted(made) == ["easier", "easy", *(f"hard {number}" for number in range(5))]
+
+
+async def test_what_was_begun_for_a_request_that_is_gone_holds_its_clients_turn_and_is_kept(byte_level, monkeypatch):
+    compiler = Compiler(byte_level, byte_level.vocab_size, max_waiting=10)
+    patience, begun, made = threading.Event(), threading.Event(), []
+
+    def make(grammar: str, checker: checker_module.Checker) -> str:
+        made.append(grammar)
+        begun.set()
+        patience.wait(30)
+        return "refused"
+
+    monkeypatch.setattr(compiler, "_make", make)
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            for number in range(4):
+                nursery.start_soon(compiler.compile, Constraint(f"{number}", "p"), "one")
+                await trio.testing.wait_all_tasks_blocked()
+            await trio.to_thread.run_sync(begun.wait)
+            nursery.cancel_scope.cancel()
+        assert made == ["0"]
+        patience.set()
+        with pytest.raises(InvalidRequest):
+            await compiler.compile(Constraint("0", "p"), "one")
+
+    assert made == ["0"]
 
 
 async def test_a_model_without_an_end_cannot_be_constrained(byte_level, monkeypatch):

@@ -1,5 +1,7 @@
 """Stages of a pipeline: what each holds, and that together they are the model."""
 
+from itertools import combinations, pairwise
+
 import pytest
 import torch
 
@@ -10,8 +12,8 @@ from dashinfer.models.kv_cache import allocate_kv_cache
 from dashinfer.models.loader import load_model
 from dashinfer.models.memory import weight_bytes
 from dashinfer.models.parallel import Group
-from dashinfer.models.shapes import HEAD
-from dashinfer.models.stage import Stage
+from dashinfer.models.shapes import HEAD, head_cost
+from dashinfer.models.stage import Stage, deal_layers
 from dashinfer.models.vision_config import VisionConfig
 from dashinfer.models.weights import DummySource
 from dashinfer.types import WorkerConfig
@@ -23,7 +25,7 @@ TIED = LLAMA | {"tie_word_embeddings": True}
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(("num_layers", "sizes"), [(6, [3, 3]), (7, [3, 2, 2]), (5, [2, 1, 1, 1]), (3, [1, 1, 1])])
+@pytest.mark.parametrize(("num_layers", "sizes"), [(6, [3, 3]), (7, [3, 2, 2]), (5, [2, 1, 1, 1]), (3, [1, 1, 1]), (4, [4])])
 def test_layers_are_dealt_evenly_and_in_order(num_layers: int, sizes: list[int]) -> None:
     stages = [Stage(index, len(sizes)).layers(num_layers) for index in range(len(sizes))]
 
@@ -31,6 +33,53 @@ def test_layers_are_dealt_evenly_and_in_order(num_layers: int, sizes: list[int])
     # the last, which has the head, has no more than any other
     assert sorted(map(len, stages)) == sorted(sizes)
     assert len(stages[-1]) == min(sizes)
+
+
+def test_no_other_deal_makes_the_slowest_stage_faster() -> None:
+    for count in range(2, 5):
+        for num_layers in range(count, 13):
+            for head in (0.0, 0.3, 1.0, 1.7, 4.5, 30.0):
+                deals = [
+                    [end - start for start, end in pairwise((0, *cuts, num_layers))]
+                    for cuts in combinations(range(1, num_layers), count - 1)
+                ]
+                dealt = deal_layers(num_layers, count, head)
+                slowest = {tuple(deal): max(*deal[:-1], deal[-1] + head) for deal in deals}
+
+                assert slowest[tuple(dealt)] == min(slowest.values())
+                assert max(dealt[:-1]) - min(dealt[:-1]) <= 1
+
+
+# hidden and intermediate size, heads, key-value heads, size of a head, layers, vocabulary
+SHAPES = {
+    "SmolLM2-135M": (576, 1536, 9, 3, 64, 30, 49152),
+    "Llama-3.2-1B": (2048, 8192, 32, 8, 64, 16, 128256),
+    "Qwen2.5-7B": (3584, 18944, 28, 4, 128, 28, 152064),
+    "Qwen2.5-72B": (8192, 29568, 64, 8, 128, 80, 152064),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "sizes"),
+    [
+        ("SmolLM2-135M", 16, [19, 11]),
+        ("SmolLM2-135M", 16, [10, 10, 9, 1]),
+        ("Llama-3.2-1B", 16, [10, 6]),
+        ("Qwen2.5-7B", 16, [15, 13]),
+        ("Qwen2.5-7B", 4.25, [18, 10]),
+        ("Qwen2.5-7B", 16, [8, 8, 7, 5]),
+        ("Qwen2.5-72B", 16, [41, 39]),
+        ("Qwen2.5-72B", 16, [11, 10, 10, 10, 10, 10, 10, 9]),
+    ],
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_layers_are_dealt_by_what_they_and_the_head_cost(name: str, bits: float, sizes: list[int], tied: bool) -> None:
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    shape = dict(zip((*names, "num_hidden_layers", "vocab_size"), SHAPES[name], strict=True))
+    config = ModelConfig.from_hf(LLAMA | shape | {"tie_word_embeddings": tied})
+    head = head_cost(config, layer_bits=bits)
+
+    assert [len(Stage(index, len(sizes), head).layers(config.num_layers)) for index in range(len(sizes))] == sizes
 
 
 @pytest.mark.parametrize("config", [LLAMA, TIED], ids=["untied", "tied"])
@@ -72,7 +121,7 @@ def test_stages_one_after_the_other_are_the_model(config: dict, settings: dict) 
     def through(count: int) -> torch.Tensor | None:
         x = ids
         for index in range(count):
-            stage = Stage(index, count)
+            stage = Stage(index, count, head=1.2)
             model = load_stage(worker, stage)
             caches = allocate_kv_cache(model.config, 2, toy.BLOCK_SIZE, dtype, CPU, 1, stage=stage)
             assert len(caches) == len(model.layers)

@@ -1,5 +1,6 @@
 """The edge's deadlines, on a clock that jumps, with an application and a server that are functions."""
 
+import hashlib
 import logging
 from collections.abc import Awaitable, Callable
 
@@ -9,6 +10,7 @@ import trio.testing
 
 from dashinfer.config import ServerConfig
 from dashinfer.serving.auth import KeyRing
+from dashinfer.serving.context import client
 from dashinfer.serving.edge import KEEP_ALIVE, SCOPE_KEY, WRITE_PATIENCE, Edge, Receive, Scope, Send
 from dashinfer.serving.service import Service
 
@@ -127,3 +129,27 @@ async def test_a_write_that_waits_too_long_ends_the_request(
     assert trio.current_time() - began == when + WRITE_PATIENCE
     assert "the client stopped reading" in caplog.text
     assert "cut short" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("keys", "peer", "expected"),
+    [
+        ((), ("192.0.2.7", 1234), "192.0.2.7"),
+        ((), None, None),
+        (("key",), ("192.0.2.7", 1234), hashlib.sha256(b"key").digest()),
+    ],
+)
+async def test_who_takes_turns_is_a_key_or_where_none_is_needed_an_address(keys, peer, expected) -> None:
+    clients: list = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        clients.append(client.get())
+
+    async def nothing(*message: object) -> dict:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    edge = Edge(app, Service(ServerConfig(model="demo"), version="0"), KeyRing(keys, open_paths=()))
+    headers = [(b"authorization", b"Bearer key")]
+    await edge({"type": "http", "method": "GET", "path": "/", "headers": headers, "client": peer}, nothing, nothing)
+
+    assert clients == [expected]

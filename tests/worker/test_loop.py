@@ -59,6 +59,7 @@ class Rank:
         self.starved: dict[int, str] = {}
         self._keys: list[bytes] = []
         self._new: list[bytes] = []
+        self.failed: dict[bytes, InsufficientMemory] = {}
 
     # connection
     def send(self, message) -> None:
@@ -112,6 +113,10 @@ class Rank:
     def take_new(self) -> list[bytes]:
         new, self._new = self._new, []
         return new
+
+    def take_failed(self) -> dict[bytes, InsufficientMemory]:
+        failed, self.failed = self.failed, {}
+        return failed
 
     def run(self, rank: int = 0, world_size: int = 1) -> list:
         with pytest.raises(End):
@@ -245,6 +250,33 @@ def test_one_of_several_ranks_cannot_drop_a_step() -> None:
     rank.media = None
     rank.starved = {0: "launch"}
     rank.inbox.put(StepPlan(0, [], []))
+
+    with pytest.raises(InsufficientMemory):
+        rank.run(world_size=2)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_an_image_without_memory_is_told_and_nothing_else_is_lost(on_gpu: bool) -> None:
+    rank = Rank(blocks=1, steps=0, on_gpu=on_gpu)
+    rank.failed = {b"b": InsufficientMemory("not enough")}
+    rank.inbox.put(ASKED)
+
+    assert rank.run() == ["slice" if on_gpu else "block", Encoded([b"a"], [b"b"])]
+
+
+def test_an_image_that_a_step_fails_for_is_told_before_the_step() -> None:
+    rank = Rank(blocks=0, steps=0)
+    rank.starved = {0: "launch"}
+    rank.failed = {b"a": InsufficientMemory("not enough")}
+    rank.inbox.put(StepPlan(0, [], []))
+
+    assert rank.run() == [Encoded([], [b"a"]), OutOfMemory(0)]
+
+
+def test_one_of_several_ranks_cannot_lack_an_image() -> None:
+    rank = Rank(blocks=1, steps=0)
+    rank.failed = {b"a": InsufficientMemory("not enough")}
+    rank.inbox.put(ASKED)
 
     with pytest.raises(InsufficientMemory):
         rank.run(world_size=2)

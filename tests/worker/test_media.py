@@ -1,6 +1,7 @@
 """What a rank encodes, when and together with what, over a tower that only writes down what it is given."""
 
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -68,26 +69,101 @@ def test_what_waits_together_is_encoded_together_up_to_a_bound():
     assert media[b"3"].embeddings.dtype == media[b"3"].deepstack[0].dtype == torch.float32
 
 
-def test_what_memory_ran_out_for_is_begun_anew():
-    tower = FakeTower()
+class SmallTower(FakeTower):
+    """There is memory for so many patches at a time. `short`: for how many more blocks there is none at all."""
+
+    def __init__(self, patches: int, short: int = 0) -> None:
+        super().__init__()
+        self.most, self.short = patches, short
+
+    def steps(self, patches, grids):
+        inner = super().steps(patches, grids)
+        while True:
+            if self.blocks % 3 == 1 and (len(patches) > self.most or self.short):  # in its second block
+                self.short -= bool(self.short)
+                self.blocks += 2
+                raise MemoryError
+            try:
+                yield next(inner)
+            except StopIteration as end:
+                return end.value
+
+
+def sizes(tower: FakeTower) -> list[int]:
+    """Patches of each batch."""
+    return [sum(steps * rows * columns for steps, rows, columns in batch) for batch in tower.batches]
+
+
+def test_where_memory_runs_out_less_is_encoded_together_for_a_while():
+    tower = SmallTower(8)
     media = make(tower)
-    steps, failures = tower.steps, [MemoryError()]
-
-    def failing(patches, grids):
-        for block in steps(patches, grids):
-            if tower.blocks == 2 and failures:
-                raise failures.pop()
-            yield block
-        return VisionOutput(patches[::4].float(), ())
-
-    tower.steps = failing
-    for value in range(2):
+    for value in range(80):
         media.ask(image(value))
-    with pytest.raises(InsufficientMemory, match="while images were encoded"):
-        media.finish([b"1"])
 
-    assert drain(media) == [b"0", b"1"]
-    assert [media[key].embeddings[0, 0].item() for key in (b"0", b"1")] == [0, 1]
+    assert drain(media) == [str(value).encode() for value in range(80)]
+    assert [media[str(value).encode()].embeddings[0, 0].item() for value in range(80)] == list(range(80))
+    assert sizes(tower)[:3] == [16, 8, 8]
+    assert Counter(sizes(tower)) == {8: 40, 16: 3}  # each time that it goes well for a while, twice as much is tried
+    assert media.take_failed() == {}
+
+
+def test_what_there_is_not_enough_memory_for_by_itself_is_given_up():
+    tower = SmallTower(8)
+    media = make(tower)
+    for value, grid in enumerate([(1, 2, 2), (1, 4, 4), (1, 2, 2)]):
+        media.ask(image(value, grid))
+
+    assert drain(media) == [b"0", b"2"]
+    assert not media.pending
+    with pytest.raises(InsufficientMemory, match="while images were encoded; lower --max-pixels"):
+        media.finish([b"2", b"1"])
+    assert list(media.take_failed()) == [b"1"]
+    assert media.take_failed() == {}
+    media.forget([b"1"])
+    tower.most = 16
+    media.ask(image(1, (1, 4, 4)))
+    assert drain(media) == [b"1"]
+
+
+def test_a_step_needs_what_it_shows_and_not_what_comes_before_that():
+    media = make(SmallTower(8))
+    media.ask(image(0, (1, 4, 4)))
+    media.ask(image(1))
+    media.finish([b"1"])
+
+    assert media.take_new() == [b"1"]
+    assert list(media.take_failed()) == [b"0"]
+
+
+def test_a_video_is_cut_smaller():
+    tower = SmallTower(8)
+    media = make(tower)
+    media.ask(image(10, (9, 2, 2), "video"))
+    media.ask(image(0, (1, 2, 2)))
+
+    assert drain(media) == [b"video", b"0"]
+    assert media[b"video"].embeddings[:, 0].tolist() == list(range(10, 19))
+    assert sizes(tower) == [16, 8, 8, 16, 8, 8, 8]
+
+
+def test_memory_that_runs_out_at_the_end_of_a_batch_costs_nothing(monkeypatch):
+    """Embeddings are copied then: a video's pieces, the first of which were encoded before."""
+    media = make(FakeTower())
+    joined, failures = media._joined, [None, MemoryError()]
+
+    def join(parts):
+        if failures and (failure := failures.pop(0)) is not None:
+            raise failure
+        return joined(parts)
+
+    monkeypatch.setattr(media, "_joined", join)
+    media.ask(image(0))
+    media.ask(image(10, (9, 2, 2), "video"))
+    media.ask(image(1))
+
+    assert sorted(drain(media)) == [b"0", b"1", b"video"]
+    assert media[b"video"].embeddings[:, 0].tolist() == list(range(10, 19))
+    assert media.take_failed() == {}
 
 
 def test_alone_where_company_would_change_the_bits():

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from dashinfer.models.config import ModelConfig
 from dashinfer.models.parallel import share_heads
-from dashinfer.models.shapes import tensor_shapes
+from dashinfer.models.shapes import head_cost, tensor_shapes
 from dashinfer.models.stage import Stage
 from dashinfer.types import Alive, Failed, ModelFiles, Progress, Ready, Start, StepPlan, StepResult, WorkerConfig
 from dashinfer.worker.frames import encode, parent_reader
@@ -189,7 +189,7 @@ def test_stages_answer_as_one(name: str, stages: int, world_size: int, alone, to
 def test_each_stage_reads_its_layers_alone(name: str, stages: int, alone, together) -> None:
     config = ModelConfig.from_hf(alone[name].config.files.config, vision=True)
     ranks = together[f"{name} in {stages}", stages]
-    parts = [tensor_shapes(config, Stage(index, stages)) for index in range(stages)]
+    parts = [tensor_shapes(config, Stage(index, stages, head_cost(config))) for index in range(stages)]
 
     assert [done.read for done in ranks] == [sum(4 * math.prod(shape) for shape in shapes.values()) for shapes in parts]
     assert set().union(*parts) == set(tensor_shapes(config))

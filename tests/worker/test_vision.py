@@ -411,9 +411,10 @@ def test_memory_that_runs_out_while_encoding_is_one_line(models, monkeypatch):
         yield
 
     monkeypatch.setattr(type(models.tower), "steps", steps)
-    runner.media.ask(messages(prompt(models.vision_config, (SMALL,)))[0])
+    message = messages(prompt(models.vision_config, (SMALL,)))[0]
+    runner.media.ask(message)
     with pytest.raises(InsufficientMemory, match=r"^toy: memory ran out while images were encoded; lower --max-pixels, "):
-        runner.media.advance(0)
+        runner.media.finish([message.key])
 
 
 def test_towers_that_do_not_fit_are_refused(models):
