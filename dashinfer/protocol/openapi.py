@@ -280,9 +280,7 @@ def _operation(route: _Route, *, api_keys: bool, model: str) -> dict[str, Any]:
     errors = sorted({*route.errors, 401} if closed else route.errors)
     responses = {status: {"description": text, "content": _content(kind)} for status, (text, kind) in route.responses.items()}
     for status in errors:
-        # What is refused before a route is reached has OpenAI's shape.
-        kind = ErrorResponse if status in (401, 413) else route.error
-        responses[status] = {"description": _ERRORS[status], "content": _content(kind)}
+        responses[status] = {"description": _ERRORS[status], "content": _content(route.error)}
     if route.events is not None:
         responses[200]["content"]["text/event-stream"] = {"schema": _reference(route.events)}
     operation: dict[str, Any] = {

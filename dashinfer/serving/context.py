@@ -1,9 +1,18 @@
 """What belongs to the HTTP request that a task answers, for those who are not handed it."""
 
-from collections.abc import Callable
 from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dashinfer.serving.limits import Lease
 
 arrival: ContextVar[float] = ContextVar("arrival")  # in time.monotonic's seconds
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
-charge: ContextVar[Callable[[int], None] | None] = ContextVar("charge", default=None)  # told of tokens as they are used
+lease: ContextVar["Lease | None"] = ContextVar("lease", default=None)  # of what its key may use; None: all there is
 key_name: ContextVar[bytes] = ContextVar("key_name", default=b"")  # of whoever asks, from `KeyRing.check`
+
+
+def take_places(least: int, most: int) -> int:
+    """How many sequences, from `least` to `most`, the request may have at a time. Raises RateLimitExceeded."""
+    held = lease.get()
+    return most if held is None else held.take(least, most)

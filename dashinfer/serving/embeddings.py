@@ -12,6 +12,7 @@ from dashinfer.errors import InvalidRequest
 from dashinfer.protocol.embeddings import EmbeddingRequest, embedding_list_body
 from dashinfer.protocol.parse import parse_request
 from dashinfer.serving.completions import prompt_tokens
+from dashinfer.serving.context import take_places
 from dashinfer.serving.service import Service, TextModel
 from dashinfer.types import SamplingParams
 
@@ -29,7 +30,8 @@ async def embeddings(service: Service, body: bytes | bytearray, stack: ExitStack
     size = len(body)
     request, prompts = await service.off_the_loop(size, partial(_begin, service, engine, text, body))
     params = SamplingParams(max_tokens=1, seed=0, temperature=0.0, pooling=request.pooling)  # the token is dropped
-    together = max(1, service.config.max_queue // 2)  # more would take the whole queue, or not fit into it
+    most = min(len(prompts), max(1, service.config.max_queue // 2))  # more would take the whole queue, or not fit into it
+    together = take_places(1, most)
     vectors: list[bytes] = []
     waiting: deque[Generation] = deque()
     for prompt in prompts:

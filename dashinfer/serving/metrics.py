@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from dashinfer.engine.api import EngineAPI, EngineState, EngineStats, Generation, TokenOutput
-from dashinfer.serving.context import arrival, charge
+from dashinfer.serving.context import arrival, lease
 from dashinfer.types import Ready, SamplingParams, TokenLogprobs
 
 if TYPE_CHECKING:
@@ -175,7 +175,10 @@ class MeasuredEngine:
         life = self._engine.submit(prompt, params, *rest, **named)
         if self._on_prompt is not None:
             self._on_prompt(prompt)
-        return MeasuredGeneration(self._metrics, life, len(prompt), len(params), prefix_cache=self._prefix_cache)
+        answers = params[0].pooling is None
+        return MeasuredGeneration(
+            self._metrics, life, len(prompt), len(params), prefix_cache=self._prefix_cache, answers=answers
+        )
 
 
 class MeasuredGeneration:
@@ -189,12 +192,14 @@ class MeasuredGeneration:
         choices: int,
         *,
         prefix_cache: bool,
+        answers: bool = True,
     ) -> None:
+        """`answers`: the tokens that come are an answer, and not what an embedding has besides."""
         self._metrics, self._life = metrics, life
         self._prompt_tokens = prompt_tokens
-        self._prefix_cache = prefix_cache
+        self._prefix_cache, self._answers = prefix_cache, answers
         self._arrival = arrival.get(time.monotonic())
-        self._charge = charge.get()
+        self._lease = lease.get()
         self._last = dict.fromkeys(range(choices), 0.0)  # when open choices had their last token; 0: none yet
         self._tokens = [0] * choices
         self._begun = self._failed = False
@@ -202,14 +207,14 @@ class MeasuredGeneration:
     def __enter__(self) -> "MeasuredGeneration":
         self._generation = self._life.__enter__()
         self._metrics.prompt_lengths.observe(self._prompt_tokens)
-        if self._charge is not None:
-            self._charge(self._prompt_tokens)
+        if self._lease is not None:
+            self._lease.charge(self._prompt_tokens)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._metrics.ended["error" if self._failed else "abort"] += len(self._last)
-        if self._charge is not None:
-            self._charge(sum(self._tokens))
+        if self._lease is not None and self._answers:
+            self._lease.charge(sum(self._tokens))
         self._life.__exit__(kind, error, traceback)
 
     @property

@@ -54,8 +54,8 @@ def test_requests_come_back_evenly(clock: Clock) -> None:
 
 def test_tokens_are_taken_when_they_are_known(clock: Clock) -> None:
     limiter, limits = Limiter(clock), Limits(tokens=600)
-    quota, headers = limiter.admit(b"a", limits)
-    limiter.charge(quota, 700)
+    lease, headers = limiter.admit(b"a", limits)
+    lease.charge(700)
     with pytest.raises(RateLimitExceeded) as refused:
         limiter.admit(b"a", limits)
     clock.now += refused.value.retry_after
@@ -74,7 +74,7 @@ def test_requests_at_a_time(clock: Clock) -> None:
     limiter.admit(b"a", limits)
     with pytest.raises(RateLimitExceeded):
         limiter.admit(b"a", limits)
-    limiter.release(first)
+    first.release()
 
     assert limiter.admit(b"a", limits)[1] == {}
 
