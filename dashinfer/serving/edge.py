@@ -51,7 +51,8 @@ class RequestRecord:
 
     Attributes:
         id: the X-Request-ID, the client's own where it sent a sane one.
-        stack: closed when the request ends, for whatever reason: a generation is entered here.
+        stack: closed before the last of the answer is sent, or when the request ends for another reason: a generation is
+            entered here.
         keep_alive: sent in long silences of an answer that has begun; empty where its format has nothing to say.
         describe: what the access log's line says besides, asked for when the request has ended.
         account: pays for a large body, where images are taken.
@@ -101,6 +102,7 @@ class _Exchange:
             message["headers"] = [*message["headers"], identity, *self._record.headers]
         if message["type"] == "http.response.body" and not message.get("more_body", False):
             self.complete = True  # before it is sent: Hypercorn may end the request from inside of that call
+            self._record.stack.close()  # and the client's next request must find everything free
         if self._keep_alive_sent is not None:
             await self._keep_alive_sent.wait()
         self._writing, self._since = True, trio.current_time()

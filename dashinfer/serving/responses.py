@@ -97,10 +97,9 @@ class ResponseAnswer:
         begun = not self._turn.request.background
         try:
             while (events := await self._completion.receive()) is not None:
-                encoded = self._encode(events)
-                if not begun:
-                    begun, encoded = True, self._encoder.begun() + encoded
-                if encoded:
+                first = b"" if begun else self._encoder.begun()
+                begun = True
+                if encoded := first + self._encode(events):
                     yield encoded
         except RequestError as error:
             yield self.end("failed", error=error)
