@@ -48,19 +48,19 @@ class EventLog:
         at = after + 1
         while True:
             while at < self.count:
-                first, events = self._from(at)
-                yield _END.join([*events[at - first :], b""])
-                at = first + len(events)
+                events = self._from(at)
+                at += len(events)
+                yield _END.join([*events, b""])
             if self._ended:
                 return
             await self._changed.wait()
 
-    def _from(self, number: int) -> tuple[int, list[bytes]]:
-        """The events of the block that has one, and the number of the first."""
+    def _from(self, number: int) -> list[bytes]:
+        """The events from one on, to the end of its block."""
+        if number >= (first := self.count - len(self._recent)):
+            return self._recent[number - first :]
         block = bisect_right(self._firsts, number) - 1
-        if number >= self.count - len(self._recent):
-            return self.count - len(self._recent), self._recent
-        return self._firsts[block], zlib.decompress(self._blocks[block]).split(_END)
+        return zlib.decompress(self._blocks[block]).split(_END)[number - self._firsts[block] :]
 
     def _pack(self) -> None:
         if self._recent:

@@ -117,16 +117,19 @@ async def test_cancelling_and_deleting(run_server: RunServer) -> None:
     assert server.engine.running == 0
 
 
+def begin(url: str) -> str:
+    """Leaves a stream after its first token."""
+    seen, body = "", {"model": "demo", "input": "wait abc", "background": True, "stream": True}
+    with httpx.stream("POST", f"{url}{PATH}", json=body, timeout=PATIENCE) as answer:
+        pieces = answer.iter_text()
+        while '"delta":"a"' not in seen:
+            seen += next(pieces)
+    return seen
+
+
 async def test_a_stream_is_taken_up_again(run_server: RunServer) -> None:
     async with run_server() as server:
-        seen = ""
-        body = {"model": "demo", "input": "wait abc", "background": True, "stream": True}
-        async with server.client.stream("POST", PATH, json=body) as answer:
-            async for piece in answer.aiter_text():
-                seen += piece
-                if '"delta":"a"' in seen:
-                    break
-        first = events_of(seen)
+        first = events_of(await trio.to_thread.run_sync(begin, server.url))
         id, last = first[0]["response"]["id"], first[-1]["sequence_number"]
         server.engine.release.set()
         rest = events_of((await get(server, id, stream="true", starting_after=last)).text)
@@ -223,6 +226,7 @@ async def test_keys_and_their_limits(run_server: RunServer) -> None:
 
 async def test_the_openai_client(run_server: RunServer) -> None:
     async with run_server() as server:
+        server.engine.queue_time = None
 
         def use() -> tuple[Any, ...]:
             with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0, timeout=10) as client:

@@ -28,6 +28,19 @@ async def test_what_has_ended_is_read_from_any_event_on(together: int) -> None:
         assert await read(log, after) == b"".join(event(number) for number in range(after + 1, MANY))
 
 
+async def test_what_comes_while_a_piece_is_sent_is_not_missed() -> None:
+    log, heard = EventLog(), b""
+    log.append(event(0))
+    async for piece in log.follow(-1):
+        heard += piece
+        if log.count < MANY:
+            log.append(event(log.count))
+        else:
+            log.end()
+
+    assert heard == b"".join(map(event, range(MANY)))
+
+
 async def test_who_follows_is_told(autojump_clock: trio.testing.MockClock) -> None:
     log, heard = EventLog(), []
 
