@@ -273,7 +273,9 @@ def identified(items: Sequence[Item], new_id: Callable[[str], str]) -> list[Item
     found = []
     for item in items:
         kind = item.get("type", "message")
-        whole = {"id": new_id(_PREFIXES.get(kind, "item_")) if isinstance(kind, str) else "", "type": kind, **item}
+        whole = {**item, "type": kind}
+        if not isinstance(item.get("id"), str):
+            whole["id"] = new_id(_PREFIXES.get(kind, "item_") if isinstance(kind, str) else "item_")
         if kind == "message" and isinstance(text := item.get("content"), str):
             said = item.get("role") == "assistant"
             part = {"type": "output_text", "text": text, "annotations": []} if said else {"type": "input_text", "text": text}
@@ -321,13 +323,15 @@ class StreamQuery(RequestModel):
     model_config = ConfigDict(strict=False)
 
     stream: bool = False
-    starting_after: int = Field(default=-1, ge=0, lt=2**31, description="the number of the last event that is not wanted")
+    starting_after: int | None = Field(
+        default=None, ge=0, lt=2**31, description="number of the last event that is not wanted; default: all are"
+    )
     include: Any = Field(default=None, description="ignored")
     include_obfuscation: Any = Field(default=None, description="ignored: nothing is added")
 
     @model_validator(mode="after")
     def _stream_fits(self) -> "StreamQuery":
-        if "starting_after" in self.model_fields_set and not self.stream:
+        if self.starting_after is not None and not self.stream:
             raise PydanticCustomError("at:starting_after", "needs `stream`")
         return self
 

@@ -212,7 +212,7 @@ def create_app(service: Service) -> QuartTrio:
     async def get_response(id: str) -> Response:
         query = parse_query(responses_protocol.StreamQuery, request.args)
         if query.stream:
-            return stream(kept.follow(id, query.starting_after), KEEP_ALIVE)
+            return stream(kept.follow(id, -1 if query.starting_after is None else query.starting_after), KEEP_ALIVE)
         return Response(await kept.get(id), headers=_JSON)
 
     @app.delete(f"{RESPONSES_PATH}/<id>")
@@ -301,5 +301,10 @@ def create_app(service: Service) -> QuartTrio:
         limits=Limits(config.rate_limit_requests, config.rate_limit_tokens, config.rate_limit_concurrent),
     )
     app.asgi_app = edge = Edge(app.asgi_app, service, keys, partial(_admit, service), _is_free)
-    service.reload_keys = edge.reload_keys
+
+    def reload_keys() -> None:
+        edge.reload_keys()
+        kept.keep(keys.names)
+
+    service.reload_keys = reload_keys
     return app

@@ -36,19 +36,22 @@ async def embeddings(service: Service, body: bytes | bytearray, stack: ExitStack
     waiting: deque[Generation] = deque()
     for prompt in prompts:
         if len(waiting) == together:
-            vectors.append(await _vector(waiting.popleft()))
+            vectors.append(await _vector(waiting.popleft(), request))
         waiting.append(stack.enter_context(engine.submit(prompt, [params])))
     for generation in waiting:
-        vectors.append(await _vector(generation))
+        vectors.append(await _vector(generation, request))
     total = sum(map(len, prompts))
     encode = partial(_encode, service, request, vectors, total)
     return await service.off_the_loop(sum(map(len, vectors)), encode), f"{total} tokens in"
 
 
-async def _vector(generation: Generation) -> bytes:
+async def _vector(generation: Generation, request: EmbeddingRequest) -> bytes:
     while await generation.receive():
         pass
     assert generation.embedding is not None, "asked for and not delivered"
+    size = len(generation.embedding) // 4
+    if request.dimensions is not None and request.dimensions > size:
+        raise InvalidRequest(f"`dimensions` is {request.dimensions}; the model's embeddings have {size}", param="dimensions")
     return generation.embedding
 
 
@@ -62,9 +65,6 @@ def _begin(
 
 
 def _encode(service: Service, request: EmbeddingRequest, vectors: Sequence[bytes], total: int) -> bytes:
-    size = len(vectors[0]) // 4
-    if request.dimensions is not None and request.dimensions > size:
-        raise InvalidRequest(f"`dimensions` is {request.dimensions}; the model's embeddings have {size}", param="dimensions")
     scaled = [_scaled(array("f", vector)[: request.dimensions]) for vector in vectors]
     floats = request.encoding_format == "float"
     return embedding_list_body(scaled, floats=floats, model=service.config.model_name, prompt_tokens=total)

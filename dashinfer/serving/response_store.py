@@ -115,6 +115,11 @@ class ResponseStore:
             shelf.kept.move_to_end(id)
         return found
 
+    def keep(self, owners: set[bytes]) -> None:
+        """Forget the responses of other keys."""
+        with self._lock:
+            self._shelves = {owner: shelf for owner, shelf in self._shelves.items() if owner in owners}
+
     def delete(self, owner: bytes, id: str) -> None:
         """Raises NotFound."""
         self.get(owner, id)

@@ -288,6 +288,12 @@ class Responses:
             raise InvalidRequest("only a response in the background can be cancelled; end others by closing the connection")
         return kept.body
 
+    def keep(self, owners: set[bytes]) -> None:
+        """Forget other keys' responses; those that run end."""
+        for owner, id in [key for key in self._running if key[0] not in owners]:
+            self._running.pop((owner, id)).drop()
+        self.store.keep(owners)
+
     def _find(self, id: str) -> BackgroundResponse | None:
         return self._running.get((key_name.get(), id))
 

@@ -224,6 +224,24 @@ async def test_keys_and_their_limits(run_server: RunServer) -> None:
     assert int(free.headers["x-ratelimit-remaining-tokens"]) == pytest.approx(1000 - used, abs=2)
 
 
+async def test_a_key_that_is_gone_takes_its_responses_along(run_server: RunServer, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("sk-1\nsk-2\n")
+    async with run_server(api_keys_file=keys) as server:
+        server.client.headers["authorization"] = "Bearer sk-1"
+        kept = (await ask(server, background=False)).json()["id"]
+        running = (await ask(server, "wait abc")).json()["id"]
+        await server.engine.until_waiting()
+        keys.write_text("sk-2\n")
+        server.service.reload_keys()
+        await server.engine.until(lambda: server.engine.running == 0)
+        keys.write_text("sk-1\nsk-2\n")
+        server.service.reload_keys()
+        found = [await get(server, id) for id in (kept, running)]
+
+    assert [answer.status_code for answer in found] == [404, 404]
+
+
 async def test_the_openai_client(run_server: RunServer) -> None:
     async with run_server() as server:
         server.engine.queue_time = None

@@ -14,8 +14,10 @@ from dashinfer.serving.auth import KeyRing, read_keys
 from dashinfer.serving.limits import Limiter, Limits, duration
 
 from .conftest import RunServer
-from .fake_engine import FakeGeneration
+from .fake_engine import FakeGeneration, SeeingEngine
 from .process import PATIENCE, running, server_command
+from .seeing import data_uri, encode, picture, write_model
+from .seeing import make_text as make_seeing_text
 
 
 class Clock:
@@ -238,6 +240,18 @@ async def test_tokens_of_embeddings_count(run_server: RunServer) -> None:
             answer = await server.client.post("/v1/embeddings", json={"model": "demo", "input": ["a" * 100, "b" * 200]})
 
     assert int(answer.headers["x-ratelimit-remaining-tokens"]) == pytest.approx(700, abs=2)
+
+
+async def test_tokens_of_images_count(run_server: RunServer, tmp_path: Path) -> None:
+    part = {"type": "image_url", "image_url": {"url": data_uri(encode(picture(60, 90)))}}
+    model = make_seeing_text(write_model(tmp_path))
+    async with run_server(engine_type=SeeingEngine, model=model, rate_limit_tokens=1000) as server:
+        body = {"model": "demo", "messages": [{"role": "user", "content": [part, {"type": "text", "text": "say hi"}]}]}
+        answers = [await server.client.post("/v1/chat/completions", json=body) for _ in range(2)]
+
+    usage = answers[0].json()["usage"]
+    assert usage["prompt_tokens_details"]["image_tokens"] > 1
+    assert int(answers[1].headers["x-ratelimit-remaining-tokens"]) == pytest.approx(1000 - usage["total_tokens"], abs=2)
 
 
 async def test_one_at_a_time_over_http(run_server: RunServer) -> None:
