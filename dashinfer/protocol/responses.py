@@ -22,6 +22,8 @@ Item = dict[str, Any]
 
 MAX_ITEMS = 4096
 MAX_METADATA = 16
+MAX_METADATA_KEY, MAX_METADATA_VALUE = 64, 512  # characters
+MAX_TOLD = 2**20  # bytes of a request in the background that every state of its response repeats
 _encode = msgspec.json.Encoder().encode
 
 
@@ -29,6 +31,11 @@ def _few(value: Any) -> Any:
     """Refused before pydantic makes an error of each."""
     if isinstance(value, dict) and len(value) > MAX_METADATA:
         raise PydanticCustomError("too_long", "has too many items", {"max_length": MAX_METADATA})
+    texts = value.items() if isinstance(value, dict) else ()
+    if any(len(key) > MAX_METADATA_KEY or (isinstance(text, str) and len(text) > MAX_METADATA_VALUE) for key, text in texts):
+        raise PydanticCustomError(
+            "at:metadata", f"has a key of more than {MAX_METADATA_KEY} characters, or a value of more than {MAX_METADATA_VALUE}"
+        )
     return value
 
 
@@ -69,6 +76,23 @@ class ResponsesRequest(RequestModel):
         if self.background and not self.store:
             raise PydanticCustomError("at:background", "needs `store`: nobody could ask for the response")
         return self
+
+    def told(self) -> dict[str, Any]:
+        """What every state of the response repeats."""
+        return self.model_dump(
+            include={
+                *("instructions", "previous_response_id", "store", "max_output_tokens", "temperature", "top_p", "tools"),
+                *("tool_choice", "parallel_tool_calls", "text", "reasoning", "metadata", "background"),
+            }
+        )
+
+    def check_told(self) -> None:
+        """Raises InvalidRequest where that is too much to keep of a response that runs by itself."""
+        if self.background and (size := len(_encode(self.told()))) > MAX_TOLD:
+            raise InvalidRequest(
+                f"the response would repeat {size} bytes of the request, beside its input; in the background {MAX_TOLD} may be",
+                param="background",
+            )
 
     def items(self) -> list[Item]:
         """What this turn adds."""
@@ -356,13 +380,7 @@ class ResponseEncoder:
 
     def __init__(self, request: ResponsesRequest, *, id: str, created: int, model: str, new_id: Callable[[str], str]) -> None:
         """`new_id`: an id that begins with what it is given."""
-        told = request.model_dump(
-            include={
-                *("instructions", "previous_response_id", "store", "max_output_tokens", "temperature", "top_p", "tools"),
-                *("tool_choice", "parallel_tool_calls", "text", "reasoning", "metadata", "background"),
-            }
-        )
-        self._head = {"id": id, "object": "response", "created_at": created, "model": model, **told}
+        self._head = {"id": id, "object": "response", "created_at": created, "model": model, **request.told()}
         self._items: list[Item] = []
         self._new_id = new_id
         self._open: Item | None = None

@@ -84,7 +84,7 @@ class Lease:
         self.places = places
 
     def take(self, least: int, most: int) -> int:
-        """Hold as many places as are free, from `least` to `most`, and no fewer than before.
+        """Hold as many places as are free, from `least` to `most` in steps of `least`, and no fewer than before.
 
         Returns:
             How many it holds.
@@ -109,6 +109,7 @@ class Lease:
                     retry_after=1,
                     headers={},
                 )
+        wanted = max(self.places, wanted - wanted % least)
         self._quota.running += wanted - self.places
         self.places = wanted
         return wanted

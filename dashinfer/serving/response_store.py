@@ -3,7 +3,7 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
@@ -91,7 +91,9 @@ class ResponseStore:
         return sum(shelf.size for shelf in self._shelves.values())
 
     def put(self, owner: bytes, id: str, kept: Kept) -> None:
-        """Keep one. A conversation that is larger than one may be is not kept."""
+        """Keep one. What is larger than one may be is kept without its events, or not at all."""
+        if kept.size > self._most_bytes // SHARE:
+            kept = replace(kept, events=None)
         if kept.size > self._most_bytes // SHARE:
             return
         share = 1 if owner == NOBODY else SHARE

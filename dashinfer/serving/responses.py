@@ -238,6 +238,7 @@ class Responses:
     def _read(self, owner: bytes, body: chat.Buffer) -> _Turn:
         request = parse_request(protocol.ResponsesRequest, body)
         self._service.check_model(request.model)
+        request.check_told()
         before: tuple[bytes, ...] = ()
         if (previous := request.previous_response_id) is not None:
             if (owner, previous) in self._running:

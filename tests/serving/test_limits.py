@@ -165,9 +165,17 @@ def test_a_request_holds_a_place_for_each_sequence(clock: Clock) -> None:
     assert held == [2, 2]
     assert (full.value.retry_after, full.value.headers) == (1, {})
     assert (too_many.value.retry_after, too_many.value.headers) == (None, {"x-should-retry": "false"})
-    assert third.take(1, 100) == 2
+    assert third.take(2, 100) == 2
     moved.release()
     assert third.take(1, 100) == 4
+
+
+def test_places_are_taken_in_steps(clock: Clock) -> None:
+    limiter, limits = Limiter(clock), Limits(concurrent=8)
+    first, _ = limiter.admit(b"a", limits)
+    second, _ = limiter.admit(b"a", limits)
+
+    assert (first.take(3, 300), second.take(1, 1), second.take(2, 300)) == (6, 1, 2)
 
 
 def test_lower_limits_leave_what_is_held(clock: Clock) -> None:

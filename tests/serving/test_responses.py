@@ -14,6 +14,7 @@ import trio
 from dashinfer.errors import InternalError, NotFound
 from dashinfer.protocol.responses import DeletedResponse, ItemList, Page, ResponseEvent, ResponseObject
 from dashinfer.serving.auth import NOBODY
+from dashinfer.serving.event_log import EventLog
 from dashinfer.serving.response_store import Kept, ResponseStore
 from dashinfer.serving.responses import Responses
 from dashinfer.serving.service import TextModel
@@ -176,6 +177,16 @@ def test_a_key_has_a_share_of_the_store() -> None:
     assert store.size == 0
 
 
+def test_events_go_before_their_response_does() -> None:
+    store, events = ResponseStore(most=8, most_bytes=400), EventLog()
+    events.append(bytes(range(256)) + b"\n\n")
+    events.end()
+    store.put(b"a", "0", Kept(b"x", (), b"", background=True, events=events))
+
+    assert store.get(b"a", "0").events is None
+    assert store.size == 1
+
+
 def test_without_keys_all_of_the_store_is_one_share() -> None:
     store = ResponseStore(most=8, most_bytes=400)
     for number in range(9):
@@ -244,6 +255,9 @@ async def test_structured_output_and_reasoning_reach_the_chat(run_server: RunSer
         ({"input": [{"type": "reasoning", "content": [{"text": 5}]}]}, "input.0.content.text"),
         ({"input": [5]}, "input"),
         ({"metadata": {str(number): "" for number in range(17)}}, "metadata"),
+        ({"metadata": {"a": "x" * 513}}, "metadata"),
+        ({"metadata": {"x" * 65: "a"}}, "metadata"),
+        ({"background": True, "reasoning": {"x": "x" * 2**20}}, "background"),
         ({"tools": [{"type": "web_search"}]}, "tools.0"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"text": {"format": {"type": "xml"}}}, "text"),
