@@ -1,7 +1,7 @@
 """One chat completion, from the body's bytes to the answer's: validate, see, render, tokenise, submit, detokenise, encode.
 
 Knows nothing of routes, headers and connections. A request's life in the engine is the `with` block it was entered into: the
-caller's exit stack, which is closed when the HTTP request ends for any reason.
+caller's exit stack, which is closed when the HTTP request ends for any reason, or what goes on in the background does.
 
 Counting: `completion_tokens` are the tokens the model produced, the one that ended the choice included (as OpenAI counts), up
 to and including the token that completed a stop string. `reasoning_tokens` are those of them up to and including the end of

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import trio
@@ -60,6 +60,7 @@ class ResponseAnswer:
     Attributes:
         id: the response's.
         request: the chat that it became.
+        status: how it ended; "cut off" before.
         kept: what is to be kept of it, once it has ended.
     """
 
@@ -69,6 +70,7 @@ class ResponseAnswer:
         """`keep`: called with id and `kept`, where that is to be kept."""
         self.id = _new_id("resp_")
         self.request = completion.request
+        self.status: protocol.Status | Literal["cut off"] = "cut off"
         self.kept: Kept | None = None
         self._completion, self._turn, self._keep = completion, turn, keep
         self._encoder = protocol.ResponseEncoder(
@@ -108,6 +110,7 @@ class ResponseAnswer:
 
     def end(self, status: protocol.Status, usage: dict[str, Any] | None = None, error: RequestError | None = None) -> bytes:
         """The last events of a response that ends so."""
+        self.status = status
         last = self._encoder.end(status, usage, error)
         request = self._turn.request
         body = self._encoder.body(status, usage, error)
@@ -146,10 +149,11 @@ class BackgroundResponse:
         self._service, self._keep = service, keep
         self._scope = trio.CancelScope()
         self._dropped = False
+        self._status = "begun"  # for the log
 
     @property
     def summary(self) -> str:
-        return f"{self.id} in the background; {self._answer.summary}"
+        return f"{self.id} in the background: {self._status}; {self._answer.summary}"
 
     async def body(self) -> bytes:
         """The response as it is now, as JSON."""
@@ -193,10 +197,11 @@ class BackgroundResponse:
     def _finish(self) -> None:
         if self.log is not None:
             self.log.end()
+        self._status = "dropped" if self._dropped else self._answer.status
         if (kept := self._answer.kept) is not None and not self._dropped:
             self._keep(self.id, replace(kept, events=self.log))
         self.ended.set()
-        logger.info("response %s: %s; %s", request_id.get(), self.summary, "deleted" if self._dropped else "ended")
+        logger.info("response %s %s", self.summary, request_id.get())
 
 
 class Responses:
