@@ -25,6 +25,7 @@ from dashinfer.protocol.parse import parse_query
 from dashinfer.protocol.stream import KEEP_ALIVE
 from dashinfer.serving import anthropic, chat, chat_page, completions, docs, embeddings, responses, status, tokens
 from dashinfer.serving.auth import KeyRing
+from dashinfer.serving.context import trace, trace_failure
 from dashinfer.serving.edge import SCOPE_KEY, Edge, RequestRecord, Scope, internal_error, mounted_path
 from dashinfer.serving.limits import Limits
 from dashinfer.serving.refusals import refusal
@@ -51,6 +52,10 @@ BODY_PATHS = (  # that take more than a small body
     *(CHAT_PATH, COMPLETIONS_PATH, EMBEDDINGS_PATH),
     *(RESPONSES_PATH, MESSAGES_PATH, COUNT_TOKENS_PATH, TOKENIZE_PATH, DETOKENIZE_PATH),
 )
+OPERATIONS = {  # that are traced, by the names of OpenTelemetry's conventions for GenAI
+    **dict.fromkeys((CHAT_PATH, RESPONSES_PATH, MESSAGES_PATH), "chat"),
+    **{COMPLETIONS_PATH: "text_completion", EMBEDDINGS_PATH: "embeddings"},
+}
 OPEN_PATHS = ("/openapi.json", *status.OPEN_PATHS, *docs.OPEN_PATHS, *chat_page.OPEN_PATHS)
 
 _JSON = {"content-type": "application/json"}
@@ -105,6 +110,7 @@ def _record() -> RequestRecord:
 
 def error_response(error: RequestError) -> Response:
     """An error as an answer."""
+    trace_failure(error)
     headers, body = refusal(mounted_path(request.scope), error, _record().id)
     return Response(body, error.status, headers=headers)
 
@@ -130,6 +136,7 @@ def _http_error(service: Service, error: HTTPException) -> Response:
 def _unexpected(error: Exception) -> Response:
     record = _record()
     logger.error("request %s failed", record.id, exc_info=error)
+    trace_failure(error)
     return error_response(internal_error(record))
 
 
@@ -188,6 +195,8 @@ def create_app(service: Service) -> QuartTrio:
 
     async def answer(accepted: Answer, *, keep_alive: bytes = KEEP_ALIVE) -> Response:
         _record().describe = lambda: accepted.summary
+        if (traced := trace.get()) is not None:
+            traced.answered(accepted)
         if accepted.request.stream:
             return stream(accepted.events(), keep_alive)
         return Response(await accepted.body(), headers=_JSON)
@@ -300,7 +309,7 @@ def create_app(service: Service) -> QuartTrio:
         file=config.api_keys_file,
         limits=Limits(config.rate_limit_requests, config.rate_limit_tokens, config.rate_limit_concurrent),
     )
-    app.asgi_app = edge = Edge(app.asgi_app, service, keys, partial(_admit, service), _is_free)
+    app.asgi_app = edge = Edge(app.asgi_app, service, keys, partial(_admit, service), OPERATIONS, _is_free)
 
     def reload_keys() -> None:
         edge.reload_keys()

@@ -49,6 +49,7 @@ class Application:
             if settings.nnodes > 1:
                 raise ConfigurationError("DASHINFER_NNODES: several machines are served by the command dashinfer_serve alone")
             service = Service(settings, version=version())
+            service.open_tracing()
             self._app = create_app(service)
         except ConfigurationError as error:
             await send({"type": "lifespan.startup.failed", "message": str(error)})
@@ -67,6 +68,7 @@ class Application:
             with trio.move_on_after(settings.drain_timeout):
                 await service.idle()
             nursery.cancel_scope.cancel()
+        await service.close_tracing()
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _reload_keys(self, service: Service, *, task_status: trio.TaskStatus[None]) -> None:

@@ -5,11 +5,19 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dashinfer.serving.limits import Lease
+    from dashinfer.serving.tracing import RequestTrace
 
 arrival: ContextVar[float] = ContextVar("arrival")  # in time.monotonic's seconds
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 lease: ContextVar["Lease | None"] = ContextVar("lease", default=None)  # of what its key may use; None: all there is
 key_name: ContextVar[bytes] = ContextVar("key_name", default=b"")  # of whoever asks, from `KeyRing.check`
+trace: ContextVar["RequestTrace | None"] = ContextVar("trace", default=None)  # of a request that is traced
+
+
+def trace_failure(error: Exception) -> None:
+    """Tell the request's trace, if it has one."""
+    if (traced := trace.get()) is not None:
+        traced.failed(error)
 
 
 def take_places(least: int, most: int) -> int:

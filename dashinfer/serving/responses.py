@@ -18,10 +18,10 @@ import trio
 
 from dashinfer.errors import InternalError, InvalidRequest, RequestError
 from dashinfer.protocol import responses as protocol
-from dashinfer.protocol.chat import ChatCompletionRequest
+from dashinfer.protocol.chat import ChatCompletionRequest, ChoiceFinish
 from dashinfer.protocol.parse import parse_request
 from dashinfer.serving import chat
-from dashinfer.serving.context import key_name, lease, request_id
+from dashinfer.serving.context import key_name, lease, request_id, trace, trace_failure
 from dashinfer.serving.event_log import EventLog
 from dashinfer.serving.response_store import Kept, ResponseStore, items_of, raw_items_of
 from dashinfer.serving.service import Service
@@ -80,6 +80,11 @@ class ResponseAnswer:
     @property
     def summary(self) -> str:
         return self._completion.summary
+
+    @property
+    def finish_reasons(self) -> list[ChoiceFinish | None]:
+        """As `ChatCompletion` has them."""
+        return self._completion.finish_reasons
 
     async def body(self) -> bytes:
         """The whole response as JSON. Raises InternalError or EngineUnavailable where the engine lost it."""
@@ -155,6 +160,11 @@ class BackgroundResponse:
     def summary(self) -> str:
         return f"{self.id} in the background: {self._status}; {self._answer.summary}"
 
+    @property
+    def finish_reasons(self) -> list[ChoiceFinish | None]:
+        """As `ChatCompletion` has them."""
+        return self._answer.finish_reasons
+
     async def body(self) -> bytes:
         """The response as it is now, as JSON."""
         kept = self._answer.kept
@@ -184,6 +194,7 @@ class BackgroundResponse:
                 if self._answer.kept is None:
                     self._log(self._answer.end("cancelled"))
             except Exception as error:  # as of a handler: the end of one request, and not of the server
+                trace_failure(error)
                 logger.error("response %s failed", self.id, exc_info=error)
                 said = f"internal server error; the server's log has the details under {self.id}"
                 self._log(self._answer.end("failed", error=InternalError(said)))
@@ -222,6 +233,9 @@ class Responses:
             return ResponseAnswer(service, turn, completion, keep=partial(self.store.put, owner))
         service.background.check()
         with ExitStack() as life:
+            if (traced := trace.get()) is not None:
+                traced.hold()
+                life.callback(traced.let_go)
             completion = await self._begin(turn, life, size)
             if (held := lease.get()) is not None:
                 life.callback(held.move().release)
