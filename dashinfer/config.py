@@ -202,7 +202,10 @@ class ServerConfig:
     )
     data_type: DataType = _setting("bfloat16", "type of weights and activations")
     api_keys: tuple[str, ...] = _setting(
-        (), "comma-separated keys; requests must carry one, but for probes and the documentation", parse=_keys, metavar="KEYS"
+        (),
+        "comma-separated keys; requests must carry one, but for probes, the documentation and the chat page",
+        parse=_keys,
+        metavar="KEYS",
     )
     log_level: LogLevel = _setting("info", "how much to log")
 
@@ -312,7 +315,7 @@ class ServerConfig:
         None, "tokens a minute of a key, in prompts and answers", group=_SERVER, parse=_positive, metavar="N"
     )
     rate_limit_concurrent: int | None = _setting(
-        None, "requests of a key that are answered at a time", group=_SERVER, parse=_positive, metavar="N"
+        None, "sequences of a key that are computed at a time", group=_SERVER, parse=_positive, metavar="N"
     )
     otlp_traces_endpoint: str | None = _setting(
         None,

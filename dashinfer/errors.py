@@ -157,7 +157,7 @@ class RateLimitExceeded(RequestError):
     type = "rate_limit_error"
     code = "rate_limit_exceeded"
 
-    def __init__(self, message: str, *, retry_after: int, headers: dict[str, str]) -> None:
+    def __init__(self, message: str, *, retry_after: int | None, headers: dict[str, str]) -> None:
         super().__init__(message)
         self.retry_after = retry_after
         self.headers = headers

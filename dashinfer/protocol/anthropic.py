@@ -250,21 +250,23 @@ class AnthropicErrorDetail(BaseModel):
 class AnthropicError(BaseModel):
     type: Literal["error"]
     error: AnthropicErrorDetail
+    request_id: str
 
 
 _ERROR_TYPES = {
-    400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 413: "request_too_large",
+    401: "authentication_error", 404: "not_found_error", 408: "timeout_error", 413: "request_too_large",
     429: "rate_limit_error", 503: "overloaded_error",
 }  # fmt: skip
 
 
-def _error(error: RequestError) -> dict[str, Any]:
-    return {"type": "error", "error": {"type": _ERROR_TYPES.get(error.status, "api_error"), "message": error.message}}
+def _error(error: RequestError, request_id: str) -> dict[str, Any]:
+    kind = _ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": error.message}, "request_id": request_id}
 
 
-def error_body(error: RequestError) -> bytes:
+def error_body(error: RequestError, request_id: str) -> bytes:
     """JSON of an AnthropicError."""
-    return _encode(_error(error))
+    return _encode(_error(error, request_id))
 
 
 def token_count_body(tokens: int) -> bytes:
@@ -288,6 +290,9 @@ def stop_reason(finish: ChoiceFinish, stop_sequence: str | None) -> str:
     return {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}[finish]
 
 
+_TEXT_OF = {"text": "text", "thinking": "thinking", "tool_use": "json"}  # where a block's text is
+
+
 class MessageEncoder:
     """One answer as JSON or as server-sent events.
 
@@ -298,9 +303,11 @@ class MessageEncoder:
         self._head = {"id": id, "type": "message", "role": "assistant", "model": model}
         self._blocks: list[Block] = []
         self._open: Block | None = None
+        self._pieces: list[str] = []  # of the open block's text that are not in it yet
 
     def message(self, stop_reason: str | None, stop_sequence: str | None, usage: dict[str, int]) -> dict[str, Any]:
         """A MessagesResponse of the blocks so far."""
+        self._settle()
         blocks = [_finished(block) for block in self._blocks]
         return {**self._head, "content": blocks, "stop_reason": stop_reason, "stop_sequence": stop_sequence, "usage": usage}
 
@@ -317,16 +324,16 @@ class MessageEncoder:
                 return self._begin({"type": "tool_use", "id": call_id, "name": name, "input": {}}, "json")
             case Arguments(_, text):
                 assert self._open is not None, "arguments follow the call's begin"
-                self._open["json"] += text
+                self._pieces.append(text)
                 return self._delta({"type": "input_json_delta", "partial_json": text})
             case Content(text):
                 before = b"" if self._is_open("text") else self._begin({"type": "text", "text": ""})
-                self._grow("text", text)
+                self._pieces.append(text)
                 return before + self._delta({"type": "text_delta", "text": text})
             case Reasoning(text):
                 block = {"type": "thinking", "thinking": "", "signature": ""}
                 before = b"" if self._is_open("thinking") else self._begin(block)
-                self._grow("thinking", text)
+                self._pieces.append(text)
                 return before + self._delta({"type": "thinking_delta", "thinking": text})
         raise AssertionError(event)
 
@@ -337,9 +344,12 @@ class MessageEncoder:
     def _is_open(self, kind: str) -> bool:
         return self._open is not None and self._open["type"] == kind
 
-    def _grow(self, name: str, text: str) -> None:
-        assert self._open is not None
-        self._open[name] += text
+    def _settle(self) -> None:
+        """Put the pieces into their block; at each token it would be copied as often."""
+        if self._open is not None and self._pieces:
+            name = _TEXT_OF[self._open["type"]]
+            self._open[name] = "".join([self._open[name], *self._pieces])
+        self._pieces.clear()
 
     def _begin(self, block: Block, *hidden: str) -> bytes:
         closed = self._close()
@@ -350,6 +360,7 @@ class MessageEncoder:
     def _close(self) -> bytes:
         if self._open is None:
             return b""
+        self._settle()
         self._open = None
         return _event("content_block_stop", index=len(self._blocks) - 1)
 
@@ -369,9 +380,9 @@ def _finished(block: Block) -> Block:
     return {**shown, "input": parsed} if isinstance(parsed, dict) else shown
 
 
-def error_event(error: RequestError) -> bytes:
+def error_event(error: RequestError, request_id: str) -> bytes:
     """For a stream that fails after it began."""
-    return _event(**_error(error))
+    return _event(**_error(error, request_id))
 
 
 def _event(type: str, **fields: Any) -> bytes:

@@ -16,7 +16,7 @@ from dashinfer.protocol.fields import SamplingFields
 from dashinfer.protocol.stream import event
 from dashinfer.types import FinishReason
 
-MAX_PROMPTS = 1024
+MAX_PROMPTS = 2048  # OpenAI's, of embeddings
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 _encode = msgspec.json.Encoder().encode

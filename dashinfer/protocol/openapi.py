@@ -28,7 +28,15 @@ from dashinfer.protocol.chat import (
 )
 from dashinfer.protocol.completions import Completion, CompletionRequest
 from dashinfer.protocol.embeddings import EmbeddingList, EmbeddingRequest
-from dashinfer.protocol.responses import DeletedResponse, ItemList, ResponseEvent, ResponseObject, ResponsesRequest
+from dashinfer.protocol.responses import (
+    DeletedResponse,
+    ItemList,
+    Page,
+    ResponseEvent,
+    ResponseObject,
+    ResponsesRequest,
+    StreamQuery,
+)
 from dashinfer.protocol.status import Version
 from dashinfer.protocol.tokens import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse, TokenizerInfo
 
@@ -53,6 +61,7 @@ class _Route:
         events: the model of the events of a streamed answer.
         errors: statuses that come with an ErrorResponse, 401 aside.
         parameters: of the path, name to description.
+        query: the parameters of the query string.
         open: wants no key where others do.
     """
 
@@ -67,6 +76,7 @@ class _Route:
     events: type[BaseModel] | None = None
     errors: tuple[int, ...] = ()
     parameters: dict[str, str] = field(default_factory=dict)
+    query: type[BaseModel] | None = None
     open: bool = False
     error: type[BaseModel] = ErrorResponse
 
@@ -127,17 +137,19 @@ _ROUTES = (
         "get",
         "/v1/responses/{id}",
         "getResponse",
-        "A response that is kept",
+        "A response that is kept or runs, or its events",
         "responses",
-        {200: ("The response.", ResponseObject)},
-        errors=(404,),
+        {200: ("The response; with `stream` the events of one that was streamed in the background.", ResponseObject)},
+        events=ResponseEvent,
+        errors=(400, 404),
         parameters=_RESPONSE_ID,
+        query=StreamQuery,
     ),
     _Route(
         "delete",
         "/v1/responses/{id}",
         "deleteResponse",
-        "Keep a response no more",
+        "Keep a response no more; one that runs ends",
         "responses",
         {200: ("It is gone.", DeletedResponse)},
         errors=(404,),
@@ -149,17 +161,18 @@ _ROUTES = (
         "listInputItems",
         "What a response was an answer to",
         "responses",
-        {200: ("The items.", ItemList)},
-        errors=(404,),
+        {200: ("A page of the items.", ItemList)},
+        errors=(400, 404),
         parameters=_RESPONSE_ID,
+        query=Page,
     ),
     _Route(
         "post",
         "/v1/responses/{id}/cancel",
         "cancelResponse",
-        "Refused: no response runs in the background",
+        "End a response in the background",
         "responses",
-        {},
+        {200: ("The response as it ended.", ResponseObject)},
         errors=(400, 404),
         parameters=_RESPONSE_ID,
     ),
@@ -280,9 +293,7 @@ def _operation(route: _Route, *, api_keys: bool, model: str) -> dict[str, Any]:
     errors = sorted({*route.errors, 401} if closed else route.errors)
     responses = {status: {"description": text, "content": _content(kind)} for status, (text, kind) in route.responses.items()}
     for status in errors:
-        # What is refused before a route is reached has OpenAI's shape.
-        kind = ErrorResponse if status in (401, 413) else route.error
-        responses[status] = {"description": _ERRORS[status], "content": _content(kind)}
+        responses[status] = {"description": _ERRORS[status], "content": _content(route.error)}
     if route.events is not None:
         responses[200]["content"]["text/event-stream"] = {"schema": _reference(route.events)}
     operation: dict[str, Any] = {
@@ -298,6 +309,12 @@ def _operation(route: _Route, *, api_keys: bool, model: str) -> dict[str, Any]:
         operation["parameters"] = [
             {"name": name, "in": "path", "required": True, "description": text, "schema": {"type": "string"}}
             for name, text in route.parameters.items()
+        ]
+    if route.query is not None:
+        fields = route.query.model_json_schema()["properties"]
+        described = {name: schema.pop("description", "") for name, schema in fields.items()}
+        operation["parameters"] += [
+            {"name": name, "in": "query", "description": described[name], "schema": schema} for name, schema in fields.items()
         ]
     if closed:
         operation["security"] = [{"bearer": []}]

@@ -75,6 +75,15 @@ def parse_request(
         raise invalid(error) from None
 
 
+def parse_query(kind: type[R], query: Mapping[str, str]) -> R:
+    """The fields in a query string; of unknown ones nobody hears, as of a field's second value. Raises InvalidRequest."""
+    known = {name: value for name, value in query.items() if name in kind.model_fields}
+    try:
+        return kind.model_validate(known)
+    except ValidationError as error:
+        raise invalid(error) from None
+
+
 def _crowded(body: bytes | bytearray) -> bool:
     """Whether a large body is large for its number of items rather than for the media in it."""
     pieces = (body[start : start + _SMALL_BODY // 8] for start in range(0, len(body), _SMALL_BODY // 8))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from dashinfer.errors import InvalidRequest, RequestError
@@ -22,6 +22,8 @@ Item = dict[str, Any]
 
 MAX_ITEMS = 4096
 MAX_METADATA = 16
+MAX_METADATA_KEY, MAX_METADATA_VALUE = 64, 512  # characters
+MAX_TOLD = 2**20  # bytes of a request in the background that every state of its response repeats
 _encode = msgspec.json.Encoder().encode
 
 
@@ -29,6 +31,11 @@ def _few(value: Any) -> Any:
     """Refused before pydantic makes an error of each."""
     if isinstance(value, dict) and len(value) > MAX_METADATA:
         raise PydanticCustomError("too_long", "has too many items", {"max_length": MAX_METADATA})
+    texts = value.items() if isinstance(value, dict) else ()
+    if any(len(key) > MAX_METADATA_KEY or (isinstance(text, str) and len(text) > MAX_METADATA_VALUE) for key, text in texts):
+        raise PydanticCustomError(
+            "at:metadata", f"has a key of more than {MAX_METADATA_KEY} characters, or a value of more than {MAX_METADATA_VALUE}"
+        )
     return value
 
 
@@ -44,6 +51,7 @@ class ResponsesRequest(RequestModel):
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
     stream: bool = False
+    background: bool = Field(default=False, description="go on when the connection is closed; needs store")
     tools: Annotated[list[Item], Field(fail_fast=True)] = Field(
         default_factory=list, max_length=128, description="of type function"
     )
@@ -53,7 +61,6 @@ class ResponsesRequest(RequestModel):
     reasoning: Item | None = Field(default=None, description="effort")
     metadata: Annotated[dict[str, str], BeforeValidator(_few)] = Field(default_factory=dict, max_length=MAX_METADATA)
 
-    background: Literal[False] | None = Field(default=None, description="not supported")
     conversation: None = Field(default=None, description="not supported; use previous_response_id")
     include: Any = Field(default=None, description="ignored")
     stream_options: Any = Field(default=None, description="ignored")
@@ -63,6 +70,29 @@ class ResponsesRequest(RequestModel):
     safety_identifier: str | None = Field(default=None, description="ignored")
     prompt_cache_key: str | None = Field(default=None, description="ignored: the prefix cache needs no key")
     prompt_cache_retention: str | None = Field(default=None, description="ignored")
+
+    @model_validator(mode="after")
+    def _what_goes_on_is_kept(self) -> "ResponsesRequest":
+        if self.background and not self.store:
+            raise PydanticCustomError("at:background", "needs `store`: nobody could ask for the response")
+        return self
+
+    def told(self) -> dict[str, Any]:
+        """What every state of the response repeats."""
+        return self.model_dump(
+            include={
+                *("instructions", "previous_response_id", "store", "max_output_tokens", "temperature", "top_p", "tools"),
+                *("tool_choice", "parallel_tool_calls", "text", "reasoning", "metadata", "background"),
+            }
+        )
+
+    def check_told(self) -> None:
+        """Raises InvalidRequest where that is too much to keep of a response that runs by itself."""
+        if self.background and (size := len(_encode(self.told()))) > MAX_TOLD:
+            raise InvalidRequest(
+                f"the response would repeat {size} bytes of the request, beside its input; in the background {MAX_TOLD} may be",
+                param="background",
+            )
 
     def items(self) -> list[Item]:
         """What this turn adds."""
@@ -78,6 +108,9 @@ class ResponsesRequest(RequestModel):
             raise InvalidRequest(f"the conversation has more than {MAX_ITEMS} items", param="input")
         for number, item in enumerate([*history, *own], -len(history)):
             _add(messages, item, f"input.{max(number, 0)}")
+        for message in messages:
+            if message["role"] == "assistant":
+                message |= {name: "".join(message[name]) for name in ("content", "reasoning_content") if name in message}
         fields: dict[str, Any] = {"model": self.model, "messages": messages, "stream": self.stream}
         names = {"max_tokens": self.max_output_tokens, "temperature": self.temperature, "top_p": self.top_p}
         fields |= {name: value for name, value in names.items() if value is not None}
@@ -97,13 +130,14 @@ class ResponsesRequest(RequestModel):
 
 
 def _add(messages: list[dict[str, Any]], item: Item, place: str) -> None:
-    """Make an item part of the chat. What the assistant says, thinks and calls in a row is one message there."""
+    """Make an item part of the chat. What the assistant says, thinks and calls in a row is one message there, whose texts are
+    lists of pieces."""
     kind = item.get("type", "message" if "role" in item else None)
     match kind:
         case "message":
             content = _content(item.get("content"), place)
             if item.get("role") == "assistant":
-                _assistant(messages)["content"] += content if isinstance(content, str) else "".join(_plain(content, place))
+                _assistant(messages)["content"] += [content] if isinstance(content, str) else _plain(content, place)
             else:
                 messages.append({"role": item.get("role"), "content": content})
         case "function_call":
@@ -121,15 +155,14 @@ def _add(messages: list[dict[str, Any]], item: Item, place: str) -> None:
                 raise InvalidRequest(f"`{place}.content` must be an array of objects", param=f"{place}.content")
             thought = "".join(_string(part, "text", f"{place}.content") for part in parts if "text" in part)
             if thought:
-                message = _assistant(messages)
-                message["reasoning_content"] = message.get("reasoning_content", "") + thought
+                _assistant(messages).setdefault("reasoning_content", []).append(thought)
         case _:
             raise InvalidRequest(f"`{place}` has the type {str(kind)[:40]!r}, which is not supported", param=place)
 
 
 def _assistant(messages: list[dict[str, Any]]) -> dict[str, Any]:
     if not messages or messages[-1]["role"] != "assistant":
-        messages.append({"role": "assistant", "content": ""})
+        messages.append({"role": "assistant", "content": []})
     return messages[-1]
 
 
@@ -212,13 +245,17 @@ class ResponseUsage(BaseModel):
     total_tokens: int
 
 
+Status = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
+
+
 class ResponseObject(BaseModel):
     """A response; fields of the request that shaped it are told as they were given."""
 
     id: str
     object: Literal["response"]
     created_at: int
-    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    background: bool
+    status: Status
     model: str
     output: list[dict[str, Any]] = Field(description="items: reasoning, message, function_call")
     error: dict[str, Any] | None
@@ -242,7 +279,9 @@ class DeletedResponse(BaseModel):
 class ItemList(BaseModel):
     object: Literal["list"]
     data: list[dict[str, Any]]
-    has_more: Literal[False]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
 
 
 def deleted_body(id: str) -> bytes:
@@ -250,9 +289,75 @@ def deleted_body(id: str) -> bytes:
     return _encode({"id": id, "object": "response", "deleted": True})
 
 
-def item_list_body(items: Sequence[Item]) -> bytes:
-    """JSON of an ItemList."""
-    return _encode({"object": "list", "data": items, "has_more": False})
+_PREFIXES = {"message": "msg_", "function_call": "fc_", "function_call_output": "fco_", "reasoning": "rs_"}
+
+
+def identified(items: Sequence[Item], new_id: Callable[[str], str]) -> list[Item]:
+    """Items of a request as they are kept and told: with an id and a type each, and messages' contents as parts."""
+    found = []
+    for item in items:
+        kind = item.get("type", "message")
+        whole = {**item, "type": kind}
+        if not isinstance(item.get("id"), str):
+            whole["id"] = new_id(_PREFIXES.get(kind, "item_") if isinstance(kind, str) else "item_")
+        if kind == "message" and isinstance(text := item.get("content"), str):
+            said = item.get("role") == "assistant"
+            part = {"type": "output_text", "text": text, "annotations": []} if said else {"type": "input_text", "text": text}
+            whole["content"] = [part]
+        found.append(whole)
+    return found
+
+
+class _Identified(msgspec.Struct):
+    id: Any = None
+
+
+_identify = msgspec.json.Decoder(_Identified).decode
+
+
+class Page(RequestModel):
+    """Which items of a list are wanted, from a query string."""
+
+    model_config = ConfigDict(strict=False)
+
+    after: str | None = Field(default=None, description="id of the item before the first one")
+    limit: int = Field(default=20, ge=1, le=100)
+    order: Literal["asc", "desc"] = Field(default="desc", description="desc: the last item first")
+    include: Any = Field(default=None, description="ignored")
+
+    def body(self, items: Sequence[msgspec.Raw]) -> bytes:
+        """JSON of an ItemList. `items`: all, in order. Raises InvalidRequest: `after` is none of them."""
+        ordered = list(items) if self.order == "asc" else list(reversed(items))
+        ids = [_identify(item).id for item in ordered]
+        start = 0
+        if self.after is not None:
+            if self.after not in ids:
+                raise InvalidRequest(f"there is no item {self.after[:100]!r}", param="after")
+            start = ids.index(self.after) + 1
+        end = start + self.limit
+        shown = ids[start:end]
+        first, last = (shown[0], shown[-1]) if shown else (None, None)
+        more = end < len(ordered)
+        return _encode({"object": "list", "data": ordered[start:end], "first_id": first, "last_id": last, "has_more": more})
+
+
+class StreamQuery(RequestModel):
+    """Whether, and from where on, the events of a response are wanted, from a query string."""
+
+    model_config = ConfigDict(strict=False)
+
+    stream: bool = False
+    starting_after: int | None = Field(
+        default=None, ge=0, lt=2**31, description="number of the last event that is not wanted; default: all are"
+    )
+    include: Any = Field(default=None, description="ignored")
+    include_obfuscation: Any = Field(default=None, description="ignored: nothing is added")
+
+    @model_validator(mode="after")
+    def _stream_fits(self) -> "StreamQuery":
+        if self.starting_after is not None and not self.stream:
+            raise PydanticCustomError("at:starting_after", "needs `stream`")
+        return self
 
 
 def usage(prompt_tokens: int, cached_tokens: int, output_tokens: int, reasoning_tokens: int) -> dict[str, Any]:
@@ -275,19 +380,19 @@ class ResponseEncoder:
 
     def __init__(self, request: ResponsesRequest, *, id: str, created: int, model: str, new_id: Callable[[str], str]) -> None:
         """`new_id`: an id that begins with what it is given."""
-        told = request.model_dump(
-            include={
-                *("instructions", "previous_response_id", "store", "max_output_tokens", "temperature", "top_p", "tools"),
-                *("tool_choice", "parallel_tool_calls", "text", "reasoning", "metadata"),
-            }
-        )
-        self._head = {"id": id, "object": "response", "created_at": created, "model": model, **told}
-        self.output: list[Item] = []
+        self._head = {"id": id, "object": "response", "created_at": created, "model": model, **request.told()}
+        self._items: list[Item] = []
         self._new_id = new_id
         self._open: Item | None = None
+        self._pieces: list[str] = []  # of the open item's text that are not in it yet
         self._sequence = 0
 
-    def response(self, status: str, usage: dict[str, Any] | None = None, error: RequestError | None = None) -> dict[str, Any]:
+    @property
+    def output(self) -> list[Item]:
+        self._settle()
+        return self._items
+
+    def _response(self, status: Status, usage: dict[str, Any] | None = None, error: RequestError | None = None) -> Item:
         """A ResponseObject."""
         return {
             **self._head,
@@ -298,12 +403,21 @@ class ResponseEncoder:
             "usage": usage,
         }
 
-    def body(self, finish: ChoiceFinish, usage: dict[str, Any]) -> bytes:
-        return _encode(self.response(status_of(finish), usage))
+    def body(self, status: Status, usage: dict[str, Any] | None = None, error: RequestError | None = None) -> bytes:
+        """JSON of a ResponseObject."""
+        return _encode(self._response(status, usage, error))
 
     def start(self) -> bytes:
-        response = self.response("in_progress")
-        return self._event("response.created", response=response) + self._event("response.in_progress", response=response)
+        """The first events, where an answer begins at once."""
+        return self._event("response.created", response=self._response("in_progress")) + self.begun()
+
+    def queued(self) -> bytes:
+        """The first events, where `begun` follows later."""
+        response = self._response("queued")
+        return self._event("response.created", response=response) + self._event("response.queued", response=response)
+
+    def begun(self) -> bytes:
+        return self._event("response.in_progress", response=self._response("in_progress"))
 
     def add(self, event: Event, call_id: str | None) -> bytes:
         """What an event becomes. `call_id`: of a call that begins."""
@@ -312,8 +426,7 @@ class ResponseEncoder:
                 item = {"id": self._new_id("fc_"), "type": "function_call", "call_id": call_id, "name": name, "arguments": ""}
                 return self._begin(item)
             case Arguments(_, text):
-                item = self._opened()
-                item["arguments"] += text
+                self._pieces.append(text)
                 return self._event("response.function_call_arguments.delta", **self._where(), delta=text)
             case Content(text):
                 return self._text("message", "output_text", text)
@@ -321,17 +434,10 @@ class ResponseEncoder:
                 return self._text("reasoning", "reasoning_text", text)
         raise AssertionError(event)
 
-    def end(self, finish: ChoiceFinish, usage: dict[str, Any]) -> bytes:
-        """The last events; items that were cut off say so."""
-        status = status_of(finish)
-        return self._close(status) + self._event(f"response.{status}", response=self.response(status, usage))
-
-    def failed(self, error: RequestError) -> bytes:
-        return self._event("response.failed", response=self.response("failed", error=error))
-
-    def close(self, finish: ChoiceFinish) -> None:
-        """As `end`, where no events are wanted."""
-        self._close(status_of(finish))
+    def end(self, status: Status, usage: dict[str, Any] | None = None, error: RequestError | None = None) -> bytes:
+        """The last events; an item that was cut off says so."""
+        closed = self._close("completed" if status == "completed" else "incomplete")
+        return closed + self._event(f"response.{status}", response=self._response(status, usage, error))
 
     def _opened(self) -> Item:
         assert self._open is not None
@@ -349,22 +455,32 @@ class ResponseEncoder:
             shown = {"type": part, "text": "", **({"annotations": [], "logprobs": []} if kind == "message" else {})}
             self._opened()["content"].append(shown)
             before += self._event("response.content_part.added", **self._where(), content_index=0, part=dict(shown))
-        self._opened()["content"][0]["text"] += text
+        self._pieces.append(text)
         more = {"logprobs": []} if kind == "message" else {}
         return before + self._event(f"response.{part}.delta", **self._where(), content_index=0, delta=text, **more)
 
+    def _settle(self) -> None:
+        """Put the pieces into their item; at each token it would be copied as often."""
+        if self._open is not None and self._pieces:
+            holder, name = self._open, "arguments"
+            if self._open["type"] != "function_call":
+                holder, name = self._open["content"][0], "text"
+            holder[name] = "".join([holder[name], *self._pieces])
+        self._pieces.clear()
+
     def _where(self) -> dict[str, Any]:
-        return {"item_id": self._opened()["id"], "output_index": len(self.output) - 1}
+        return {"item_id": self._opened()["id"], "output_index": len(self._items) - 1}
 
     def _begin(self, item: Item, **more: Any) -> bytes:
         closed = self._close("completed")
         self._open = {**item, **more, "status": "in_progress"}
-        self.output.append(self._open)
-        return closed + self._event("response.output_item.added", output_index=len(self.output) - 1, item=dict(self._open))
+        self._items.append(self._open)
+        return closed + self._event("response.output_item.added", output_index=len(self._items) - 1, item=dict(self._open))
 
     def _close(self, status: str) -> bytes:
         if self._open is None:
             return b""
+        self._settle()
         item, where = self._open, self._where()
         item["status"] = status
         events = []
@@ -380,11 +496,11 @@ class ResponseEncoder:
         self._open = None
         return b"".join(events)
 
-    def _event(self, type: str, **fields: Any) -> bytes:
+    def _event(self, type: str, /, **fields: Any) -> bytes:
         number, self._sequence = self._sequence, self._sequence + 1
         body = escape_line_ends(_encode({"type": type, "sequence_number": number, **fields}))
         return b"event: %b\ndata: %b\n\n" % (type.encode(), body)
 
 
-def status_of(finish: ChoiceFinish) -> str:
+def status_of(finish: ChoiceFinish) -> Status:
     return "incomplete" if finish == "length" else "completed"

@@ -11,6 +11,7 @@ from dashinfer.protocol import anthropic as protocol
 from dashinfer.protocol.chat import ChatCompletionRequest, ChoiceFinish
 from dashinfer.protocol.parse import parse_request
 from dashinfer.serving import chat
+from dashinfer.serving.context import request_id
 from dashinfer.serving.service import Service
 from dashinfer.text.tools.events import CallBegin
 
@@ -53,7 +54,7 @@ class MessagesAnswer:
                 if encoded:
                     yield encoded
         except RequestError as error:
-            yield protocol.error_event(error)
+            yield protocol.error_event(error, request_id.get())
             return
         yield self._encoder.end(*self._end())
 
@@ -96,4 +97,4 @@ def _count(service: Service, body: chat.Buffer) -> bytes:
     as_chat = request.chat()
     if as_chat.has_media:
         raise InvalidRequest("tokens of images are not counted without an answer", param="messages")
-    return protocol.token_count_body(len(chat.prepare(engine, text, as_chat).prompt))
+    return protocol.token_count_body(chat.count_tokens(engine, text, as_chat))

@@ -1,11 +1,11 @@
 """The routes, and how an error becomes an answer.
 
-Every answer that is not a success, from a handler or from the framework, has OpenAI's error shape. What a handler needs comes
+Every answer that is not a success, from a handler or from the framework, is one of `refusals.py`. What a handler needs comes
 from `Service`; identity, keys and logging are the edge's (`edge.py`).
 """
 
 import logging
-from collections.abc import Generator, Mapping
+from collections.abc import AsyncIterator, Generator, Mapping
 from functools import partial
 from typing import Any
 
@@ -21,12 +21,14 @@ from dashinfer.errors import InvalidRequest, MethodNotAllowed, NotFound, Payload
 from dashinfer.protocol import anthropic as anthropic_protocol
 from dashinfer.protocol import responses as responses_protocol
 from dashinfer.protocol.openapi import openapi_document
-from dashinfer.protocol.stream import KEEP_ALIVE, error_body
+from dashinfer.protocol.parse import parse_query
+from dashinfer.protocol.stream import KEEP_ALIVE
 from dashinfer.serving import anthropic, chat, chat_page, completions, docs, embeddings, responses, status, tokens
 from dashinfer.serving.auth import KeyRing
-from dashinfer.serving.context import key_name, trace, trace_failure
-from dashinfer.serving.edge import SCOPE_KEY, Edge, RequestRecord, Scope, error_headers, internal_error
+from dashinfer.serving.context import trace, trace_failure
+from dashinfer.serving.edge import SCOPE_KEY, Edge, RequestRecord, Scope, internal_error, mounted_path
 from dashinfer.serving.limits import Limits
+from dashinfer.serving.refusals import refusal
 from dashinfer.serving.service import Service
 from dashinfer.serving.static_files import StaticFile
 
@@ -60,7 +62,13 @@ _JSON = {"content-type": "application/json"}
 _EVENTS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
-Answer = chat.ChatCompletion | completions.Completions | anthropic.MessagesAnswer | responses.ResponseAnswer
+Answer = (
+    chat.ChatCompletion
+    | completions.Completions
+    | anthropic.MessagesAnswer
+    | responses.ResponseAnswer
+    | responses.BackgroundResponse
+)
 
 
 class _Body(TrioRequest.body_class):
@@ -100,15 +108,11 @@ def _record() -> RequestRecord:
     return request.scope[SCOPE_KEY]
 
 
-def error_response(error: RequestError, *, status: int | None = None) -> Response:
-    """An error as an answer. `status` overrides the error's own."""
+def error_response(error: RequestError) -> Response:
+    """An error as an answer."""
     trace_failure(error)
-    return Response(error_body(error), status or error.status, headers=error_headers(error))
-
-
-def _anthropic_error(error: RequestError) -> Response:
-    trace_failure(error)
-    return Response(anthropic_protocol.error_body(error), error.status, headers=error_headers(error))
+    headers, body = refusal(mounted_path(request.scope), error, _record().id)
+    return Response(body, error.status, headers=headers)
 
 
 def _http_error(service: Service, error: HTTPException) -> Response:
@@ -124,7 +128,9 @@ def _http_error(service: Service, error: HTTPException) -> Response:
         case 413:
             most = max_body(service, request.path, declared="content-length" in request.headers) // 2**20
             return error_response(PayloadTooLarge(f"the body is larger than {most} MiB"))
-    return error_response(InvalidRequest(error.description or error.name), status=error.code)
+    refused = InvalidRequest(error.description or error.name)
+    refused.status = error.code or refused.status
+    return error_response(refused)
 
 
 def _unexpected(error: Exception) -> Response:
@@ -155,6 +161,11 @@ async def _admit(service: Service, scope: Scope, record: RequestRecord) -> None:
     record.make_room = make_room
 
 
+def _is_free(path: str) -> bool:
+    """Ending what runs needs no place beside it."""
+    return path.startswith(f"{RESPONSES_PATH}/") and path.endswith("/cancel")
+
+
 def create_app(service: Service) -> QuartTrio:
     """The ASGI application. It serves from the first moment: `/health` tells whether there is a model yet.
 
@@ -174,18 +185,20 @@ def create_app(service: Service) -> QuartTrio:
 
     status.add_routes(app, service)
 
-    store = responses.ResponseStore()
+    kept = responses.Responses(service)
+
+    def stream(events: AsyncIterator[bytes], keep_alive: bytes) -> Response:
+        response = Response(events, headers=_EVENTS)
+        response.timeout = None
+        _record().keep_alive = keep_alive
+        return response
 
     async def answer(accepted: Answer, *, keep_alive: bytes = KEEP_ALIVE) -> Response:
-        record = _record()
-        record.describe = lambda: accepted.summary
+        _record().describe = lambda: accepted.summary
         if (traced := trace.get()) is not None:
             traced.answered(accepted)
         if accepted.request.stream:
-            response = Response(accepted.events(), headers=_EVENTS)
-            response.timeout = None
-            record.keep_alive = keep_alive
-            return response
+            return stream(accepted.events(), keep_alive)
         return Response(await accepted.body(), headers=_JSON)
 
     @app.post(CHAT_PATH)
@@ -202,42 +215,39 @@ def create_app(service: Service) -> QuartTrio:
     @app.post(RESPONSES_PATH)
     async def create_response() -> Response:
         service.require()
-        return await answer(await responses.start(service, store, await request.get_data(), _record().stack))
+        return await answer(await kept.start(await request.get_data(), _record().stack))
 
     @app.get(f"{RESPONSES_PATH}/<id>")
     async def get_response(id: str) -> Response:
-        return Response(store.get(key_name.get(), id).body, headers=_JSON)
+        query = parse_query(responses_protocol.StreamQuery, request.args)
+        if query.stream:
+            return stream(kept.follow(id, -1 if query.starting_after is None else query.starting_after), KEEP_ALIVE)
+        return Response(await kept.get(id), headers=_JSON)
 
     @app.delete(f"{RESPONSES_PATH}/<id>")
     async def delete_response(id: str) -> Response:
-        store.delete(key_name.get(), id)
+        kept.delete(id)
         return Response(responses_protocol.deleted_body(id), headers=_JSON)
 
     @app.get(f"{RESPONSES_PATH}/<id>/input_items")
     async def response_items(id: str) -> Response:
-        kept = store.get(key_name.get(), id)
-        return Response(responses_protocol.item_list_body(kept.input_items()), headers=_JSON)
+        page = parse_query(responses_protocol.Page, request.args)
+        return Response(await kept.input_items(id, page), headers=_JSON)
 
     @app.post(f"{RESPONSES_PATH}/<id>/cancel")
     async def cancel_response(id: str) -> Response:
-        return Response(responses.cancel(store, id), headers=_JSON)
+        return Response(await kept.cancel(id), headers=_JSON)
 
     @app.post(MESSAGES_PATH)
     async def messages() -> Response:
-        try:
-            service.require()
-            accepted = await anthropic.start(service, await request.get_data(), _record().stack)
-            return await answer(accepted, keep_alive=anthropic_protocol.PING)
-        except RequestError as error:
-            return _anthropic_error(error)
+        service.require()
+        accepted = await anthropic.start(service, await request.get_data(), _record().stack)
+        return await answer(accepted, keep_alive=anthropic_protocol.PING)
 
     @app.post(COUNT_TOKENS_PATH)
     async def count_tokens() -> Response:
-        try:
-            service.require()
-            return Response(await anthropic.count_tokens(service, await request.get_data()), headers=_JSON)
-        except RequestError as error:
-            return _anthropic_error(error)
+        service.require()
+        return Response(await anthropic.count_tokens(service, await request.get_data()), headers=_JSON)
 
     @app.post(EMBEDDINGS_PATH)
     async def embedding() -> Response:
@@ -299,6 +309,11 @@ def create_app(service: Service) -> QuartTrio:
         file=config.api_keys_file,
         limits=Limits(config.rate_limit_requests, config.rate_limit_tokens, config.rate_limit_concurrent),
     )
-    app.asgi_app = edge = Edge(app.asgi_app, service, keys, partial(_admit, service), OPERATIONS)
-    service.reload_keys = edge.reload_keys
+    app.asgi_app = edge = Edge(app.asgi_app, service, keys, partial(_admit, service), OPERATIONS, _is_free)
+
+    def reload_keys() -> None:
+        edge.reload_keys()
+        kept.keep(keys.names)
+
+    service.reload_keys = reload_keys
     return app

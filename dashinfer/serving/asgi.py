@@ -58,12 +58,16 @@ class Application:
         async with trio.open_nursery() as nursery:
             if settings.api_keys_file is not None:
                 await nursery.start(self._reload_keys, service)
+            await nursery.start(service.background.run)
             nursery.start_soon(self._keep_engine, service)
             await send({"type": "lifespan.startup.complete"})
             message = await receive()
             assert message["type"] == "lifespan.shutdown", "the second event of a lifespan"
             service.begin_drain()
-            nursery.cancel_scope.cancel()  # the server has waited for its requests by now, as long as its own settings say
+            # The server has waited for its own requests by now, as long as its settings say: this is for the background.
+            with trio.move_on_after(settings.drain_timeout):
+                await service.idle()
+            nursery.cancel_scope.cancel()
         await service.close_tracing()
         await send({"type": "lifespan.shutdown.complete"})
 

@@ -78,7 +78,7 @@ class KeyRing:
         if not values and len(keys := [value for name, value in headers if name == b"x-api-key"]) == 1:
             values = [b"Bearer " + keys[0]]  # Anthropic's clients
         if not values:
-            raise AuthenticationFailed("no API key: send it in the header `Authorization: Bearer <key>`")
+            raise AuthenticationFailed("no API key: send it in the header `Authorization: Bearer <key>`, or `x-api-key: <key>`")
         scheme, _, key = values[0].strip().partition(b" ")
         if len(values) > 1 or scheme.lower() != b"bearer" or not key.strip():
             raise AuthenticationFailed("the Authorization header is not of the form `Bearer <key>`")

@@ -1,7 +1,7 @@
 """One chat completion, from the body's bytes to the answer's: validate, see, render, tokenise, submit, detokenise, encode.
 
 Knows nothing of routes, headers and connections. A request's life in the engine is the `with` block it was entered into: the
-caller's exit stack, which is closed when the HTTP request ends for any reason.
+caller's exit stack, which is closed when the HTTP request ends for any reason, or what goes on in the background does.
 
 Counting: `completion_tokens` are the tokens the model produced, the one that ended the choice included (as OpenAI counts), up
 to and including the token that completed a stop string. `reasoning_tokens` are those of them up to and including the end of
@@ -22,8 +22,10 @@ from dashinfer.errors import InvalidRequest, RequestError
 from dashinfer.protocol import stream
 from dashinfer.protocol.chat import ChatCompletionRequest, ChoiceFinish
 from dashinfer.protocol.parse import parse_chat_request
-from dashinfer.protocol.sampling import no_room, sampling_params
+from dashinfer.protocol.sampling import sampling_params
 from dashinfer.serving.answers import AnswerPlan, plan_answer, template_kwargs
+from dashinfer.serving.context import take_places
+from dashinfer.serving.room import check_characters
 from dashinfer.serving.service import Service, TextModel
 from dashinfer.text.detokenizer import IncrementalDetokenizer, StopString
 from dashinfer.text.tools.events import Arguments, CallBegin, Content, Event, Reasoning, merged
@@ -35,8 +37,6 @@ if TYPE_CHECKING:
     from dashinfer.vision.request import MediumRequest
 
 Buffer = bytes | bytearray
-# No vocabulary averages more characters a token than this: a longer prompt need not be tokenised to know that it does not fit.
-_MAX_CHARACTERS_PER_TOKEN = 256
 
 
 @dataclass(frozen=True)
@@ -85,15 +85,7 @@ def prepare(engine: EngineAPI, text: TextModel, request: ChatCompletionRequest, 
     """
     assert engine.info is not None, "an engine that is ready knows its model"
     max_length = engine.info.max_length
-    rendered = text.template.render(
-        request.template_messages(),
-        add_generation_prompt=request.add_generation_prompt,
-        continue_final_message=request.continue_final_message,
-        kwargs=template_kwargs(request, text),
-        tools=request.template_tools(),
-    )
-    if len(rendered) > max_length * _MAX_CHARACTERS_PER_TOKEN:
-        raise no_room(max_length, f"{len(rendered)} characters")
+    rendered = _render(text, request, max_length)
     answer = plan_answer(request, text, rendered)
     media = media_tokens = None
     if text.vision is None:
@@ -115,6 +107,34 @@ def prepare(engine: EngineAPI, text: TextModel, request: ChatCompletionRequest, 
         new_seed=_new_seed,
     )
     return Prepared(request, prompt, params, [StopString(text) for text in request.stop], answer, media, media_tokens)
+
+
+def _render(text: TextModel, request: ChatCompletionRequest, max_length: int) -> str:
+    rendered = text.template.render(
+        request.template_messages(),
+        add_generation_prompt=request.add_generation_prompt,
+        continue_final_message=request.continue_final_message,
+        kwargs=template_kwargs(request, text),
+        tools=request.template_tools(),
+    )
+    check_characters(rendered, max_length, "messages")
+    return rendered
+
+
+def count_tokens(engine: EngineAPI, text: TextModel, request: ChatCompletionRequest) -> int:
+    """Tokens of the prompt of a request that has no media, whether they fit into the context or not.
+
+    Raises:
+        InvalidRequest, ContextLengthExceeded: the request is at fault, or so long that it is not tokenised.
+    """
+    assert engine.info is not None, "an engine that is ready knows its model"
+    rendered = _render(text, request, engine.info.max_length)
+    plan_answer(request, text, rendered)
+    if text.vision is None:
+        return len(text.tokenizer.encode(rendered, add_special_tokens=False))
+    from dashinfer.vision.prompt import lay_out
+
+    return len(lay_out(rendered, (), text.vision, text.tokenizer).tokens)
 
 
 class _Message:
@@ -275,7 +295,7 @@ class ChatCompletion:
 
     @property
     def summary(self) -> str:
-        return f"{self._prompt_tokens} tokens in, {sum(choice.tokens for choice in self._choices)} out"
+        return f"{self._prompt_tokens} tokens in, {self.tokens} out"
 
     @property
     def finish_reasons(self) -> list[ChoiceFinish | None]:
@@ -283,9 +303,13 @@ class ChatCompletion:
         return [choice.finish for choice in self._choices]
 
     def _usage(self) -> dict[str, Any]:
-        produced = sum(choice.tokens for choice in self._choices)
         thought = sum(choice.reasoning_tokens for choice in self._choices) if self._thinks else None
-        return stream.usage(self._prompt_tokens, produced, self._generation.cached_tokens, self._media_tokens, thought)
+        return stream.usage(self._prompt_tokens, self.tokens, self._generation.cached_tokens, self._media_tokens, thought)
+
+    @property
+    def begun(self) -> bool:
+        """Some of it was computed."""
+        return self._generation.queue_time is not None
 
     @property
     def prompt_tokens(self) -> int:
@@ -324,6 +348,11 @@ class ChatCompletion:
         (choice,) = self._choices
         assert choice.finish is not None, "it has not ended"
         return choice.finish, choice.stop_string, choice.tokens
+
+    @property
+    def tokens(self) -> int:
+        """That the answer has so far."""
+        return sum(choice.tokens for choice in self._choices)
 
     async def body(self) -> bytes:
         """The whole answer as JSON.
@@ -386,6 +415,7 @@ async def start(
     account: "MediaAccount | None" = None,
     *,
     read: Callable[[Service, Buffer], ChatCompletionRequest] = parse,
+    size: int | None = None,
 ) -> ChatCompletion:
     """Hand a request to the engine. Returns once it is accepted, so that whatever refuses it still has a status to refuse with.
 
@@ -394,15 +424,18 @@ async def start(
         stack: the request's life; its closing drops the request from the engine.
         account: pays for the body's bytes, if anything does.
         read: the chat in a body; raises RequestError.
+        size: bytes of what the chat is made of, where that is more than the body.
 
     Raises:
         RequestError: any of the 400s, 404, 429, 503.
     """
     engine, text = service.require()
-    size = len(body)
+    size = len(body) if size is None else size
 
     begun = await service.off_the_loop(size, partial(_begin, service, engine, text, body, read))
     del body  # the request has its own copy of what it needs
+    choices = (begun.request if isinstance(begun, Prepared) else begun).n
+    take_places(choices, choices)
     if isinstance(begun, Prepared):
         prepared = begun
         if account is not None:

@@ -1,8 +1,8 @@
 """One request for completions, from the body's bytes to the answer's: validate, tokenise, submit, detokenise, encode.
 
-Each prompt is a request of its own to the engine. They compute together, as many as half of its queue holds; their answers are
-sent one prompt after another. Counting is as in `chat`, but that log-probabilities include the token that ended a choice, as
-evaluation harnesses expect, with its place at the end of the text.
+Each prompt is a request of its own to the engine. They compute together, as many as half of its queue holds and the key may
+have at a time; their answers are sent one prompt after another. Counting is as in `chat`, but that log-probabilities include
+the token that ended a choice, as evaluation harnesses expect, with its place at the end of the text.
 """
 
 import secrets
@@ -17,11 +17,13 @@ from typing import Any
 import msgspec
 
 from dashinfer.engine.api import EngineAPI, Generation, TokenOutput
-from dashinfer.errors import ContextLengthExceeded, InvalidRequest, RequestError
+from dashinfer.errors import InvalidRequest, RequestError
 from dashinfer.protocol import stream
 from dashinfer.protocol.completions import CompletionEncoder, CompletionRequest, Prompt, choice
 from dashinfer.protocol.parse import parse_request
-from dashinfer.protocol.sampling import sampling_params
+from dashinfer.protocol.sampling import no_room, sampling_params
+from dashinfer.serving.context import take_places
+from dashinfer.serving.room import check_characters
 from dashinfer.serving.service import Service, TextModel
 from dashinfer.text.detokenizer import IncrementalDetokenizer, StopString
 from dashinfer.text.tokenizer import Tokenizer
@@ -85,6 +87,7 @@ def prompt_tokens(engine: EngineAPI, text: TextModel, prompt: Prompt, param: str
     assert engine.info is not None, "an engine that is ready knows its model"
     max_length, vocab_size = engine.info.max_length, engine.info.vocab_size
     if isinstance(prompt, str):
+        check_characters(prompt, max_length, param)
         tokens = text.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
     else:
         tokens = prompt
@@ -93,11 +96,7 @@ def prompt_tokens(engine: EngineAPI, text: TextModel, prompt: Prompt, param: str
     if not tokens:
         raise InvalidRequest(f"`{param}` has no tokens", param=param)
     if len(tokens) >= max_length:
-        raise ContextLengthExceeded(
-            f"the context holds {max_length} tokens, and `{param}` has {len(tokens)}: "
-            "shorten it, or start the server with a larger --max-length",
-            param=param,
-        )
+        raise no_room(max_length, f"{len(tokens)} tokens", param)
     return tokens
 
 
@@ -256,8 +255,9 @@ class Completions:
         request: CompletionRequest,
         prompts: Sequence[_Prepared],
         submit: Callable[[_Prepared], Generation],
+        together: int,
     ) -> None:
-        """Hands over the first prompts by `submit`; raises what that raises."""
+        """Hands over the first `together` prompts by `submit`; raises what that raises."""
         self.request = request
         self._text = text
         self._submit = submit
@@ -271,7 +271,6 @@ class Completions:
             system_fingerprint=service.system_fingerprint,
             include_usage=request.include_usage,
         )
-        together = max(1, service.config.max_queue // 2)  # more would take the whole queue, or not fit into it
         while self._waiting and len(self._answers) < together:
             self._hand_over()
 
@@ -343,10 +342,12 @@ async def start(service: Service, body: bytes | bytearray, stack: ExitStack) -> 
     engine, text = service.require()
     size = len(body)
     request, prompts = await service.off_the_loop(size, partial(_begin, service, engine, text, body))
+    most = min(len(prompts), max(1, service.config.max_queue // 2))  # more would take the whole queue, or not fit into it
+    together = take_places(request.n, most * request.n) // request.n
     constraint = request.constraint()
     grammar = None if constraint is None else await service.compile(constraint)
 
     def submit(prepared: _Prepared) -> Generation:
         return stack.enter_context(engine.submit(prepared.tokens, prepared.params, None, grammar))
 
-    return Completions(service, text, request, prompts, submit)
+    return Completions(service, text, request, prompts, submit, together)

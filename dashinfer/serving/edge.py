@@ -13,19 +13,18 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import trio
 
-from dashinfer.errors import ConfigurationError, InternalError, RateLimitExceeded, RequestError
-from dashinfer.protocol.stream import error_body
+from dashinfer.errors import ConfigurationError, InternalError, RequestError
 from dashinfer.serving.auth import KeyRing
-from dashinfer.serving.context import arrival, charge, client, key_name, request_id, trace, trace_failure
+from dashinfer.serving.context import arrival, client, key_name, lease, request_id, trace, trace_failure
 from dashinfer.serving.cors import Cors, Headers
 from dashinfer.serving.limits import Limiter, Limits
 from dashinfer.serving.log import log_access
+from dashinfer.serving.refusals import is_anthropic, refusal
 from dashinfer.serving.service import Service
 
 if TYPE_CHECKING:
@@ -54,7 +53,8 @@ class RequestRecord:
 
     Attributes:
         id: the X-Request-ID, the client's own where it sent a sane one.
-        stack: closed when the request ends, for whatever reason: a generation is entered here.
+        stack: closed before the last of the answer is sent, or when the request ends for another reason: a generation is
+            entered here.
         keep_alive: sent in long silences of an answer that has begun; empty where its format has nothing to say.
         describe: what the access log's line says besides, asked for when the request has ended.
         account: pays for a large body, where images are taken.
@@ -69,18 +69,6 @@ class RequestRecord:
     account: "MediaAccount | None" = None
     headers: Headers = field(default_factory=list)
     make_room: Callable[[int], Awaitable[None]] | None = None
-
-
-def error_headers(error: RequestError) -> dict[str, str]:
-    """The headers that belong to an error's status."""
-    headers = {"content-type": "application/json"}
-    if error.retry_after is not None:
-        headers["retry-after"] = str(error.retry_after)
-    if error.status == 401:
-        headers["www-authenticate"] = "Bearer"
-    if isinstance(error, RateLimitExceeded):
-        headers |= error.headers
-    return headers
 
 
 class _Exchange:
@@ -116,6 +104,7 @@ class _Exchange:
             message["headers"] = [*message["headers"], identity, *self._record.headers]
         if message["type"] == "http.response.body" and not message.get("more_body", False):
             self.complete = True  # before it is sent: Hypercorn may end the request from inside of that call
+            self._record.stack.close()  # and the client's next request must find everything free
         if self._keep_alive_sent is not None:
             await self._keep_alive_sent.wait()
         self._writing, self._since = True, trio.current_time()
@@ -153,10 +142,10 @@ class _Exchange:
         self._keep_alive_sent.set()
         self._keep_alive_sent = None
 
-    async def refuse(self, error: RequestError) -> None:
-        """Answer without the application."""
-        body = error_body(error)
-        headers = [(name.encode(), value.encode()) for name, value in error_headers(error).items()]
+    async def refuse(self, path: str, error: RequestError) -> None:
+        """Answer without the application. `path`: as of `refusal`."""
+        named, body = refusal(path, error, self._record.id)
+        headers = [(name.encode(), value.encode()) for name, value in named.items()]
         headers.append((b"content-length", str(len(body)).encode()))
         await self.answer(error.status, headers, body)
 
@@ -177,6 +166,11 @@ async def _admit_all(scope: Scope, record: RequestRecord) -> None:
     """Nobody waits."""
 
 
+def _none_free(path: str) -> bool:
+    """Every path counts."""
+    return False
+
+
 class Edge:
     """Wraps an ASGI application.
 
@@ -184,6 +178,7 @@ class Edge:
         keys: who may pass.
         admit: awaited before a request's body is read; may raise RequestError.
         operations: what requests are traced as, by their path, where any are.
+        is_free: whether a path, which may want a key, has no limits.
     """
 
     def __init__(
@@ -193,9 +188,10 @@ class Edge:
         keys: KeyRing,
         admit: Admit = _admit_all,
         operations: Mapping[str, str] = MappingProxyType({}),
+        is_free: Callable[[str], bool] = _none_free,
     ) -> None:
         self._app, self._service, self._keys, self._admit = app, service, keys, admit
-        self._operations = operations
+        self._operations, self._is_free = operations, is_free
         self._limiter = Limiter(time.monotonic)
         self._cors = Cors(service.config.cors_origins)
 
@@ -211,6 +207,8 @@ class Edge:
         given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
         record = RequestRecord(given.decode() if _SANE_ID.fullmatch(given) else "req-" + secrets.token_hex(12))
         scope[SCOPE_KEY] = record
+        if is_anthropic(mounted_path(scope)):
+            record.headers.append((b"request-id", record.id.encode()))  # where its clients look
         exchange = _Exchange(receive, send, record)
         began = time.monotonic()
         arrival.set(began)
@@ -230,14 +228,14 @@ class Edge:
                     notes.append("cut short")
                 status = exchange.status or CLIENT_GONE
                 log_access(scope["method"], target, status, time.monotonic() - began, "; ".join(notes), record.id)
-                self._service.metrics.answered(scope["method"], _mounted_path(scope), status)
+                self._service.metrics.answered(scope["method"], mounted_path(scope), status)
                 if traced is not None:
                     traced.end(exchange.status, complete=exchange.complete)
 
     def _begin_trace(self, scope: Scope, record: RequestRecord, began: float) -> "RequestTrace | None":
         if self._service.tracing is None or scope["method"] != "POST":
             return None
-        route = _mounted_path(scope)
+        route = mounted_path(scope)
         if (operation := self._operations.get(route)) is None:
             return None
         traced = self._service.tracing.begin(operation, route, scope, record.id, began)
@@ -258,7 +256,7 @@ class Edge:
                     await self._admit(scope, scope[SCOPE_KEY])
                 except RequestError as error:
                     trace_failure(error)
-                    await exchange.refuse(error)
+                    await exchange.refuse(mounted_path(scope), error)
                 else:
                     await self._app(scope, exchange.receive, exchange.send)
                 nursery.cancel_scope.cancel()
@@ -267,17 +265,17 @@ class Edge:
 
     def _let_in(self, scope: Scope, record: RequestRecord) -> None:
         """Check the key, and what it may use. Raises AuthenticationFailed, RateLimitExceeded."""
-        path = _mounted_path(scope)
+        path = mounted_path(scope)
         name = self._keys.check(path, scope["headers"])
         key_name.set(name)
         client.set(name or (scope.get("client") or (None,))[0])
         limits = self._keys.limits_of(name)
-        if scope["method"] != "POST" or self._keys.is_open(path) or limits == Limits():
+        if scope["method"] != "POST" or self._is_free(path) or self._keys.is_open(path) or limits == Limits():
             return
-        quota, headers = self._limiter.admit(name, limits)
-        record.stack.callback(self._limiter.release, quota)
+        held, headers = self._limiter.admit(name, limits)
+        record.stack.callback(held.release)
         record.headers += [(key.encode(), value.encode()) for key, value in headers.items()]
-        charge.set(partial(self._limiter.charge, quota))
+        lease.set(held)
 
     def reload_keys(self) -> None:
         """Read the file with the keys again, if there is one. What is wrong with it is logged, and the keys stay."""
@@ -297,7 +295,7 @@ def _mount(scope: Scope, root: str) -> None:
         scope["path"] = root + scope["path"]
 
 
-def _mounted_path(scope: Scope) -> str:
+def mounted_path(scope: Scope) -> str:
     """The path below `root_path`, where the server put us below one."""
     root: str = scope.get("root_path", "")
     path: str = scope["path"]

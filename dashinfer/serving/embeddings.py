@@ -12,6 +12,7 @@ from dashinfer.errors import InvalidRequest
 from dashinfer.protocol.embeddings import EmbeddingRequest, embedding_list_body
 from dashinfer.protocol.parse import parse_request
 from dashinfer.serving.completions import prompt_tokens
+from dashinfer.serving.context import take_places
 from dashinfer.serving.service import Service, TextModel
 from dashinfer.types import SamplingParams
 
@@ -29,24 +30,28 @@ async def embeddings(service: Service, body: bytes | bytearray, stack: ExitStack
     size = len(body)
     request, prompts = await service.off_the_loop(size, partial(_begin, service, engine, text, body))
     params = SamplingParams(max_tokens=1, seed=0, temperature=0.0, pooling=request.pooling)  # the token is dropped
-    together = max(1, service.config.max_queue // 2)  # more would take the whole queue, or not fit into it
+    most = min(len(prompts), max(1, service.config.max_queue // 2))  # more would take the whole queue, or not fit into it
+    together = take_places(1, most)
     vectors: list[bytes] = []
     waiting: deque[Generation] = deque()
     for prompt in prompts:
         if len(waiting) == together:
-            vectors.append(await _vector(waiting.popleft()))
+            vectors.append(await _vector(waiting.popleft(), request))
         waiting.append(stack.enter_context(engine.submit(prompt, [params])))
     for generation in waiting:
-        vectors.append(await _vector(generation))
+        vectors.append(await _vector(generation, request))
     total = sum(map(len, prompts))
     encode = partial(_encode, service, request, vectors, total)
     return await service.off_the_loop(sum(map(len, vectors)), encode), f"{total} tokens in"
 
 
-async def _vector(generation: Generation) -> bytes:
+async def _vector(generation: Generation, request: EmbeddingRequest) -> bytes:
     while await generation.receive():
         pass
     assert generation.embedding is not None, "asked for and not delivered"
+    size = len(generation.embedding) // 4
+    if request.dimensions is not None and request.dimensions > size:
+        raise InvalidRequest(f"`dimensions` is {request.dimensions}; the model's embeddings have {size}", param="dimensions")
     return generation.embedding
 
 
@@ -60,9 +65,6 @@ def _begin(
 
 
 def _encode(service: Service, request: EmbeddingRequest, vectors: Sequence[bytes], total: int) -> bytes:
-    size = len(vectors[0]) // 4
-    if request.dimensions is not None and request.dimensions > size:
-        raise InvalidRequest(f"`dimensions` is {request.dimensions}; the model's embeddings have {size}", param="dimensions")
     scaled = [_scaled(array("f", vector)[: request.dimensions]) for vector in vectors]
     floats = request.encoding_format == "float"
     return embedding_list_body(scaled, floats=floats, model=service.config.model_name, prompt_tokens=total)

@@ -1,8 +1,9 @@
-"""How much a key may ask for: requests and tokens a minute, and requests at a time.
+"""How much a key may ask for: requests and tokens a minute, and sequences at a time.
 
 Rates are token buckets: what a minute allows may be used at once, and comes back evenly. A request takes from the bucket of
 requests when it is let in; its tokens are taken as they become known, those of the prompt at its start and those of the answer
-at its end, so that bucket can go below zero, and lets nothing in until it is above again. Knows no clock but what it is told.
+at its end, so that bucket can go below zero, and lets nothing in until it is above again. A request holds one place when it is
+let in, and once it is read as many as it has sequences at a time. Knows no clock but what it is told.
 """
 
 import math
@@ -20,7 +21,7 @@ class Limits:
 
     requests: int | None = None  # a minute
     tokens: int | None = None  # a minute
-    concurrent: int | None = None
+    concurrent: int | None = None  # sequences
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Quota:
     """What one key has left."""
 
     limits: Limits
-    running: int = 0
+    running: int = 0  # places that are held
     buckets: dict[str, Bucket] = field(default_factory=dict)  # "requests", "tokens"
 
     def refill(self, limits: Limits, now: float) -> None:
@@ -71,6 +72,66 @@ class Quota:
         return found
 
 
+class Lease:
+    """What one request holds of its key's quota; made by `Limiter.admit`.
+
+    Attributes:
+        places: how many sequences it may have at a time.
+    """
+
+    def __init__(self, quota: Quota, clock: Callable[[], float], places: int) -> None:
+        self._quota, self._clock = quota, clock
+        self.places = places
+
+    def take(self, least: int, most: int) -> int:
+        """Hold as many places as are free, from `least` to `most` in steps of `least`, and no fewer than before.
+
+        Returns:
+            How many it holds.
+
+        Raises:
+            RateLimitExceeded: fewer than `least` are free, or there are not as many.
+        """
+        wanted = max(least, most, self.places)
+        if (limit := self._quota.limits.concurrent) is not None:
+            free = max(0, limit - self._quota.running)
+            wanted = min(wanted, self.places + free)
+            if wanted < least and least > limit:
+                raise RateLimitExceeded(
+                    f"the request has {least} sequences at a time, and this key may have {limit}",
+                    retry_after=None,
+                    headers={"x-should-retry": "false"},
+                )
+            if wanted < least:
+                raise RateLimitExceeded(
+                    f"the request has {least} sequences at a time, and {wanted} of the {limit} of this key are free; "
+                    "try again in 1 s",
+                    retry_after=1,
+                    headers={},
+                )
+        wanted = max(self.places, wanted - wanted % least)
+        self._quota.running += wanted - self.places
+        self.places = wanted
+        return wanted
+
+    def charge(self, tokens: int) -> None:
+        """Tokens that it has used, also once it has ended."""
+        if (bucket := self._quota.buckets.get("tokens")) is not None:
+            bucket.refill(self._clock())
+            bucket.level -= tokens
+
+    def move(self) -> "Lease":
+        """A lease of all that this one holds, for what goes on when the request ends."""
+        moved = Lease(self._quota, self._clock, self.places)
+        self.places = 0
+        return moved
+
+    def release(self) -> None:
+        """It has ended."""
+        self._quota.running -= self.places
+        self.places = 0
+
+
 class Limiter:
     """The quotas of all keys, which stand under whatever names a key for the caller."""
 
@@ -78,11 +139,11 @@ class Limiter:
         self._clock = clock
         self._quotas: dict[bytes, Quota] = {}
 
-    def admit(self, key: bytes, limits: Limits) -> tuple[Quota, dict[str, str]]:
-        """Let a request in; `release` when it has ended.
+    def admit(self, key: bytes, limits: Limits) -> tuple[Lease, dict[str, str]]:
+        """Let a request in.
 
         Returns:
-            What the key has left, and the headers that say so.
+            What it holds, to be released when it has ended, and the headers that say what the key has left.
 
         Raises:
             RateLimitExceeded: nothing is left; `headers` say what, and `retry_after` when there will be.
@@ -92,9 +153,7 @@ class Limiter:
             quota = self._quotas[key] = Quota(limits)
         quota.refill(limits, self._clock())
         if limits.concurrent is not None and quota.running >= limits.concurrent:
-            raise _exceeded(
-                f"{quota.running} of at most {limits.concurrent} requests of this key are being answered", 1.0, quota
-            )
+            raise _exceeded(f"{quota.running} of at most {limits.concurrent} sequences of this key are running", 1.0, quota)
         for name, least in (("requests", 1.0), ("tokens", 0.001)):
             bucket = quota.buckets.get(name)
             if bucket is not None and bucket.level < least:
@@ -102,17 +161,7 @@ class Limiter:
         if "requests" in quota.buckets:
             quota.buckets["requests"].level -= 1
         quota.running += 1
-        return quota, quota.headers()
-
-    def release(self, quota: Quota) -> None:
-        """A request has ended."""
-        quota.running -= 1
-
-    def charge(self, quota: Quota, tokens: int) -> None:
-        """Tokens of a request that was let in."""
-        if (bucket := quota.buckets.get("tokens")) is not None:
-            bucket.refill(self._clock())
-            bucket.level -= tokens
+        return Lease(quota, self._clock, 1), quota.headers()
 
     def keep(self, keys: set[bytes]) -> None:
         """Forget the quotas of other keys."""

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from dashinfer.engine.api import EngineAPI, EngineState, EngineStats, Generation, TokenOutput
-from dashinfer.serving.context import arrival, charge, trace, trace_failure
+from dashinfer.serving.context import arrival, lease, trace, trace_failure
 from dashinfer.types import Ready, SamplingParams, TokenLogprobs
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ class MeasuredGeneration:
         self._prompt_tokens = prompt_tokens
         self._prefix_cache = prefix_cache
         self._arrival = arrival.get(time.monotonic())
-        self._charge = charge.get()
+        self._lease = lease.get()
         self._params = params
         self._trace: GenerationTrace | None = None
         self._last = dict.fromkeys(range(len(params)), 0.0)  # when open choices had their last token; 0: none yet
@@ -211,16 +211,16 @@ class MeasuredGeneration:
     def __enter__(self) -> "MeasuredGeneration":
         self._generation = self._life.__enter__()
         self._metrics.prompt_lengths.observe(self._prompt_tokens)
-        if self._charge is not None:
-            self._charge(self._prompt_tokens)
+        if self._lease is not None:
+            self._lease.charge(self._prompt_tokens)
         if (traced := trace.get()) is not None:
             self._trace = traced.generation(self._prompt_tokens, self._params)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._metrics.ended["error" if self._failed else "abort"] += len(self._last)
-        if self._charge is not None:
-            self._charge(sum(self._tokens))
+        if self._lease is not None and self._params[0].pooling is None:  # an embedding's token is no answer
+            self._lease.charge(sum(self._tokens))
         self._life.__exit__(kind, error, traceback)
         if self._trace is not None:
             self._trace.end(self._generation.queue_time, self._generation.cached_tokens, sum(self._tokens))

@@ -104,6 +104,7 @@ class Server:
         async with trio.open_nursery() as self._root:
             self._root.start_soon(self._arm_when_cancelled, watchdog)
             self._root.start_soon(self._drain_when_asked)
+            await self._root.start(self._service.background.run)
             url = listen.url(sockets, tls=self._config.ssl_certfile is not None)
             self._root.start_soon(self._load, display, url)
             self._root.start_soon(self._serve_http, sockets)

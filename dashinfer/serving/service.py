@@ -20,6 +20,7 @@ from dashinfer.guidance.compiler import Compiler
 from dashinfer.guidance.guide import Grammar
 from dashinfer.guidance.spec import Constraint
 from dashinfer.serving import log
+from dashinfer.serving.background import Background
 from dashinfer.serving.context import client, request_id
 from dashinfer.serving.metrics import Metrics
 
@@ -72,6 +73,7 @@ class Service:
         metrics: what is measured.
         tracing: where spans of requests go; None where nobody wants any.
         reload_keys: reads the file with the keys again.
+        background: what goes on when its HTTP request has ended.
         intake: takes images and videos; None before the model is loaded, and for one that sees none.
     """
 
@@ -83,6 +85,7 @@ class Service:
         self.failure: str | None = None
         # A few at a time: long prompts must not take every core from the model.
         self.thread_limiter = trio.CapacityLimiter(2)
+        self.background = Background(max(1, config.max_queue // 2))
         self.intake: Intake | None = None
         self._engine: EngineAPI | None = None
         self._text: TextModel | None = None

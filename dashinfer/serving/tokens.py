@@ -5,6 +5,7 @@ from functools import partial
 from dashinfer.errors import InvalidRequest
 from dashinfer.protocol import tokens as protocol
 from dashinfer.protocol.parse import parse_request
+from dashinfer.serving.room import check_characters
 from dashinfer.serving.service import Service, TextModel
 
 
@@ -31,8 +32,10 @@ def _tokenize(service: Service, body: bytes | bytearray) -> bytes:
     engine, text = service.require()
     request = parse_request(protocol.TokenizeRequest, body)
     service.check_model(request.model)
-    ids = text.tokenizer.encode(_prompt(request, text), add_special_tokens=_adds_special(request))
     assert engine.info is not None, "an engine that is ready knows its model"
+    prompt = _prompt(request, text)
+    check_characters(prompt, engine.info.max_length, "messages" if request.prompt is None else "prompt")
+    ids = text.tokenizer.encode(prompt, add_special_tokens=_adds_special(request))
     pieces = [text.tokenizer.token_piece(token) for token in ids] if request.return_token_strs else None
     return protocol.tokenize_body(ids, max_length=engine.info.max_length, token_strs=pieces)
 

@@ -128,6 +128,18 @@ class RequestTrace:
         self._generations: list[GenerationTrace] = []
         self._answer: Answer | None = None
         self._error: BaseException | None = None
+        self._held = False
+        self._status: int | None = None  # of HTTP's end, where that came before the request's
+
+    def hold(self) -> None:
+        """The request goes on when that of HTTP has ended, until `let_go`."""
+        self._held = True
+
+    def let_go(self) -> None:
+        """It has ended, if perhaps not that of HTTP."""
+        self._held = False
+        if self._status is not None:
+            self.end(self._status, complete=True)
 
     def generation(self, prompt_tokens: int, params: Sequence[SamplingParams]) -> "GenerationTrace":
         """A generation begins, with a choice for each of `params`."""
@@ -163,6 +175,9 @@ class RequestTrace:
             status: of HTTP; 0 where none was sent.
             complete: all of the answer was sent.
         """
+        if self._held:
+            self._status = status
+            return
         span, error = self._span, self._error
         if status:
             span.set_attribute("http.response.status_code", status)

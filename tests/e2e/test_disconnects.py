@@ -43,6 +43,7 @@ async def http_server(demo, text, config: ServerConfig):
             service.ready(engine, TextModel(text.tokenizer, text.template, demo.generation_config))
             url = listen.url(sockets)
             settings = listen.hypercorn_config(sockets, graceful_timeout=1)
+            await nursery.start(service.background.run)
             await nursery.start(partial(serve, create_app(service), settings, mode="asgi"))
             yield engine, url
             nursery.cancel_scope.cancel()

@@ -77,6 +77,7 @@ def run_server(text: TextModel) -> RunServer:
             )
             async with trio.open_nursery() as nursery:
                 await nursery.start(engine.run)
+                await nursery.start(service.background.run)
                 if ready:
                     service.ready(engine, model)
                 await nursery.start(partial(serve, create_app(service), config, mode="asgi"))

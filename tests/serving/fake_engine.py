@@ -83,7 +83,6 @@ def make_text(folder: Path) -> TextModel:
 class FakeGeneration:
     def __init__(self, engine: "FakeEngine", prompt: list[int], params: list[SamplingParams]) -> None:
         self.cached_tokens = len(prompt) // 16 * 16
-        self.queue_time = 0.25
         self.embedding = None if params[0].pooling is None else array("f", [3.0, 4.0, float(len(prompt))]).tobytes()
         asked = params[0].prompt_logprobs
         self.prompt_logprobs: list[TokenLogprobs] = []
@@ -108,6 +107,10 @@ class FakeGeneration:
         for index in self._answers:
             self._answers[index] = self._answers[0]
         self._sent = dict.fromkeys(self._answers, 0)
+
+    @property
+    def queue_time(self) -> float | None:
+        return self._engine.queue_time
 
     async def receive(self) -> list[TokenOutput]:
         await trio.lowlevel.checkpoint()
@@ -154,6 +157,7 @@ class FakeEngine:
     running: generations whose block has not been left.
     at_once: tokens a choice gets with each receive.
     refusal: raised by submit, if set.
+    queue_time: of all generations.
     """
 
     def __init__(self, *, load: bool = True) -> None:
@@ -166,6 +170,7 @@ class FakeEngine:
         self.running = 0
         self.at_once = 1
         self.refusal: Exception | None = None
+        self.queue_time: float | None = 0.25
         self.lost: Exception | None = None
         self.release, self.crash, self.loaded = trio.Event(), trio.Event(), trio.Event()
         self._changed = trio.Event()

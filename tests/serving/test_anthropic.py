@@ -1,6 +1,7 @@
 """Anthropic's Messages API. The model's output is what the prompt tells it to say."""
 
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import anthropic
@@ -10,6 +11,7 @@ import trio
 
 from dashinfer.errors import InternalError
 from dashinfer.protocol.anthropic import AnthropicError, MessagesResponse, TokenCount
+from dashinfer.serving import app, service
 from dashinfer.serving.service import TextModel
 from dashinfer.text.tools.formats import ToolFormat
 
@@ -189,6 +191,59 @@ async def test_failures(run_server: RunServer) -> None:
     assert events_of(streamed)[-1]["error"]["message"] == "the engine lost this request"
 
 
+PATHS = ("/v1/messages", "/v1/messages/count_tokens")
+KINDS = {
+    400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 405: "invalid_request_error",
+    408: "timeout_error", 413: "request_too_large", 429: "rate_limit_error", 500: "api_error", 503: "overloaded_error",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("status", [400, 401, 404, 405, 408, 413, 429, 500, 503])
+async def test_every_refusal_has_the_shape(
+    run_server: RunServer, monkeypatch: pytest.MonkeyPatch, path: str, status: int
+) -> None:
+    """Whoever refuses: the edge, the framework, the route, or nobody on purpose."""
+    monkeypatch.setattr(app, "BODY_TIMEOUT", 0.05 if status == 408 else 10)
+
+    def broken(*given: Any) -> None:
+        raise AssertionError("a bug")
+
+    if status == 500:
+        monkeypatch.setattr(service.Service, "check_model", broken)
+
+    async def stalled() -> AsyncIterator[bytes]:
+        yield b"{"
+        await trio.sleep(0.5)
+        yield b"}"
+
+    fields = {} if path.endswith("count_tokens") else {"max_tokens": 9}
+    good = json.dumps({"model": "demo", "messages": [{"role": "user", "content": "say hi"}], **fields})
+    content: Any = {400: "{}", 408: stalled(), 413: " " * (2**23 + 1)}.get(status, good)
+    headers = {"x-api-key": "sk-2" if status == 401 else "sk-1", "x-request-id": "mine-1"}
+    async with run_server(api_keys=("sk-1",), rate_limit_requests=1, root_path="/api") as server:
+        if status == 503:
+            server.engine.state = "draining"
+        if status == 429:
+            await server.client.post(path, content="{}", headers=headers)
+        method = "GET" if status == 405 else "POST"
+        target = f"{path}/nothing" if status == 404 else path
+        answer = await server.client.request(method, target, content=content, headers=headers)
+
+    assert answer.status_code == status
+    found = AnthropicError.model_validate_json(answer.content, strict=True)
+    assert found.error.type == KINDS[status]
+    assert found.request_id == answer.headers["request-id"] == answer.headers["x-request-id"] == "mine-1"
+
+
+async def test_other_paths_keep_openais_shape(run_server: RunServer) -> None:
+    async with run_server(api_keys=("sk-1",)) as server:
+        for path in ("/v1/messagesx", "/v1/chat/completions", "/v1//messages", "/v1"):
+            answer = await server.client.post(path)
+            assert "code" in answer.json()["error"], path
+            assert "request-id" not in answer.headers
+
+
 async def test_counting(run_server: RunServer) -> None:
     body = {
         "model": "demo",
@@ -214,11 +269,13 @@ async def test_the_anthropic_client(run_server: RunServer, model: TextModel) -> 
                     streamed = stream.get_final_message()
                 with (
                     anthropic.Anthropic(base_url=server.url, api_key="sk-2", max_retries=0) as bad,
-                    pytest.raises(anthropic.AuthenticationError),
+                    pytest.raises(anthropic.AuthenticationError) as unknown,
                 ):
                     bad.messages.create(**asked)
-                with pytest.raises(anthropic.BadRequestError):
+                assert (unknown.value.type, bool(unknown.value.request_id)) == ("authentication_error", True)
+                with pytest.raises(anthropic.BadRequestError) as refused:
                     client.messages.create(**{**asked, "max_tokens": 0})
+                assert (refused.value.type, bool(refused.value.request_id)) == ("invalid_request_error", True)
                 return whole, streamed, client.messages.count_tokens(model="demo", messages=messages).input_tokens
 
         whole, streamed, tokens = await trio.to_thread.run_sync(use)

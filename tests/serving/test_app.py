@@ -379,6 +379,8 @@ async def test_a_client_that_does_not_read_loses_its_connection(
             stalled.sendall(request)
             await server.engine.until(lambda: server.engine.running == 1)
             await server.engine.until(lambda: server.engine.running == 0)
+            with trio.fail_after(10):
+                await server.service.idle()
 
     assert server.engine.record[:2] == ["begin", "end"]
     assert "cut short" in caplog.text
@@ -404,6 +406,8 @@ async def test_an_http2_client_that_grants_no_room_loses_its_request(
             await stream.send_all(connection.data_to_send())
             await server.engine.until(lambda: server.engine.running == 1)
             await server.engine.until(lambda: server.engine.running == 0)
+            with trio.fail_after(10):
+                await server.service.idle()
 
     assert server.engine.record[:2] == ["begin", "end"]
     assert "the client stopped reading" in caplog.text

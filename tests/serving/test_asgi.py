@@ -38,11 +38,14 @@ def start(server: Process, port: int) -> str:
 
 def test_serves_and_ends(tmp_path: Path) -> None:
     port = free_port()
-    with running(command(port), **environment(tmp_path)) as server:
+    with running(command(port), **environment(tmp_path), DASHINFER_DRAIN_TIMEOUT="0.3") as server:
         url = start(server, port)
         answer = chat(url, "say hello")
         closed = httpx.get(f"{url}/v1/models")
+        headers, body = {"authorization": "Bearer sk-1"}, {"model": "demo", "input": "wait ab", "background": True}
+        begun = httpx.post(f"{url}/v1/responses", json=body, headers=headers, timeout=PATIENCE)
         server.signal(signal.SIGTERM)
+        server.wait_for(f"{begun.json()['id']} in the background: cut off")
         status = server.end()
 
     assert answer.json()["choices"][0]["message"]["content"] == "hello"

@@ -172,7 +172,7 @@ async def test_an_echo_without_log_probabilities_asks_for_none(run_server: RunSe
         ({"prompt": {"text": "a"}}, "prompt"),
         ({"prompt": [257]}, "prompt"),
         ({"prompt": [-1]}, "prompt"),
-        ({"prompt": ["a"] * 1025}, "prompt"),
+        ({"prompt": ["a"] * 2049}, "prompt"),
         ({"prompt": "a" * 4096}, "prompt"),
         ({"suffix": "end"}, "suffix"),
         ({"best_of": 2}, "best_of"),

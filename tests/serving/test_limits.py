@@ -6,13 +6,18 @@ from pathlib import Path
 import httpx
 import pytest
 import trio
+import trio.testing
 
+from dashinfer.engine.api import TokenOutput
 from dashinfer.errors import ConfigurationError, RateLimitExceeded
 from dashinfer.serving.auth import KeyRing, read_keys
 from dashinfer.serving.limits import Limiter, Limits, duration
 
 from .conftest import RunServer
+from .fake_engine import FakeGeneration, SeeingEngine
 from .process import PATIENCE, running, server_command
+from .seeing import data_uri, encode, picture, write_model
+from .seeing import make_text as make_seeing_text
 
 pytestmark = pytest.mark.feature("Security", "Keys with limits of their own")
 
@@ -56,8 +61,8 @@ def test_requests_come_back_evenly(clock: Clock) -> None:
 
 def test_tokens_are_taken_when_they_are_known(clock: Clock) -> None:
     limiter, limits = Limiter(clock), Limits(tokens=600)
-    quota, headers = limiter.admit(b"a", limits)
-    limiter.charge(quota, 700)
+    lease, headers = limiter.admit(b"a", limits)
+    lease.charge(700)
     with pytest.raises(RateLimitExceeded) as refused:
         limiter.admit(b"a", limits)
     clock.now += refused.value.retry_after
@@ -76,7 +81,7 @@ def test_requests_at_a_time(clock: Clock) -> None:
     limiter.admit(b"a", limits)
     with pytest.raises(RateLimitExceeded):
         limiter.admit(b"a", limits)
-    limiter.release(first)
+    first.release()
 
     assert limiter.admit(b"a", limits)[1] == {}
 
@@ -130,9 +135,7 @@ async def test_over_http(run_server: RunServer, tmp_path: Path) -> None:
     async with run_server(api_keys_file=tmp_path / "keys", rate_limit_requests=100, rate_limit_tokens=1000) as server:
 
         async def ask(headers: dict[str, str]) -> httpx.Response:
-            answer = await server.client.post("/v1/chat/completions", json=server.body("say hi"), headers=headers)
-            await server.service.idle()
-            return answer
+            return await server.client.post("/v1/chat/completions", json=server.body("say hi"), headers=headers)
 
         answers = [await ask(headers) for headers in (one, one, two, two, {})]
         models = await server.client.get("/v1/models", headers=two)
@@ -145,6 +148,122 @@ async def test_over_http(run_server: RunServer, tmp_path: Path) -> None:
     assert (models.status_code, "x-ratelimit-limit-requests" in models.headers) == (200, False)
 
 
+def test_a_request_holds_a_place_for_each_sequence(clock: Clock) -> None:
+    limiter, limits = Limiter(clock), Limits(concurrent=4)
+    first, _ = limiter.admit(b"a", limits)
+    second, _ = limiter.admit(b"a", limits)
+    held = [first.take(2, 2), second.take(1, 100)]
+    with pytest.raises(RateLimitExceeded) as full:
+        second.take(3, 3)
+    with pytest.raises(RateLimitExceeded) as too_many:
+        first.take(5, 5)
+    with pytest.raises(RateLimitExceeded):
+        limiter.admit(b"a", limits)
+    moved = second.move()
+    second.release()
+    first.release()
+    third, _ = limiter.admit(b"a", limits)
+
+    assert held == [2, 2]
+    assert (full.value.retry_after, full.value.headers) == (1, {})
+    assert (too_many.value.retry_after, too_many.value.headers) == (None, {"x-should-retry": "false"})
+    assert third.take(2, 100) == 2
+    moved.release()
+    assert third.take(1, 100) == 4
+
+
+def test_places_are_taken_in_steps(clock: Clock) -> None:
+    limiter, limits = Limiter(clock), Limits(concurrent=8)
+    first, _ = limiter.admit(b"a", limits)
+    second, _ = limiter.admit(b"a", limits)
+
+    assert (first.take(3, 300), second.take(1, 1), second.take(2, 300)) == (6, 1, 2)
+
+
+def test_lower_limits_leave_what_is_held(clock: Clock) -> None:
+    limiter = Limiter(clock)
+    leases = [limiter.admit(b"a", Limits(concurrent=4))[0] for _ in range(3)]
+    leases[0].take(2, 2)
+    with pytest.raises(RateLimitExceeded):
+        limiter.admit(b"a", Limits(concurrent=1))
+
+    assert leases[1].take(1, 100) == 1
+
+
+@pytest.mark.parametrize(("path", "name"), [("/v1/completions", "prompt"), ("/v1/embeddings", "input")])
+async def test_prompts_take_turns_in_the_places_of_a_key(
+    run_server: RunServer, monkeypatch: pytest.MonkeyPatch, path: str, name: str
+) -> None:
+    release, receive = trio.Event(), FakeGeneration.receive
+
+    async def wait(generation: FakeGeneration) -> list[TokenOutput]:
+        await release.wait()
+        return await receive(generation)
+
+    monkeypatch.setattr(FakeGeneration, "receive", wait)
+    answers: list[httpx.Response] = []
+    async with run_server(rate_limit_concurrent=2) as server:
+
+        async def ask() -> None:
+            texts = ["say a", "say b", "say c", "say d", "say e"]
+            answers.append(await server.client.post(path, json={"model": "demo", name: texts}))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            await server.engine.until(lambda: server.engine.running == 2)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            together = len(server.engine.submitted)
+            await ask()
+            release.set()
+
+    assert together == 2
+    assert [answer.status_code for answer in answers] == [429, 200]
+    assert len(server.engine.submitted) == 5
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+async def test_choices_are_held_to_the_limit(run_server: RunServer, path: str) -> None:
+    async with run_server(rate_limit_concurrent=3) as server:
+
+        async def ask(text: str, n: int) -> httpx.Response:
+            body = server.body(text, n=n) if "chat" in path else {"model": "demo", "prompt": text, "n": n, "max_tokens": 9}
+            return await server.client.post(path, json=body)
+
+        too_many = await ask("say a", 4)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask, "wait ab", 2)
+            await server.engine.until_waiting()
+            two = await ask("say a", 2)
+            one = await ask("say a", 1)
+            server.engine.release.set()
+        later = await ask("say a", 3)
+
+    assert [answer.status_code for answer in (too_many, two, one, later)] == [429, 429, 200, 200]
+    assert (too_many.headers["x-should-retry"], "retry-after" in too_many.headers) == ("false", False)
+    assert two.headers["retry-after"] == "1"
+    assert {answer.json()["error"]["code"] for answer in (too_many, two)} == {"rate_limit_exceeded"}
+
+
+async def test_tokens_of_embeddings_count(run_server: RunServer) -> None:
+    async with run_server(rate_limit_tokens=1000) as server:
+        for _ in range(2):
+            answer = await server.client.post("/v1/embeddings", json={"model": "demo", "input": ["a" * 100, "b" * 200]})
+
+    assert int(answer.headers["x-ratelimit-remaining-tokens"]) == pytest.approx(700, abs=2)
+
+
+async def test_tokens_of_images_count(run_server: RunServer, tmp_path: Path) -> None:
+    part = {"type": "image_url", "image_url": {"url": data_uri(encode(picture(60, 90)))}}
+    model = make_seeing_text(write_model(tmp_path))
+    async with run_server(engine_type=SeeingEngine, model=model, rate_limit_tokens=1000) as server:
+        body = {"model": "demo", "messages": [{"role": "user", "content": [part, {"type": "text", "text": "say hi"}]}]}
+        answers = [await server.client.post("/v1/chat/completions", json=body) for _ in range(2)]
+
+    usage = answers[0].json()["usage"]
+    assert usage["prompt_tokens_details"]["image_tokens"] > 1
+    assert int(answers[1].headers["x-ratelimit-remaining-tokens"]) == pytest.approx(1000 - usage["total_tokens"], abs=2)
+
+
 async def test_one_at_a_time_over_http(run_server: RunServer) -> None:
     async with run_server(rate_limit_concurrent=1) as server:
         async with trio.open_nursery() as nursery:
@@ -152,7 +271,6 @@ async def test_one_at_a_time_over_http(run_server: RunServer) -> None:
             await server.engine.until_waiting()
             refused = await server.chat("say no")
             server.engine.release.set()
-        await server.service.idle()
         answer = await server.chat("say hi")
 
     assert (refused.status_code, answer.status_code) == (429, 200)

@@ -3,7 +3,7 @@
 import gc
 import json
 import tracemalloc
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import httpx
@@ -12,9 +12,11 @@ import pytest
 import trio
 
 from dashinfer.errors import InternalError, NotFound
-from dashinfer.protocol.responses import DeletedResponse, ItemList, ResponseEvent, ResponseObject
-from dashinfer.serving import responses
-from dashinfer.serving.responses import Kept, ResponseStore
+from dashinfer.protocol.responses import DeletedResponse, ItemList, Page, ResponseEvent, ResponseObject
+from dashinfer.serving.auth import NOBODY
+from dashinfer.serving.event_log import EventLog
+from dashinfer.serving.response_store import Kept, ResponseStore
+from dashinfer.serving.responses import Responses
 from dashinfer.serving.service import TextModel
 from dashinfer.text.tools.formats import ToolFormat
 
@@ -115,7 +117,7 @@ async def test_a_conversation(run_server: RunServer, model: TextModel, stream: b
             [result, {"role": "user", "content": [{"type": "input_text", "text": "say so"}]}], previous_response_id=first
         )
         prompt, *_ = server.engine.submitted[-1]
-        items = await server.client.get(f"/v1/responses/{second}/input_items")
+        items = await server.client.get(f"/v1/responses/{second}/input_items?order=asc")
         deleted = await server.client.delete(f"/v1/responses/{first}")
         gone = await server.client.get(f"/v1/responses/{first}")
         cancelled = await server.client.post(f"/v1/responses/{second}/cancel")
@@ -126,7 +128,7 @@ async def test_a_conversation(run_server: RunServer, model: TextModel, stream: b
     assert shown.split("\n", 1)[1].startswith(f"user: say <think>hm</think>{CALL}\nassistant: (hm)[weather Paris]\n")
     assert shown.endswith("tool weather: Mild.\nuser: say so<|end|>")
     assert "forgotten" not in shown
-    assert [item.get("type", "message") for item in ItemList.model_validate_json(items.content).data] == [
+    assert [item["type"] for item in ItemList.model_validate_json(items.content).data] == [
         *("message", "reasoning", "function_call", "function_call_output", "message"),
     ]
     assert DeletedResponse.model_validate_json(deleted.content).id == first
@@ -147,41 +149,89 @@ async def test_what_is_not_kept_and_whose_it_is(run_server: RunServer) -> None:
     assert (own.status_code, none.status_code, other.status_code) == (200, 404, 404)
 
 
-def test_the_store_is_bounded() -> None:
-    store = ResponseStore(most=2, most_bytes=100)
-    for number in range(3):
-        store.put(b"a", str(number), Kept(b"x" * 10, (), b""))
-    with pytest.raises(NotFound):
-        store.get(b"a", "0")
-    store.get(b"a", "1")
-    store.put(b"a", "3", Kept(b"x" * 70, (), b""))
-    store.put(b"a", "4", Kept(b"x" * 200, (), b""))
+def kept(size: int) -> Kept:
+    return Kept(b"x" * size, (), b"")
 
-    assert store.get(b"a", "1").body == b"x" * 10
-    for gone in ("2", "4"):
-        with pytest.raises(NotFound):
-            store.get(b"a", gone)
-    store.delete(b"a", "1")
-    store.delete(b"a", "3")
-    assert store.bytes == 0
+
+def ids(store: ResponseStore, owner: bytes) -> list[int]:
+    """Which of the first ten are there."""
+    found = []
+    for number in range(10):
+        with suppress(NotFound):
+            store.get(owner, str(number))
+            found.append(number)
+    return found
+
+
+def test_a_key_has_a_share_of_the_store() -> None:
+    store = ResponseStore(most=8, most_bytes=400)
+    for number in range(3):
+        store.put(b"a", str(number), kept(10))
+    by_number = ids(store, b"a")
+    store.get(b"a", "1")
+    store.put(b"a", "3", kept(70))
+    store.put(b"a", "4", kept(101))
+    by_size = ids(store, b"a")
+    store.put(b"a", "5", kept(40))
+
+    assert (by_number, by_size, ids(store, b"a")) == ([1, 2], [1, 3], [5])
+    store.delete(b"a", "5")
+    assert store.size == 0
+
+
+def test_events_go_before_their_response_does() -> None:
+    store, events = ResponseStore(most=8, most_bytes=400), EventLog()
+    events.append(bytes(range(256)) + b"\n\n")
+    events.end()
+    store.put(b"a", "0", Kept(b"x", (), b"", background=True, events=events))
+
+    assert store.get(b"a", "0").events is None
+    assert store.size == 1
+
+
+def test_without_keys_all_of_the_store_is_one_share() -> None:
+    store = ResponseStore(most=8, most_bytes=400)
+    for number in range(9):
+        store.put(NOBODY, str(number), kept(10))
+    store.put(NOBODY, "9", kept(101))
+
+    assert ids(store, NOBODY) == list(range(1, 9))
+
+
+def test_who_has_most_of_a_full_store_gives() -> None:
+    store = ResponseStore(most=40, most_bytes=400)
+    store.put(b"small", "0", kept(20))
+    for owner in (b"a", b"b", b"c", b"d", b"e"):
+        for number in range(10):
+            store.put(owner, str(number), kept(30))
+    crowded = ResponseStore(most=8, most_bytes=400)
+    crowded.put(b"small", "0", kept(1))
+    for owner in (b"a", b"b", b"c", b"d", b"e"):
+        for number in range(4):
+            crowded.put(owner, str(number), kept(1))
+
+    assert ids(store, b"small") == ids(crowded, b"small") == [0]
+    assert 300 < store.size <= 400
+    assert crowded.size == 8
 
 
 async def test_what_is_kept_takes_no_more_memory_than_is_counted(run_server: RunServer) -> None:
-    store = ResponseStore()
     given = [{"type": "reasoning", "x": [[]] * 10**5}, {"role": "user", "content": "say hi"}]
     body = json.dumps({"model": "demo", "input": given}).encode()
     async with run_server() as server:
+        kept = Responses(server.service)
         with ExitStack() as stack:
             tracemalloc.start()
-            answer = await responses.start(server.service, store, body, stack)
+            answer = await kept.start(body, stack)
             id = json.loads(await answer.body())["id"]
             del answer
         gc.collect()
         used, _ = tracemalloc.get_traced_memory()
         tracemalloc.stop()
+        page = json.loads(await kept.input_items(id, Page(order="asc")))
 
-    assert used < 2 * store.bytes
-    assert store.get(b"", id).input_items() == given
+    assert used < 2 * kept.store.size
+    assert page["data"][0]["x"] == given[0]["x"]
 
 
 async def test_structured_output_and_reasoning_reach_the_chat(run_server: RunServer) -> None:
@@ -198,7 +248,8 @@ async def test_structured_output_and_reasoning_reach_the_chat(run_server: RunSer
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"input": []}, "messages"),
+        ({"input": []}, "input"),
+        ({"input": "x" * 4096 * 257}, "input"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0"),
         ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "input.0.content.0"),
         ({"input": [{"type": "function_call", "call_id": "a", "name": "b"}]}, "input.0.arguments"),
@@ -206,10 +257,13 @@ async def test_structured_output_and_reasoning_reach_the_chat(run_server: RunSer
         ({"input": [{"type": "reasoning", "content": [{"text": 5}]}]}, "input.0.content.text"),
         ({"input": [5]}, "input"),
         ({"metadata": {str(number): "" for number in range(17)}}, "metadata"),
+        ({"metadata": {"a": "x" * 513}}, "metadata"),
+        ({"metadata": {"x" * 65: "a"}}, "metadata"),
+        ({"background": True, "reasoning": {"x": "x" * 2**20}}, "background"),
         ({"tools": [{"type": "web_search"}]}, "tools.0"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"text": {"format": {"type": "xml"}}}, "text"),
-        ({"background": True}, "background"),
+        ({"background": True, "store": False}, "background"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"temperature": 3}, "temperature"),
         ({"max_output_tokens": 0}, "max_output_tokens"),

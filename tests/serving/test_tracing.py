@@ -119,6 +119,26 @@ async def test_a_span_for_each_request(run_server: RunServer, spans: Spans, path
     assert "hello" not in str(spans)
 
 
+@pytest.mark.parametrize("ends", ["by itself", "cancelled"])
+async def test_a_span_lasts_as_long_as_a_response_in_the_background(run_server: RunServer, spans: Spans, ends: str) -> None:
+    async with run_server(tracing=spans.tracing) as server:
+        body = {"model": "demo", "input": "wait abc", "background": True}
+        id = (await server.client.post("/v1/responses", json=body)).json()["id"]
+        await server.engine.until_waiting()
+        early = list(spans.servers)
+        if ends == "cancelled":
+            await server.client.post(f"/v1/responses/{id}/cancel")
+        server.engine.release.set()
+        span = await spans.only(server)
+
+    assert early == []
+    found = dict(span.attributes)
+    assert (found["gen_ai.response.id"], found["http.response.status_code"]) == (id, 200)
+    reason, tokens = ("stop", 4) if ends == "by itself" else ("abort", 1)
+    assert (found["gen_ai.response.finish_reasons"], found["gen_ai.usage.output_tokens"]) == ((reason,), tokens)
+    assert "error.type" not in found
+
+
 async def test_embeddings(run_server: RunServer, spans: Spans) -> None:
     async with run_server(tracing=spans.tracing, max_queue=4) as server:
         await server.client.post("/v1/embeddings", json={"model": "demo", "input": ["secret"] * 20})
