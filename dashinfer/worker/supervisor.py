@@ -268,9 +268,7 @@ class WorkerGroup:
         """
         assert [config.rank for config in configs] == list(range(len(configs)))
         self._configs = configs
-        self._make_rank = make_rank or partial(
-            Rank, command=command, template=template, heartbeat_timeout=heartbeat_timeout
-        )
+        self._make_rank = make_rank or partial(Rank, command=command, template=template, heartbeat_timeout=heartbeat_timeout)
         self._ranks: list[AnyRank] = []
         self._failures: list[errors.DashInferError] = []  # as they were noticed
         self._failed = trio.Event()  # there are enough of them

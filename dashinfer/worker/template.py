@@ -5,7 +5,8 @@ Over its socket it tells whether it can, and then come the descriptors of each r
 `errno` of what failed, and at last its exit status. The parent closes a report to have the rank killed; the end of the parent
 kills all of them, stopped ones too. What a rank has started ends with it, if it stayed in its process group.
 
-A fork has one thread, so the template must have no other, and must not have initialised CUDA. Linux only.
+A fork has one thread, so the template must have no other, and must not have initialised CUDA. Threads that end before a fork, as
+those of NumPy's OpenBLAS do, are none. Linux only.
 """
 
 import errno
@@ -14,11 +15,13 @@ import select
 import signal
 import socket
 import struct
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 
 NUMBER = struct.Struct("<i")
 _DESCRIPTORS = 3  # of a rank to be
+_END_OF_THREADS = 0.5  # seconds that threads which have been joined take to be gone, at most
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class _Template:
         with open(os.devnull, "r+b", buffering=0) as nothing:
             _write_to(nothing.fileno())
         try:
-            self._parent.send(NUMBER.pack(len(os.listdir("/proc/self/task")) == 1))
+            self._parent.send(NUMBER.pack(_is_alone_after_fork()))
         except OSError:
             os._exit(0)
         while True:
@@ -150,3 +153,16 @@ def _write_to(descriptor: int) -> None:
     """What goes to standard output and standard error goes there."""
     for each in (1, 2):
         os.dup2(descriptor, each)
+
+
+def _is_alone_after_fork() -> bool:
+    """Whether this process has one thread once it has forked, before which some libraries end theirs."""
+    if (pid := os.fork()) == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    deadline = time.monotonic() + _END_OF_THREADS
+    while len(os.listdir("/proc/self/task")) > 1:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(1e-3)
+    return True
