@@ -82,8 +82,9 @@ class Engine:
         pixel_values: bytes = b"",
         replica: int = 0,
     ) -> None:
-        """`make_workers` is called at each start, and its workers live, `within` that. `pixel_values`: see `dashinfer.types.WorkerConfig`; without them the model is
-        served without its vision tower. `replica`: which of the `data_parallel` copies of the model this is."""
+        """`make_workers` is called at each start; `within` is entered before, and left at the end. `pixel_values`: see
+        `dashinfer.types.WorkerConfig`; without them the model is served without its vision tower. `replica`: which of the
+        `data_parallel` copies of the model this is."""
         self.state: EngineState = "loading"
         self.info: Ready | None = None
         self._config = config

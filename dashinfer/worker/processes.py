@@ -52,8 +52,8 @@ class Process(Protocol):
     output: trio.abc.ReceiveStream
 
     async def wait(self) -> int | None:
-        """Returns its exit status, once it has ended and what it started has been killed: the negative number of the signal that
-        ended it, None if nobody knows."""
+        """Until it has ended, and what it started has been killed. Returns its exit status, the negative number of the signal
+        that ended it, or None if nobody knows."""
         ...
 
     def kill(self) -> None:
@@ -144,7 +144,7 @@ class Forked:
 
 
 class Template:
-    """Starts ranks as forks of a template, or as programs where that cannot be. Used in a `with` block, by any number at once."""
+    """Starts ranks as forks of a template, or as programs where that cannot be. Any number of `with` blocks may hold it."""
 
     def __init__(self, command: Sequence[str] = COMMAND) -> None:
         self._command = command
@@ -170,7 +170,7 @@ class Template:
             OSError: it cannot be started.
             WorkerError: the template has ended, or hangs; another one starts next time.
         """
-        assert self._users, "used in its `with` block"
+        assert self._users, "used in a `with` block"
         async with self._starting:
             if self._process is not None and self._process.poll() is not None:
                 self._end()
@@ -190,8 +190,8 @@ class Template:
         with ExitStack() as unless_started:
             unless_started.callback(self._end)
             self._socket, theirs = _sockets()
-            output, writing = _pipe()
-            async with output:
+            reading, writing = _pipe()
+            async with trio.lowlevel.FdStream(reading) as output:
                 with theirs, writing:
                     # in a thread, as trio does it
                     self._process = await trio.to_thread.run_sync(
@@ -227,8 +227,8 @@ class Template:
         with ExitStack() as unless_forked:
             report, theirs = _sockets()
             unless_forked.enter_context(report)
-            output, writing = _pipe()
-            unless_forked.callback(os.close, output.fileno())
+            reading, writing = _pipe()
+            unless_forked.callback(os.close, reading)
             with theirs, writing:
                 descriptors = [connection.fileno(), writing.fileno(), theirs.fileno()]
                 with suppress(BrokenPipeError, ConnectionResetError):  # it has ended just now, and so does the report
@@ -243,7 +243,7 @@ class Template:
             if pid < 0:
                 raise OSError(-pid, os.strerror(-pid))
             unless_forked.pop_all()
-        return Forked(pid, received[0], report, output)
+        return Forked(pid, received[0], report, trio.lowlevel.FdStream(reading))
 
     def _end(self) -> None:
         if self._process is not None:
@@ -273,10 +273,10 @@ def _sockets() -> tuple[socket.socket, socket.socket]:
     return ours, theirs
 
 
-def _pipe() -> tuple[trio.lowlevel.FdStream, io.FileIO]:
-    """What is read of a child's output, and where it writes."""
+def _pipe() -> tuple[int, io.FileIO]:
+    """For a process's output: where it is read, and where it is written."""
     reading, writing = os.pipe()
-    return trio.lowlevel.FdStream(reading), io.FileIO(writing, "w")
+    return reading, io.FileIO(writing, "w")
 
 
 async def _receive(sock: socket.socket) -> tuple[bytes, list[int]]:

@@ -5,8 +5,8 @@ Over its socket it tells whether it can, and then come the descriptors of each r
 `errno` of what failed, and at last its exit status. The parent closes a report to have the rank killed; the end of the parent
 kills all of them, stopped ones too. What a rank has started ends with it, if it stayed in its process group.
 
-A fork has one thread, so the template must have no other, and must not have initialised CUDA. Threads that end before a fork, as
-those of NumPy's OpenBLAS do, are none. Linux only.
+A fork has one thread, so the template must have no other, but for those that end before a fork, as NumPy's OpenBLAS has them,
+and must not have initialised CUDA. Linux only.
 """
 
 import errno

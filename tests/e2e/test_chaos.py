@@ -1,4 +1,5 @@
-"""Ranks that are killed and stopped at random while sixteen streams run: no client sees it, but for the time it takes."""
+"""Ranks and their template, killed and stopped at random while sixteen streams run: no client sees it, but for the time it
+takes."""
 
 import json
 import os
@@ -84,7 +85,7 @@ async def disturb(server: ServerProcess, chance: random.Random) -> int:
             await trio.sleep(INTERVAL)
             if pids := server.worker_pids:
                 try:
-                    os.kill(chance.choice(pids), chance.choice((signal.SIGKILL, signal.SIGSTOP)))
+                    os.kill(chance.choice([*pids, *server.template_pids]), chance.choice((signal.SIGKILL, signal.SIGSTOP)))
                 except ProcessLookupError:
                     continue
                 faults += 1
