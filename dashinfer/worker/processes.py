@@ -257,6 +257,7 @@ class Template:
 def _can_fork() -> bool:
     try:
         os.close(os.pidfd_open(os.getpid()))
+        os.stat("/proc/self/task")
     except (AttributeError, OSError):
         return False
     return sys.platform == "linux"

@@ -157,7 +157,11 @@ def _write_to(descriptor: int) -> None:
 
 def _is_alone_after_fork() -> bool:
     """Whether this process has one thread once it has forked, before which some libraries end theirs."""
-    if (pid := os.fork()) == 0:
+    try:
+        pid = os.fork()
+    except OSError:
+        return False
+    if pid == 0:
         os._exit(0)
     os.waitpid(pid, 0)
     deadline = time.monotonic() + _END_OF_THREADS
