@@ -115,8 +115,10 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     descriptor = int(sys.argv[-1])
     if "--template" in sys.argv:
-        prepare()
-        descriptor = template.serve(socket.socket(fileno=descriptor))
+        parent = socket.socket(fileno=descriptor)
+        with template.beating(parent):
+            prepare()
+        descriptor = template.serve(parent)
     connection = Connection(socket.socket(fileno=descriptor))
     connection.start()
     _guarded(connection, partial(serve, connection))

@@ -23,10 +23,12 @@ from typing import Protocol, Self
 import trio
 
 from dashinfer import errors
-from dashinfer.worker.template import NUMBER
+from dashinfer.worker.template import ALIVE, NUMBER
 
 logger = logging.getLogger("dashinfer.worker")
 
+LOADING_SILENCE = 33.0  # seconds without a sign of life from a template that imports; it gives one a second where it can
+DYING = 0.1  # seconds from the end of a process's sockets to its own
 FORK_TIMEOUT = 3.0  # seconds for a template to fork a rank
 STATUS_TIMEOUT = 1.0  # seconds for a template to tell the status of a rank that has ended
 LAST_WORDS = 20  # lines of a process's output that an error carries
@@ -208,19 +210,39 @@ class Template:
                     )
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(read, output)
-                    answer, _ = await _receive(self._socket)
+                    answer = await self._until_ready()
                     nursery.cancel_scope.deadline = trio.current_time() + LAST_WORDS_TIMEOUT
             lines = said.decode(errors="replace").splitlines()
             for line in lines:
                 logger.info("template of ranks: %s", line)
-            if not answer:
+            if answer is None:
                 words = f"; its last words: {' | '.join(lines[-LAST_WORDS:])}" if lines else ""
-                raise errors.WorkerError(f"the template of ranks {describe_exit(self._process.wait())}{words}")
-            (self._forks,) = NUMBER.unpack(answer)
+                raise errors.WorkerError(f"the template of ranks {self._trouble()}{words}")
+            self._forks = answer
             if self._forks:
                 unless_started.pop_all()
             else:
                 logger.info("ranks are started as programs, since what they import starts threads, which a fork would lack")
+
+    async def _until_ready(self) -> bool | None:
+        """Whether the template can fork; None if it has ended or hangs."""
+        assert self._socket is not None
+        while True:
+            answer = b""
+            with trio.move_on_after(LOADING_SILENCE):
+                answer, _ = await _receive(self._socket)
+            if not answer:
+                return None
+            (number,) = NUMBER.unpack(answer)
+            if number != ALIVE:
+                return bool(number)
+
+    def _trouble(self) -> str:
+        """What is wrong with a template that says nothing."""
+        assert self._process is not None
+        with suppress(subprocess.TimeoutExpired):
+            return describe_exit(self._process.wait(DYING))
+        return "hangs"
 
     async def _fork(self, connection: socket.socket) -> Forked:
         assert self._socket is not None
@@ -237,8 +259,9 @@ class Template:
             with trio.move_on_after(FORK_TIMEOUT, shield=True):  # a rank that is there is ended as one
                 answer, received = await _receive(report)
             if not answer:
+                trouble = self._trouble() if self._process is not None else "is gone"
                 self._end()
-                raise errors.WorkerError("the template of ranks is gone, or hangs")
+                raise errors.WorkerError(f"the template of ranks {trouble}")
             (pid,) = NUMBER.unpack(answer)
             if pid < 0:
                 raise OSError(-pid, os.strerror(-pid))

@@ -1,9 +1,10 @@
 """The template of ranks: a process that has imported what they import, and forks one whenever its parent asks for it.
 
-Over its socket it tells whether it can, and then come the descriptors of each rank to be: its connection, its output, and its
-*report*, a socket that is told the rank's process id together with a descriptor of the process (`pidfd_open`), or the negative
-`errno` of what failed, and at last its exit status. The parent closes a report to have the rank killed; the end of the parent
-kills all of them, stopped ones too. What a rank has started ends with it, if it stayed in its process group.
+Over its socket it says that it is alive until it says whether it can fork. Then come the descriptors of each rank to be: its
+connection, its output, and its *report*, a socket that is told the rank's process id together with a descriptor of the process
+(`pidfd_open`), or the negative `errno` of what failed, and at last its exit status. The parent closes a report to have the rank
+killed; the end of the parent kills all of them, stopped ones too. What a rank has started ends with it, if it stayed in its
+process group.
 
 A fork has one thread, so the template must have no other, but for those that end before a fork, as NumPy's OpenBLAS has them,
 and must not have initialised CUDA. Linux only.
@@ -15,11 +16,15 @@ import select
 import signal
 import socket
 import struct
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 NUMBER = struct.Struct("<i")
+ALIVE = -1  # in place of whether it can fork
+HEARTBEAT_INTERVAL = 1.0  # seconds
 _DESCRIPTORS = 3  # of a rank to be
 _END_OF_THREADS = 0.5  # seconds that threads which have been joined take to be gone, at most
 
@@ -44,6 +49,25 @@ class _Rank:
     def close(self) -> None:
         self.report.close()
         os.close(self.process)
+
+
+@contextmanager
+def beating(parent: socket.socket) -> Iterator[None]:
+    """Tell the parent that this process is alive, from a thread that ends on leaving; or end the process with the parent."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(HEARTBEAT_INTERVAL):
+            try:
+                parent.send(NUMBER.pack(ALIVE))
+            except OSError:
+                os._exit(0)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    yield
+    ended.set()
+    thread.join()
 
 
 def serve(parent: socket.socket) -> int:

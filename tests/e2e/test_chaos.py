@@ -84,8 +84,11 @@ async def disturb(server: ServerProcess, chance: random.Random) -> int:
         while True:
             await trio.sleep(INTERVAL)
             if pids := server.worker_pids:
+                victims = [*server.template_pids, chance.choice(pids)] if chance.random() < 0.2 else [chance.choice(pids)]
+                number = chance.choice((signal.SIGKILL, signal.SIGSTOP))
                 try:
-                    os.kill(chance.choice([*pids, *server.template_pids]), chance.choice((signal.SIGKILL, signal.SIGSTOP)))
+                    for pid in victims:
+                        os.kill(pid, number)
                 except ProcessLookupError:
                     continue
                 faults += 1

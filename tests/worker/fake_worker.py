@@ -12,7 +12,7 @@ ranks all send results. `mother` starts another process, writes its number, and 
 Modes with commas between them are those of the ranks, the last one also that of all that follow. With the mode `named` they are
 the name of the model's files.
 
-A template `threaded` starts a thread, and one that is `broken` dies.
+A template that is `threaded` starts a thread, one that is `stuck` stops, and one that is `broken` dies.
 
 `seeing` takes a second to encode an image and says four times that it goes on; `blind` never does either.
 
@@ -113,6 +113,8 @@ def birth() -> dict[str, object]:
 def prepare() -> None:
     if MODE == "threaded":
         threading.Thread(target=time.sleep, args=(3600,), daemon=True).start()
+    if MODE == "stuck":
+        os.kill(os.getpid(), signal.SIGSTOP)
     if MODE == "broken":
         print("the fake template's last words", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
