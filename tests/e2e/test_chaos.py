@@ -83,15 +83,16 @@ async def disturb(server: ServerProcess, chance: random.Random) -> int:
     with trio.move_on_after(DURATION):
         while True:
             await trio.sleep(INTERVAL)
-            if pids := server.worker_pids:
-                victims = [*server.template_pids, chance.choice(pids)] if chance.random() < 0.2 else [chance.choice(pids)]
-                number = chance.choice((signal.SIGKILL, signal.SIGSTOP))
-                try:
-                    for pid in victims:
-                        os.kill(pid, number)
-                except ProcessLookupError:
-                    continue
-                faults += 1
+            while not (pids := server.worker_pids):
+                await trio.sleep(0.1)
+            victims = [*server.template_pids, chance.choice(pids)] if chance.random() < 0.2 else [chance.choice(pids)]
+            number = chance.choice((signal.SIGKILL, signal.SIGSTOP))
+            try:
+                for pid in victims:
+                    os.kill(pid, number)
+            except ProcessLookupError:
+                continue
+            faults += 1
     return faults
 
 
