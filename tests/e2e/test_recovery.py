@@ -8,8 +8,11 @@ import time
 from pathlib import Path
 
 import httpx
+import pytest
 
 from .conftest import ServerProcess
+
+pytestmark = pytest.mark.feature("Parallelism and recovery", "Streams outlive dead and hanging workers")
 
 PATIENCE = 60.0  # seconds
 REQUESTS = [
