@@ -18,7 +18,7 @@ FOLDERS = (ROOT, ROOT / "kernels")
 
 SHARED = [
     *("dashinfer", "dashinfer.errors", "dashinfer.types", "dashinfer.config", "dashinfer.gguf_header"),
-    *("dashinfer.worker", "dashinfer.worker.frames"),
+    *("dashinfer.worker", "dashinfer.worker.frames", "dashinfer.worker.template"),
     *("dashinfer.sources", "dashinfer.sources.cache"),
     # A model's shape needs no torch, so the parent refuses what cannot be served before its weights are fetched.
     *("dashinfer.models", "dashinfer.models.config", "dashinfer.models.rope_config", "dashinfer.models.vision_config"),
@@ -44,7 +44,7 @@ PARENT: list[set[str]] = [
         "dashinfer.engine.sequence",
         "dashinfer.engine.scheduler",
     },
-    {"dashinfer.worker", "dashinfer.worker.frames", "dashinfer.worker.supervisor"},
+    {"dashinfer.worker", "dashinfer.worker.frames", "dashinfer.worker.processes", "dashinfer.worker.supervisor"},
     {"dashinfer.engine.engine", "dashinfer.engine.replicas", "dashinfer.cluster"},
     {"dashinfer.serving"},
 ]
@@ -53,7 +53,7 @@ CHILD: list[set[str]] = [
     {"dashinfer.sources", "dashinfer.sources.cache"},
     {"dashinfer_kernels"},
     {"dashinfer.models"},
-    {"dashinfer.worker"},  # all of it but frames and supervisor, which are the parent's
+    {"dashinfer.worker"},  # all of it but processes and supervisor, which are the parent's
 ]
 # `dashinfer_bench` is a process of its own, which knows servers by their URL alone.
 BENCH: list[set[str]] = [{"dashinfer", "dashinfer.errors"}, {"dashinfer.bench"}]
@@ -115,11 +115,7 @@ def sides(name: str) -> list[tuple[str, list[set[str]], set[str]]]:
     if name.startswith(("dashinfer_kernels", "dashinfer.models")):
         return [child]
     if name.startswith("dashinfer.worker."):
-        return (
-            [parent]
-            if layer(name, PARENT) == layer("dashinfer.worker.supervisor", PARENT) and name.endswith("supervisor")
-            else [child]
-        )
+        return [parent] if name in ("dashinfer.worker.processes", "dashinfer.worker.supervisor") else [child]
     return [parent]
 
 

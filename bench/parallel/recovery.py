@@ -1,6 +1,7 @@
 """A rank is killed under a running stream: how long the stream is silent, and whether it tells the same as an undisturbed one.
 
-Drives a server over HTTP; of its processes it knows only that ranks are children that run `dashinfer.worker`.
+Drives a server over HTTP; of its processes it knows only that ranks run `dashinfer.worker`, as children or as those of a child
+that runs `dashinfer.worker --template`.
 """
 
 import itertools
@@ -103,8 +104,10 @@ def after_silence(times: Sequence[float], killed: float) -> tuple[float, float]:
 
 def find_ranks(server: int) -> list[int]:
     """Process ids of a server's ranks, the oldest first."""
-    children = psutil.Process(server).children()
-    ranks = [child for child in children if "dashinfer.worker" in child.cmdline()]
+    children = [child for child in psutil.Process(server).children() if "dashinfer.worker" in child.cmdline()]
+    templates = [child for child in children if "--template" in child.cmdline()]
+    ranks = [child for child in children if child not in templates]
+    ranks += [child for template in templates for child in template.children()]
     return [child.pid for child in sorted(ranks, key=psutil.Process.create_time)]
 
 

@@ -24,10 +24,13 @@ from dashinfer.config import ServerConfig
 from dashinfer.errors import LinkLost
 from dashinfer.types import FromParent, ModelFiles, Ready, Start, WorkerConfig
 from dashinfer.worker.frames import encode, parent_reader
+from dashinfer.worker.processes import Template
 from dashinfer.worker.supervisor import AnyRank, OnMessage, Rank, WorkerGroup
 
 logger = logging.getLogger("dashinfer.cluster")
 worker_logger = logging.getLogger("dashinfer.worker")
+
+MakeRank = Callable[..., AnyRank]  # (config, *, template)
 
 MAX_STRANGERS = 64  # connections that have not proved anything yet
 RELEASE_TIMEOUT = 3.0  # seconds that an agent has to end a rank
@@ -79,7 +82,7 @@ class Hub:
         fingerprint: str,
         interface: str | None = None,
         heartbeat_timeout: float = 10.0,
-        make_rank: Callable[[WorkerConfig], AnyRank] = Rank,
+        make_rank: MakeRank = Rank,
     ) -> None:
         """
         Args:
@@ -128,10 +131,10 @@ class Hub:
         logger.info("taking machines on %s:%d (%s)", *self._listener.getsockname()[:2], self._interface)
         await trio.serve_listeners(self._attend, [listener], task_status=task_status)
 
-    def workers(self, configs: Sequence[WorkerConfig], *, replica: int = 0) -> "ClusterGroup":
-        """One life of a group; `replica` is which of the copies of the model it is."""
+    def workers(self, configs: Sequence[WorkerConfig], *, replica: int = 0, template: Template | None = None) -> "ClusterGroup":
+        """One life of a group; `replica` is which of the copies of the model it is. `template` starts ranks on this machine."""
         nodes = [(replica * config.world_size + config.rank) // config.local_size for config in configs]
-        return ClusterGroup(self, configs, nodes)
+        return ClusterGroup(self, configs, nodes, template)
 
     # -- agents
 
@@ -336,11 +339,14 @@ class RemoteRank:
 class ClusterGroup:
     """A `WorkerGroup` whose ranks are on several machines."""
 
-    def __init__(self, hub: Hub, configs: Sequence[WorkerConfig], nodes: Sequence[int]) -> None:
-        """`nodes`: the machine of each rank."""
+    def __init__(
+        self, hub: Hub, configs: Sequence[WorkerConfig], nodes: Sequence[int], template: Template | None = None
+    ) -> None:
+        """`nodes`: the machine of each rank. `template`: see `Hub.workers`."""
         self._hub = hub
         self._configs = configs
         self._nodes = nodes
+        self._template = template
         self._group: WorkerGroup | None = None
 
     async def run(self, **callbacks: Any) -> None:
@@ -357,7 +363,7 @@ class ClusterGroup:
 
             def make_rank(config: WorkerConfig) -> AnyRank:
                 place = by_rank[config.rank]
-                return hub.make_rank(config) if place is None else RemoteRank(config, place)
+                return hub.make_rank(config, template=self._template) if place is None else RemoteRank(config, place)
 
             self._group = WorkerGroup(configs, make_rank=make_rank)
             await self._group.run(**callbacks)

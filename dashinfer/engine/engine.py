@@ -12,7 +12,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Many
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import msgspec
@@ -78,16 +78,19 @@ class Engine:
         *,
         on_progress: Callable[[Progress], None] = lambda progress: None,
         make_workers: Callable[[Many[WorkerConfig]], Workers] = WorkerGroup,
+        within: AbstractContextManager[object] = nullcontext(),  # noqa: B008 - it has no state
         pixel_values: bytes = b"",
         replica: int = 0,
     ) -> None:
-        """`make_workers` is called at each start. `pixel_values`: see `dashinfer.types.WorkerConfig`; without them the model is
-        served without its vision tower. `replica`: which of the `data_parallel` copies of the model this is."""
+        """`make_workers` is called at each start; `within` is entered before, and left at the end. `pixel_values`: see
+        `dashinfer.types.WorkerConfig`; without them the model is served without its vision tower. `replica`: which of the
+        `data_parallel` copies of the model this is."""
         self.state: EngineState = "loading"
         self.info: Ready | None = None
         self._config = config
         self._on_progress = on_progress
         self._make_workers = make_workers
+        self._within = within
         self._worker_configs = [
             worker_config(config, files, rank, replica=replica, pixel_values=pixel_values)
             for rank in range(config.tensor_parallel * config.pipeline_parallel)
@@ -118,15 +121,16 @@ class Engine:
         Whatever ends it, every open request has been told.
         """
         try:
-            while True:
-                life = _Life(self._make_workers(self._worker_configs))
-                try:
-                    with _cancelled_first():
-                        await self._live(life, task_status)
-                except (WorkerError, StartupError) as error:
-                    if self._scheduler is None:
-                        raise
-                    await trio.sleep(self._recover(life, error))
+            with self._within:
+                while True:
+                    life = _Life(self._make_workers(self._worker_configs))
+                    try:
+                        with _cancelled_first():
+                            await self._live(life, task_status)
+                    except (WorkerError, StartupError) as error:
+                        if self._scheduler is None:
+                            raise
+                        await trio.sleep(self._recover(life, error))
         except Exception as error:  # a broken invariant of ours too: what its requests are told must not be `shutting down`
             self.state = "failed"
             culprit = "the model's worker process" if isinstance(error, WorkerError | StartupError) else "the engine"

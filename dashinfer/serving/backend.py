@@ -60,21 +60,24 @@ class ModelBackend:
         self, config: ServerConfig, source: ModelSource, on_progress: Callable[[Progress], None], hub: "Hub | None" = None
     ) -> RunnableEngine:
         from dashinfer.engine.engine import Engine
+        from dashinfer.worker.processes import Template
         from dashinfer.worker.supervisor import WorkerGroup
 
+        template = Template()
         vision = load_vision(config, source)
         pixel_values = b"" if vision is None else vision.pixel_values
 
         def make(replica: int, on_progress: Callable[[Progress], None]) -> Engine:
             if hub is None:
-                make_workers = partial(WorkerGroup, heartbeat_timeout=config.heartbeat_timeout)
+                make_workers = partial(WorkerGroup, template=template, heartbeat_timeout=config.heartbeat_timeout)
             else:
-                make_workers = partial(hub.workers, replica=replica)
+                make_workers = partial(hub.workers, replica=replica, template=template)
             return Engine(
                 config,
                 source.files,
                 on_progress=on_progress,
                 make_workers=make_workers,
+                within=template,
                 pixel_values=pixel_values,
                 replica=replica,
             )

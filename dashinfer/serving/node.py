@@ -13,6 +13,7 @@ from dashinfer.serving import log
 from dashinfer.serving.backend import Backend, ModelBackend
 from dashinfer.serving.ending import run_to_end
 from dashinfer.serving.progress import make_display
+from dashinfer.worker.processes import Template
 from dashinfer.worker.supervisor import Rank
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class Node:
         config = self._config
         with make_display() as display:
             source = await trio.to_thread.run_sync(self._backend.resolve, config, display.report, abandon_on_cancel=True)
+        template = Template()
         self._agent = Agent(
             master_addr=config.master_addr,
             master_port=config.master_port,
@@ -67,9 +69,10 @@ class Node:
             files=source.files,
             interface=config.cluster_interface,
             heartbeat_timeout=config.heartbeat_timeout,
-            make_rank=partial(Rank, heartbeat_timeout=config.heartbeat_timeout),
+            make_rank=partial(Rank, template=template, heartbeat_timeout=config.heartbeat_timeout),
         )
-        await self._agent.run()
+        with template:
+            await self._agent.run()
 
     async def _watch_signals(self, scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:

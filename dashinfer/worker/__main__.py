@@ -1,4 +1,5 @@
-"""A rank: `python -m dashinfer.worker FD`, where FD is its end of the parent's socket pair.
+"""A rank: `python -m dashinfer.worker FD`, where FD is its end of the parent's socket pair, or a fork of
+`python -m dashinfer.worker --template FD`, see `template`.
 
 The main thread loads the model, executes plans and encodes images between them; one reads frames, and ends the process when the
 socket closes, in the middle of a step if need be, so that no rank outlives its parent; one says once a second that the process
@@ -22,6 +23,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -41,6 +43,7 @@ from dashinfer.types import (
     Start,
     StepPlan,
 )
+from dashinfer.worker import template
 from dashinfer.worker.frames import encode, worker_reader
 
 if TYPE_CHECKING:
@@ -110,7 +113,13 @@ class Connection:
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    connection = Connection(socket.socket(fileno=int(sys.argv[1])))
+    descriptor = int(sys.argv[-1])
+    if "--template" in sys.argv:
+        parent = socket.socket(fileno=descriptor)
+        with template.beating(parent):
+            prepare()
+        descriptor = template.serve(parent)
+    connection = Connection(socket.socket(fileno=descriptor))
     connection.start()
     _guarded(connection, partial(serve, connection))
 
@@ -127,6 +136,15 @@ def _guarded(connection: Connection, work: Callable[[], None]) -> None:
             traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
+
+
+def prepare() -> None:
+    """Import what all ranks do. What goes wrong goes wrong in the ranks again, which tell of it."""
+    with suppress(Exception):
+        import dashinfer.worker.runner  # noqa: F401
+    # The collector would write to all of what is there, and every rank would have a copy.
+    gc.collect()
+    gc.freeze()
 
 
 def serve(connection: Connection) -> None:

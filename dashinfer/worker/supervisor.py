@@ -2,8 +2,9 @@
 
 A rank is a process of its own, joined to the parent by a socket pair that it was born with. It ends by itself when its end of
 the socket closes, so no signal that ends the parent, SIGKILL included, leaves a rank behind. Each is in a process group of its
-own: when the parent ends, that group is orphaned, and the kernel wakes those of it that are stopped. (Not where the process
-that inherits orphans is in the same session, as in a container whose first process is the shell that started the server.)
+own: when the parent ends, a template kills the ranks that it forked (see `processes`); the groups of others are orphaned, and
+the kernel wakes those of them that are stopped. (Not where the process that inherits orphans is in the same session, as in a
+container whose first process is the shell that started the server.)
 
 A rank is watched three ways: by its exit, by its heartbeat (a rank that is stopped or stuck says nothing), and by the caller's
 deadline on each step. The end of one is the end of its group: the others, which wait for it in the midst of a step, are killed
@@ -13,11 +14,7 @@ Knows processes and frames; knows nothing of sequences, tensors or HTTP.
 """
 
 import logging
-import os
-import signal
 import socket
-import subprocess
-import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +41,7 @@ from dashinfer.types import (
     WorkerConfig,
 )
 from dashinfer.worker.frames import encode, parent_reader
+from dashinfer.worker.processes import COMMAND, LAST_WORDS, LAST_WORDS_TIMEOUT, Process, Template, describe_exit, spawn
 
 Spoken = Progress | StepResult | OutOfMemory | Encoded
 OnMessage = Callable[[Spoken], None]
@@ -55,15 +53,7 @@ LOADING_SILENCE = 30.0  # seconds at least, until a rank is ready: imports and c
 HEARTBEAT_GRACE = 3.0  # seconds more: the silence may have been this process's own, stopped by Ctrl-Z or with its machine
 EXIT_TIMEOUT = 3.0  # seconds that a rank has to end after its socket closed
 CAUSE_TIMEOUT = 1.0  # seconds that the cause has to be noticed after what it led to
-LAST_WORDS_TIMEOUT = 0.5  # seconds that a dead rank's last words have to arrive: its children may hold its pipe open
-LAST_WORDS = 20  # lines of a rank's stderr that an error carries
 LONGEST_LINE = 8192  # bytes of a rank's output that are logged at once
-
-# oneDNN, and torch's layer over it, each keep what they prepared for every shape of a product they saw, up to 1,024 of them by
-# default. Steps come in many shapes, so that would grow to hundreds of megabytes; the last few dozen steps' are enough.
-ENVIRONMENT = {"LRU_CACHE_CAPACITY": "128", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
-
-COMMAND = (sys.executable, "-P", "-m", "dashinfer.worker")
 
 
 class Disconnected(errors.WorkerError):
@@ -94,22 +84,24 @@ class Rank:
         config: WorkerConfig,
         *,
         command: Sequence[str] = COMMAND,
+        template: Template | None = None,
         heartbeat_timeout: float = HEARTBEAT_TIMEOUT,
         on_line: Callable[[str], None] = lambda line: None,
     ) -> None:
         """
         Args:
+            template: starts the process, rather than `command`.
             heartbeat_timeout: seconds of silence after which a rank that was ready hangs.
             on_line: is told each line that the rank writes, besides the log.
         """
         self._config = config
-        self._command = command
+        self._start_process = partial(spawn, command) if template is None else template.start
         self._on_line = on_line
         self._heartbeat_timeout = heartbeat_timeout
         self._name = f"rank {config.rank}"
         self._last_words: deque[str] = deque(maxlen=LAST_WORDS)
         self._stream: trio.SocketStream | None = None
-        self._process: trio.Process | None = None
+        self._process: Process | None = None
         self._killed = False
         self._said_all = trio.Event()  # its socket has ended
         self._wrote_all = trio.Event()  # its output has
@@ -144,7 +136,7 @@ class Rank:
             with trio.CancelScope(shield=True):
                 await self._reap(process)
 
-    async def _start(self) -> trio.Process:
+    async def _start(self) -> Process:
         try:
             ours, theirs = socket.socketpair()
         except OSError as error:
@@ -152,15 +144,7 @@ class Rank:
         with theirs, ExitStack() as unless_started:
             unless_started.callback(ours.close)
             try:
-                self._process = await trio.lowlevel.open_process(
-                    [*self._command, str(theirs.fileno())],
-                    pass_fds=[theirs.fileno()],
-                    env={**ENVIRONMENT, **os.environ},
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    process_group=0,
-                )
+                self._process = await self._start_process(theirs)
             except OSError as error:
                 raise self._not_started(error) from None
             unless_started.pop_all()
@@ -180,9 +164,8 @@ class Rank:
     def kill(self) -> None:
         """End the process, and what it started, without asking it; `run` reaps it."""
         self._killed = True
-        if self._process is not None and self._process.poll() is None:
-            with suppress(ProcessLookupError, PermissionError):  # it has ended just now
-                os.killpg(self._process.pid, signal.SIGKILL)
+        if self._process is not None:
+            self._process.kill()
 
     async def _read(self, on_message: OnMessage, task_status: trio.TaskStatus[Ready]) -> None:
         reader = parent_reader()
@@ -220,19 +203,17 @@ class Rank:
                 return b""
         return None
 
-    async def _watch_exit(self, process: trio.Process) -> None:
+    async def _watch_exit(self, process: Process) -> None:
         status = await process.wait()
         with trio.move_on_after(LAST_WORDS_TIMEOUT):
             await self._said_all.wait()  # it may have said itself what was wrong
             await self._wrote_all.wait()
-        how = f"was killed by {_signal_name(-status)}" if status < 0 else f"ended with exit status {status}"
-        raise errors.WorkerError(f"{self._name} {how}{self._words()}")
+        raise errors.WorkerError(f"{self._name} {describe_exit(status)}{self._words()}")
 
-    async def _log_output(self, process: trio.Process) -> None:
+    async def _log_output(self, process: Process) -> None:
         """Log what the rank writes, line by line, with its rank."""
-        assert process.stdout is not None
         pending = b""
-        async for data in process.stdout:
+        async for data in process.output:
             *lines, pending = (pending + data).split(b"\n")
             if len(pending) > LONGEST_LINE:
                 lines.append(pending)
@@ -262,7 +243,7 @@ class Rank:
         lost = message.kind == errors.PeerLost.__name__
         return (errors.PeerLost if lost else errors.WorkerError)(f"{self._name}: {message.message}")
 
-    async def _reap(self, process: trio.Process) -> None:
+    async def _reap(self, process: Process) -> None:
         """Close the socket, which ends a healthy rank, and kill one that does not go."""
         assert self._stream is not None
         await self._stream.aclose()
@@ -271,8 +252,7 @@ class Rank:
                 await process.wait()
         self.kill()  # no more than a note if it has ended; and if it was to be killed before it had started, it is now
         await process.wait()
-        if process.stdout is not None:
-            await process.stdout.aclose()
+        await process.aclose()
 
 
 class WorkerGroup:
@@ -287,6 +267,7 @@ class WorkerGroup:
         configs: Sequence[WorkerConfig],
         *,
         command: Sequence[str] = COMMAND,
+        template: Template | None = None,
         heartbeat_timeout: float = HEARTBEAT_TIMEOUT,
         make_rank: Callable[[WorkerConfig], AnyRank] | None = None,
     ) -> None:
@@ -294,12 +275,13 @@ class WorkerGroup:
         Args:
             configs: of each rank, in order. Several that name no `rendezvous` meet in a file.
             command: starts a rank, given the number of its end of a socket.
+            template: starts ranks, rather than `command`.
             heartbeat_timeout: seconds of silence after which a rank that was ready hangs.
             make_rank: makes each rank in place of `Rank`, which the other arguments are for.
         """
         assert [config.rank for config in configs] == list(range(len(configs)))
         self._configs = configs
-        self._make_rank = make_rank or partial(Rank, command=command, heartbeat_timeout=heartbeat_timeout)
+        self._make_rank = make_rank or partial(Rank, command=command, template=template, heartbeat_timeout=heartbeat_timeout)
         self._ranks: list[AnyRank] = []
         self._sampler = len(configs) - len(configs) // configs[0].pipeline_parallel  # the first rank of the last stage
         self._failures: list[errors.DashInferError] = []  # as they were noticed
@@ -406,13 +388,6 @@ def _distance(error: errors.DashInferError) -> int:
             return 1
         case _:
             return 0
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # most real-time signals have no name
-        return f"signal {number}"
 
 
 @contextmanager

@@ -43,6 +43,23 @@ def text(demo: ModelSource) -> Text:
     return Text(tokenizer, ChatTemplate.from_files(demo.tokenizer, tokenizer.special_tokens))
 
 
+def workers_of(server: int) -> list[int]:
+    """Process ids of a server's workers."""
+    return sorted(worker for template in templates_of(server) for worker in children_of(template))
+
+
+def templates_of(server: int) -> list[int]:
+    """Process ids of a server's templates of workers."""
+    return [pid for pid in children_of(server) if b"--template" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")]
+
+
+def children_of(pid: int) -> list[int]:
+    try:
+        return [int(child) for each in Path(f"/proc/{pid}/task").iterdir() for child in (each / "children").read_text().split()]
+    except FileNotFoundError:  # it has just ended
+        return []
+
+
 @dataclass
 class ServerProcess:
     """`python -m dashinfer.serving` with its output collected."""
@@ -74,8 +91,11 @@ class ServerProcess:
 
     @property
     def worker_pids(self) -> list[int]:
-        tasks = Path(f"/proc/{self.process.pid}/task").iterdir()
-        return sorted(int(pid) for task in tasks for pid in (task / "children").read_text().split())
+        return workers_of(self.process.pid)
+
+    @property
+    def template_pids(self) -> list[int]:
+        return templates_of(self.process.pid)
 
     def stop(self, timeout: float = 20.0) -> int:
         """End it as a service manager would; returns the exit status."""

@@ -1,4 +1,5 @@
-"""Ranks that are killed and stopped at random while sixteen streams run: no client sees it, but for the time it takes."""
+"""Ranks and their template, killed and stopped at random while sixteen streams run: no client sees it, but for the time it
+takes."""
 
 import json
 import os
@@ -84,12 +85,16 @@ async def disturb(server: ServerProcess, chance: random.Random) -> int:
     with trio.move_on_after(DURATION):
         while True:
             await trio.sleep(INTERVAL)
-            if pids := server.worker_pids:
-                try:
-                    os.kill(chance.choice(pids), chance.choice((signal.SIGKILL, signal.SIGSTOP)))
-                except ProcessLookupError:
-                    continue
-                faults += 1
+            while not (pids := server.worker_pids):
+                await trio.sleep(0.1)
+            victims = [*server.template_pids, chance.choice(pids)] if chance.random() < 0.2 else [chance.choice(pids)]
+            number = chance.choice((signal.SIGKILL, signal.SIGSTOP))
+            try:
+                for pid in victims:
+                    os.kill(pid, number)
+            except ProcessLookupError:
+                continue
+            faults += 1
     return faults
 
 

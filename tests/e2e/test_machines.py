@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.e2e.conftest import workers_of
 from tests.serving.process import Process, running
 
 pytestmark = pytest.mark.feature("Parallelism and recovery", "Several machines")
@@ -141,8 +142,7 @@ def health(server: Process) -> str:
 
 
 def workers(process: Process) -> list[int]:
-    tasks = Path(f"/proc/{process._child.pid}/task").glob("*/children")
-    return sorted(int(pid) for each in tasks for pid in each.read_text().split())
+    return workers_of(process._child.pid)
 
 
 def seconds_until(condition: Callable[[], bool], limit: float) -> float:

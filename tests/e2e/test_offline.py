@@ -18,8 +18,11 @@ llm = LLM("demo", kv_cache_memory="256MiB", log_level="warning")
 questions = ["What is the capital of France?", "What is the capital of Germany?"]
 chats = llm.chat([[{"role": "user", "content": question}] for question in questions], {"temperature": 0, "max_tokens": 24})
 (text,) = llm.generate("The capital of France is", {"temperature": 0, "max_tokens": 4})
-tasks = Path("/proc/self/task").iterdir()
-workers = [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
+def children(pid):
+    return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+
+(template,) = children("self")
+workers = [template, *children(template)]
 print(json.dumps([[chat.choices[0].message.content for chat in chats], text.choices[0].text, workers]))
 """
 
@@ -33,5 +36,5 @@ def test_a_script(demo: ModelSource) -> None:
     assert "Paris" in france
     assert "Berlin" in germany
     assert "Paris" in text
-    assert len(workers) == 1
-    assert not Path(f"/proc/{workers[0]}").exists()
+    assert len(workers) == 2
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)

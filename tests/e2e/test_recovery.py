@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -79,7 +80,8 @@ def test_streams_outlive_their_worker(demo):
     threads, texts = read_all(server, begun)
     for _ in threads:
         assert begun.acquire(timeout=PATIENCE)
-    (worker,) = server.worker_pids
+    (worker,), (template,) = server.worker_pids, server.template_pids
+    assert len(list(Path(f"/proc/{template}/task").iterdir())) == 1  # a fork has no more
     os.kill(worker, signal.SIGKILL)
     until(server, "recovering")
     late: dict[tuple[int, int], str] = {}
@@ -93,4 +95,5 @@ def test_streams_outlive_their_worker(demo):
     assert any("was killed by SIGKILL" in line for line in server.lines)
     assert any("workers are ready again after" in line for line in server.lines)
     assert server.worker_pids != [worker]
+    assert server.template_pids == [template]
     assert server.stop() == 0

@@ -1,4 +1,5 @@
-"""A worker process without a model, for tests of what supervises it: `python fake_worker.py MODE FD`.
+"""A worker process without a model, for tests of what supervises it: `python fake_worker.py MODE FD`, or a template of such
+ones: `python fake_worker.py MODE --template FD`.
 
 The mode says how it behaves: `good` serves the fake rank's tokens, `slow` takes 50 ms a step, `overflow` gives no finite logits
 after the token 49. While loading `refuse` fails, `crash` breaks, `lost` dies, `loading` never ends, `frozen` stops the whole
@@ -6,9 +7,12 @@ process, and `away` writes where the ranks are to meet; of `uneven` ranks the la
 `die` ends, `late` does so after 0.2 s, `killed` kills itself, `realtime` does so with a signal that has no name, `hang` never
 answers, `stopped` stops the whole process, `talk` writes a line that does not end, `garbage` sends no frame, `lonely` says that
 it lost another rank, `closed` ends its side of the connection and lives on, and `short` has no memory for the step. Of `chatty`
-ranks all send results.
+ranks all send results. `mother` starts another process, writes its number, and ends, and `naked` writes what it was born with.
 
-Modes with commas between them are those of the ranks, the last one also that of all that follow.
+Modes with commas between them are those of the ranks, the last one also that of all that follow. With the mode `named` they are
+the name of the model's files.
+
+A template that is `threaded` starts a thread, one that is `stuck` stops, and one that is `broken` dies.
 
 `seeing` takes a second to encode an image and says four times that it goes on; `blind` never does either.
 
@@ -16,9 +20,11 @@ Three modes run the real `serve` over a fake GPU, on which a step has no result 
 on for ever, `illegal` fails in the third result, and `exhausted` in the third launch.
 """
 
+import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -82,6 +88,36 @@ def misbehave(connection: worker.Connection) -> None:
             time.sleep(3600)
         case "short":
             connection.send(OutOfMemory(2))
+        case "mother":
+            child = subprocess.Popen(["sleep", "60"])
+            print(f"child {child.pid}", file=sys.stderr, flush=True)
+            os._exit(3)
+        case "naked":
+            print(json.dumps(birth()), file=sys.stderr, flush=True)
+
+
+def birth() -> dict[str, object]:
+    """What a process has from whoever started it."""
+    files = [os.readlink(each) for each in Path("/proc/self/fd").iterdir() if each.exists()]
+    return {
+        "environment": sorted(f"{name}={value}"[:64] for name, value in os.environ.items()),
+        "files": sorted(file if file.startswith("/") else file.partition(":")[0] for file in files),
+        "outputs": os.fstat(1) == os.fstat(2),
+        "leader": os.getpgid(0) == os.getpid(),
+        "ignored": sorted(number for number in signal.valid_signals() if signal.getsignal(number) == signal.SIG_IGN),
+        "cores": sorted(os.sched_getaffinity(0)),
+        "directory": os.getcwd(),
+    }
+
+
+def prepare() -> None:
+    if MODE == "threaded":
+        threading.Thread(target=time.sleep, args=(3600,), daemon=True).start()
+    if MODE == "stuck":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if MODE == "broken":
+        print("the fake template's last words", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def fake_rank(config: WorkerConfig) -> FakeRank:
@@ -137,8 +173,16 @@ class QueuingRunner:
 
 def serve(connection: worker.Connection) -> None:
     global MODE
-    config = connection.inbox.get().config
-    MODE = MODES[min(config.rank, len(MODES) - 1)]
+    start = connection.inbox.get()
+    config = start.config
+    modes = config.files.name.split(",") if MODES == ["named"] else MODES
+    MODE = modes[min(config.rank, len(modes) - 1)]
+    if MODE in ("queued", "illegal", "exhausted"):
+        module = sys.modules["dashinfer.worker.runner"] = ModuleType("dashinfer.worker.runner")
+        module.Runner = QueuingRunner
+        ModelConfig.from_hf = staticmethod(lambda config, vision: None)
+        connection.inbox.put(start)
+        real_serve(connection)
     speaks = MODE == "chatty" or config.rank == config.world_size - config.world_size // config.pipeline_parallel
     if MODE == "refuse":
         raise UnsupportedModel("this model is not supported")
@@ -182,10 +226,5 @@ def serve(connection: worker.Connection) -> None:
 
 if __name__ == "__main__":
     worker.HEARTBEAT_INTERVAL = 0.1  # silence is noticed sooner
-    if MODE in ("queued", "illegal", "exhausted"):
-        module = sys.modules["dashinfer.worker.runner"] = ModuleType("dashinfer.worker.runner")
-        module.Runner = QueuingRunner
-        ModelConfig.from_hf = staticmethod(lambda config, vision: None)
-    else:
-        worker.serve = serve
+    real_serve, worker.serve, worker.prepare = worker.serve, serve, prepare
     worker.main()

@@ -1,12 +1,13 @@
 """The supervisor against real processes whose model is fake."""
 
+import ctypes
 import errno
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -18,16 +19,18 @@ import trio
 from dashinfer.errors import InsufficientMemory, PeerLost, StartupError, UnsupportedModel, WorkerError
 from dashinfer.types import Chunk, Enter, ModelFiles, OutOfMemory, Reset, SamplingParams, StepPlan, WorkerConfig
 from dashinfer.worker import supervisor
+from dashinfer.worker.processes import Template
 from dashinfer.worker.supervisor import WorkerGroup
 
 FAKE_WORKER = Path(__file__).with_name("fake_worker.py")
+PR_SET_CHILD_SUBREAPER = 36
 
 
-def config(rank: int = 0, world_size: int = 1, pipeline_parallel: int = 1) -> WorkerConfig:
+def config(rank: int = 0, world_size: int = 1, pipeline_parallel: int = 1, mode: str = "fake") -> WorkerConfig:
     return WorkerConfig(
         rank=rank,
         world_size=world_size,
-        files=ModelFiles("fake", "safetensors", (), {}),
+        files=ModelFiles(mode, "safetensors", (), {}),
         device="cpu",
         data_type="float32",
         load_format="dummy",
@@ -44,9 +47,24 @@ def command(mode: str) -> list[str]:
     return [sys.executable, str(FAKE_WORKER), mode]
 
 
-def group(mode: str, size: int = 1, *, stages: int = 1, heartbeat_timeout: float = 10.0) -> WorkerGroup:
-    configs = [config(rank, size, stages) for rank in range(size)]
-    return WorkerGroup(configs, command=command(mode), heartbeat_timeout=heartbeat_timeout)
+def group(
+    mode: str, size: int = 1, *, stages: int = 1, template: Template | None = None, heartbeat_timeout: float = 10.0
+) -> WorkerGroup:
+    """`template`: of a `named` fake worker."""
+    configs = [config(rank, size, stages, mode) for rank in range(size)]
+    return WorkerGroup(configs, command=command(mode), template=template, heartbeat_timeout=heartbeat_timeout)
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Template]:
+    with Template(command("named")) as template:
+        yield template
+
+
+@pytest.fixture(params=["spawned", "forked"])
+def template(request) -> Template | None:
+    """What starts ranks; None: their command."""
+    return request.getfixturevalue("forks") if request.param == "forked" else None
 
 
 def pids(group: WorkerGroup) -> list[int]:
@@ -95,10 +113,10 @@ async def run_steps(mode: str, size: int = 1, **kwargs) -> None:
 
 
 @pytest.mark.parametrize(("mode", "stages"), [("good", ["weights"]), ("queued", [])])
-async def test_plans_go_out_and_results_come_back(mode, stages):
+async def test_plans_go_out_and_results_come_back(mode, stages, template):
     with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
-            recorder = Recorder(group(mode))
+            recorder = Recorder(group(mode, template=template))
             ready = await recorder.start(nursery)
             for plan, _ in zip(plans(), range(4 if mode == "queued" else 3), strict=False):
                 await recorder.group.send(plan)
@@ -155,20 +173,38 @@ async def test_a_lone_rank_without_memory_drops_plans_until_it_is_reset():
         ("garbage", "a frame of"),
     ],
 )
-async def test_a_rank_that_dies_ends_the_group(mode, message):
+async def test_a_rank_that_dies_ends_the_group(mode, message, template, children):
     with trio.fail_after(30), pytest.raises(WorkerError, match=message):
-        await run_steps(mode)
+        await run_steps(mode, template=template)
+
+    assert children() == []
 
 
-async def test_a_rank_that_dies_while_loading_ends_the_group():
+async def test_a_rank_that_dies_while_loading_ends_the_group(template):
     message = "rank 0 was killed by SIGKILL; its last words: out of something"
     with trio.fail_after(30), pytest.raises(WorkerError, match=message):
-        await run_steps("lost")
+        await run_steps("lost", template=template)
 
 
-async def test_a_program_that_is_not_there(children):
-    with trio.fail_after(30), pytest.raises(StartupError, match=r"the process of rank 0 cannot be started: .*No such file"):
-        await WorkerGroup([config()], command=["/no/such/program"]).run(on_progress=print, on_result=print)
+async def test_what_a_rank_has_started_ends_with_it(template, caplog):
+    caplog.set_level("INFO", logger="dashinfer.worker")
+    with trio.fail_after(30), pytest.raises(WorkerError, match="rank 0 ended with exit status 3; its last words: child"):
+        await run_steps("mother", template=template)
+
+    (child,) = [int(text.partition("child ")[2]) for text in caplog.messages if "child " in text]
+    assert any_left([child]) == []
+
+
+@pytest.mark.parametrize("forked", [False, True])
+async def test_a_program_that_is_not_there(forked, children):
+    command = ["/no/such/program"]
+    with (
+        trio.fail_after(30),
+        Template(command) as template,
+        pytest.raises(StartupError, match=r"the process of rank 0 cannot be started: .*No such file"),
+    ):
+        workers = WorkerGroup([config()], command=command, template=template if forked else None)
+        await workers.run(on_progress=print, on_result=print)
 
     assert children() == []
 
@@ -183,11 +219,11 @@ async def test_a_rank_without_a_socket(monkeypatch):
 
 
 @pytest.mark.parametrize(("mode", "patience"), [("stopped", 1), ("frozen", 2)])
-async def test_a_stopped_rank_is_noticed_by_its_silence_and_reaped(mode, patience, monkeypatch, children):
+async def test_a_stopped_rank_is_noticed_by_its_silence_and_reaped(mode, patience, template, monkeypatch, children):
     monkeypatch.setattr(supervisor, "LOADING_SILENCE", 2.0)
     monkeypatch.setattr(supervisor, "HEARTBEAT_GRACE", 0.1)
     with trio.fail_after(30), pytest.raises(WorkerError, match=f"rank 0 hangs: no sign of life for {patience} s"):
-        await run_steps(mode, heartbeat_timeout=1.0)
+        await run_steps(mode, template=template, heartbeat_timeout=1.0)
 
     assert children() == []
 
@@ -313,11 +349,11 @@ async def test_a_single_rank_meets_nobody_and_a_place_that_is_given_stays():
         assert [each.rendezvous for each in [*alone, *two]] == ["", "tcp://10.0.0.1:1", "tcp://10.0.0.1:1"]
 
 
-async def test_the_death_of_one_rank_ends_all_at_once(children):
+async def test_the_death_of_one_rank_ends_all_at_once(template, children):
     """Though others are in the midst of something, or stopped."""
     with trio.fail_after(30), pytest.raises(WorkerError, match="rank 1 was killed by SIGKILL"), supervisor.one_error():
         async with trio.open_nursery() as nursery:
-            recorder = Recorder(group("hang,good", 3))
+            recorder = Recorder(group("hang,good", 3, template=template))
             await recorder.start(nursery)
             for plan, _ in zip(plans(), range(3), strict=False):
                 await recorder.group.send(plan)
@@ -350,10 +386,10 @@ async def test_the_cause_is_told_rather_than_what_it_led_to(mode, message, child
     assert children() == []
 
 
-async def test_a_rank_that_closes_its_connection_is_ended(children, monkeypatch):
+async def test_a_rank_that_closes_its_connection_is_ended(template, children, monkeypatch):
     monkeypatch.setattr(supervisor, "EXIT_TIMEOUT", 0.2)
     with trio.fail_after(30), pytest.raises(WorkerError, match="rank 1 closed its connection"):
-        await run_steps("good,closed", 2)
+        await run_steps("good,closed", 2, template=template)
 
     assert children() == []
 
@@ -392,10 +428,10 @@ async def test_a_stopped_rank_that_takes_no_frames_keeps_none_from_others(monkey
     assert children() == []
 
 
-async def test_no_rank_has_a_socket_of_another():
+async def test_no_rank_has_a_socket_of_another(template):
     with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
-            recorder = Recorder(group("good", 3))
+            recorder = Recorder(group("good", 3, template=template))
             await recorder.start(nursery)
             owned = [sockets(pid) for pid in pids(recorder.group)]
             nursery.cancel_scope.cancel()
@@ -404,10 +440,10 @@ async def test_no_rank_has_a_socket_of_another():
     assert len(set.union(*owned)) == 3
 
 
-async def test_cancelling_reaps_the_process(children):
+async def test_cancelling_reaps_the_process(template, children):
     with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
-            await Recorder(group("good")).start(nursery)
+            await Recorder(group("good", template=template)).start(nursery)
             assert len(children()) == 1
             nursery.cancel_scope.cancel()
 
@@ -417,45 +453,87 @@ async def test_cancelling_reaps_the_process(children):
 @pytest.mark.parametrize("new_session", [False, True])
 @pytest.mark.parametrize(("mode", "stop"), [("good", False), ("loading", False), ("good", True), ("loading,good", True)])
 def test_no_rank_outlives_a_killed_parent(mode, stop, new_session, tmp_path):
-    if stop and not new_session and os.getsid(1) == os.getsid(0):
-        pytest.skip("the process that inherits orphans is in this session")
-    program = f"""
+    assert_ranks_end(group_program(repr(mode)), stop, tmp_path, new_session)
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_no_rank_outlives_a_killed_parent_with_its_template(stop, tmp_path):
+    """Stopped ones in particular, whoever inherits them."""
+    program = group_program(f"'good', template=Template({command('named')}).__enter__()")
+    assert_ranks_end(program, stop, tmp_path, reap=False)
+
+
+def group_program(arguments: str) -> str:
+    """A program that starts three ranks and prints their process ids after its own."""
+    return f"""
 import sys, trio
 sys.path[:0] = {[str(FAKE_WORKER.parents[2])]!r}
 from tests.worker.test_supervisor import *
 async def main():
     async with trio.open_nursery() as nursery:
-        recorder = Recorder(group({mode!r}, 3))
+        recorder = Recorder(group({arguments}, size=3))
         nursery.start_soon(recorder.start, nursery)
         while not recorder.progress or len(all_children()) < 3:
             await trio.sleep(0.01)
-        print(*all_children(), flush=True)
+        print(os.getpid(), *all_children(), *templates(), flush=True)
         await trio.sleep_forever()
 trio.run(main)
 """
-    with running(program, new_session, tmp_path) as parent:
-        ranks = [int(pid) for pid in parent.stdout.readline().split()]
+
+
+def assert_ranks_end(program: str, stop: bool, directory: Path, new_session: bool = False, reap: bool = True) -> None:
+    """Kill the program, with one of its ranks stopped.
+
+    Args:
+        new_session: it leads one.
+        reap: its ranks are inherited by a process that is in another session.
+    """
+    with running(program, new_session, directory) as process, inheriting(reap and not new_session):
+        pid, *ranks = (int(pid) for pid in process.stdout.readline().split())
         if stop:
             os.kill(ranks[1], signal.SIGSTOP)
-        parent.kill()
-        deadline = time.monotonic() + 2
-        while (left := [pid for pid in ranks if is_alive(pid)]) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        for pid in left:
-            os.kill(pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
+        assert len(ranks) >= 3
+        assert any_left(ranks) == []
 
-        assert len(ranks) == 3
-        assert left == []
+
+def any_left(pids: list[int]) -> list[int]:
+    """Those that are alive after two seconds, and are killed then."""
+    deadline = time.monotonic() + 2
+    while (left := [pid for pid in pids if is_alive(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    return left
+
+
+@contextmanager
+def inheriting(active: bool) -> Iterator[None]:
+    """Processes below this one become its children when their parents end."""
+    if not active:
+        yield
+        return
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    before = set(all_children())
+    assert prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+    try:
+        yield
+    finally:
+        assert prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0) == 0
+        for pid in set(all_children()) - before:
+            os.waitpid(pid, 0)
 
 
 @contextmanager
 def running(program: str, new_session: bool, directory: Path):
-    """A Python process with its output as a pipe, and what it leaves behind in a directory."""
+    """A Python process with its output as a pipe, and what it leaves behind in a directory. It leads a new session, or is in
+    one that a shell leads."""
+    command = [sys.executable, "-c", program]
     with subprocess.Popen(
-        [sys.executable, "-c", program],
+        command if new_session else ["sh", "-c", '"$@"; exit', "sh", *command],
         stdout=subprocess.PIPE,
         text=True,
-        start_new_session=new_session,
+        start_new_session=True,
         env={**os.environ, "TMPDIR": str(directory)},
     ) as process:
         try:
@@ -472,10 +550,19 @@ def children() -> Callable[[], list[int]]:
 
 
 def all_children() -> list[int]:
-    """Process ids of this process's living children."""
-    path = Path(f"/proc/self/task/{os.getpid()}/children")
-    every_thread = [task / "children" for task in path.parents[1].iterdir()]
-    return sorted(int(pid) for each in every_thread for pid in each.read_text().split())
+    """Process ids of this process's children, and of those of its templates in place of those."""
+    of_templates = [child for pid in templates() for child in children_of(pid)]
+    return sorted({*children_of("self"), *of_templates} - set(templates()))
+
+
+def templates() -> list[int]:
+    """Process ids of this process's templates."""
+    return [pid for pid in children_of("self") if b"--template" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")]
+
+
+def children_of(pid: int | str) -> list[int]:
+    every_thread = Path(f"/proc/{pid}/task").iterdir()
+    return [int(pid) for each in every_thread for pid in (each / "children").read_text().split()]
 
 
 def is_alive(pid: int) -> bool:
