@@ -7,10 +7,10 @@ import torch
 from numba import uint16
 from torch import Tensor
 
-from dashinfer_kernels.compiled import Loop, array, exp, given, inlined, narrow, take, widen
+from dashinfer_kernels.compiled import Loop, array, exp, given, narrow, shared, take, widen
 
 
-@inlined
+@shared
 def silu_mul_row(gate, up, out):
     """Of arrays of one row."""
     for i in range(len(out)):

@@ -5,10 +5,10 @@ from numba import int32, int64, uint16
 from torch import Tensor
 
 from dashinfer_kernels.attention.batch import PagedBatch
-from dashinfer_kernels.compiled import Loop, array, as_float, exp, float_bits, given, inlined, narrow, take, widen
+from dashinfer_kernels.compiled import Loop, array, as_float, exp, float_bits, given, narrow, shared, take, widen
 
 
-@inlined
+@shared
 def has_blocks(table, begin, end, block_size, num_blocks):
     """Whether a sequence's tokens in [begin, end) are in its table, and their blocks in the cache."""
     known = end <= len(table) * block_size
@@ -18,7 +18,7 @@ def has_blocks(table, begin, end, block_size, num_blocks):
     return known
 
 
-@inlined
+@shared
 def attend(q, cache, kv_head, table, begin, end, scale, wide, scores, sums, out):
     """Of one token's heads that share a KV head, over the tokens in [begin, end).
 

@@ -9,7 +9,7 @@ from numba import float32, int32, int64, uint16
 
 from dashinfer_kernels.activation.cpu_loop import silu_mul_row
 from dashinfer_kernels.attention.cpu_loop import attend, has_blocks
-from dashinfer_kernels.compiled import Loop, array, as_float, call, float_bits, given, inlined, meet, narrow, shared, take
+from dashinfer_kernels.compiled import Loop, array, as_float, call, float_bits, given, meet, narrow, shared, take
 from dashinfer_kernels.norm.cpu_loop import add_rms_norm_row
 from dashinfer_kernels.quant_matmul.cpu_tile_loop import multiply_rows, sum_groups
 from dashinfer_kernels.quant_matmul.tile_product import TILE
@@ -24,12 +24,12 @@ LINE = 64  # bytes between the numbers of next tasks, so that threads do not wai
 _RUN = 1 << 15  # bytes of codes that a thread takes at a time
 
 
-@inlined
+@shared
 def _tile(linear, tile, x, sums, products, rows):
     groups, planes, inputs = linear[2], linear[3], linear[4]
     vectors = inputs * planes // 8 // groups
     codes = linear[0] + tile * groups * (vectors + 1) * TILE * 4
-    multiply_rows(codes, x, sums, groups, vectors, products.ctypes.data, rows, inputs, planes)
+    multiply_rows(codes, x, sums, groups, vectors, np.int64(products.ctypes.data), rows, inputs, planes)
     if linear[1]:
         bias = array(linear[1] + tile * TILE * 4, (TILE,), float32)
         for row in range(rows):
@@ -37,13 +37,13 @@ def _tile(linear, tile, x, sums, products, rows):
                 products[row, i] += bias[i]
 
 
-@inlined
+@shared
 def _tiles_at_once(linear):
     groups, planes, inputs = linear[2], linear[3], linear[4]
     return max(1, _RUN // (groups * (inputs * planes // 8 // groups + 1) * TILE * 4))
 
 
-@inlined
+@shared
 def _sum_inputs(linear, x, sums, rows):
     groups, inputs = linear[2], linear[4]
     sum_groups(array(x, (rows, groups, inputs // groups), uint16), array(sums, (rows, groups), float32))
@@ -113,7 +113,7 @@ def decode(work):
     group_sums, products = np.empty(rows * most_groups, np.float32), np.empty((2, rows, TILE), np.float32)
     wide, sums = np.empty((shared_heads, head_dim), np.float32), np.empty((shared_heads, head_dim), np.float32)
     scores = np.empty((shared_heads, table_width * block_size), np.float32)
-    x, of_groups, tasks = normed.ctypes.data, group_sums.ctypes.data, tasks_ptr
+    x, of_groups, tasks = np.int64(normed.ctypes.data), np.int64(group_sums.ctypes.data), tasks_ptr
     for layer in range(layers):
         numbers = table[layer]
         input_norm = array(numbers[4 * LINEAR], (hidden,), float32)

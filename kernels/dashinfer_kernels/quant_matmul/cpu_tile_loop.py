@@ -5,13 +5,13 @@ import torch
 from numba import float32, uint16, uint32
 from torch import Tensor
 
-from dashinfer_kernels.compiled import Loop, array, given, inlined, narrow, shared, take, widen
+from dashinfer_kernels.compiled import Loop, array, given, narrow, shared, take, widen
 from dashinfer_kernels.quant_matmul.tile_product import TILE, multiply_tile
 
-_RUN = 1 << 17  # bytes of codes that a thread takes at a time, as a rule
+_RUN = 1 << 18  # bytes of codes that a thread takes at a time, as a rule
 
 
-@inlined
+@shared
 def sum_groups(x, sums):
     """Of bfloat16 `x` [rows, groups, size], float32 to `sums` [rows, groups]."""
     rows, groups, size = x.shape
@@ -28,31 +28,18 @@ def multiply_rows(codes, x, sums, groups, vectors, out, rows, inputs, planes):
     """`multiply_tile` of any number of rows; addresses, of contiguous arrays."""
     row, stride = 0, 2 * inputs
     while row < rows:
-        left, at, of, to = rows - row, x + row * stride, sums + row * groups * 4, out + row * TILE * 4
-        if planes == 1:
-            if left >= 8:
-                multiply_tile(codes, at, stride, of, groups, vectors, to, 8, 1)
-                row += 8
-            elif left >= 4:
+        at, of, to = x + row * stride, sums + row * groups * 4, out + row * TILE * 4
+        if rows - row >= 4:
+            if planes == 1:
                 multiply_tile(codes, at, stride, of, groups, vectors, to, 4, 1)
-                row += 4
-            elif left >= 2:
-                multiply_tile(codes, at, stride, of, groups, vectors, to, 2, 1)
-                row += 2
             else:
-                multiply_tile(codes, at, stride, of, groups, vectors, to, 1, 1)
-                row += 1
-        elif left >= 8:
-            multiply_tile(codes, at, stride, of, groups, vectors, to, 8, 2)
-            row += 8
-        elif left >= 4:
-            multiply_tile(codes, at, stride, of, groups, vectors, to, 4, 2)
+                multiply_tile(codes, at, stride, of, groups, vectors, to, 4, 2)
             row += 4
-        elif left >= 2:
-            multiply_tile(codes, at, stride, of, groups, vectors, to, 2, 2)
-            row += 2
         else:
-            multiply_tile(codes, at, stride, of, groups, vectors, to, 1, 2)
+            if planes == 1:
+                multiply_tile(codes, at, stride, of, groups, vectors, to, 1, 1)
+            else:
+                multiply_tile(codes, at, stride, of, groups, vectors, to, 1, 2)
             row += 1
 
 
@@ -64,13 +51,12 @@ def _multiply(work):
     size, tiles = groups * (vectors + 1) * TILE * 4, -(-outputs // TILE)
     sums, products = np.empty((rows, groups), np.float32), np.empty((rows, TILE), np.float32)
     sum_groups(array(x_ptr, (rows, groups, inputs // groups), uint16), sums)
+    sums_ptr, products_ptr = np.int64(sums.ctypes.data), np.int64(products.ctypes.data)
     narrow_out, wide_out = array(out_ptr, (rows, outputs), uint16), array(out_ptr, (rows, outputs), float32)
     task = take(work)
     while task < tasks:
         for tile in range(task * run, min(tiles, task * run + run)):
-            multiply_rows(
-                codes + tile * size, x_ptr, sums.ctypes.data, groups, vectors, products.ctypes.data, rows, inputs, planes
-            )
+            multiply_rows(codes + tile * size, x_ptr, sums_ptr, groups, vectors, products_ptr, rows, inputs, planes)
             first = tile * TILE
             for row in range(rows):
                 for i in range(min(TILE, outputs - first)):

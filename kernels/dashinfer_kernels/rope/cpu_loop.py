@@ -3,10 +3,10 @@
 from numba import float32, int64, uint16
 from torch import Tensor
 
-from dashinfer_kernels.compiled import Loop, array, given, inlined, narrow, take, widen
+from dashinfer_kernels.compiled import Loop, array, given, narrow, shared, take, widen
 
 
-@inlined
+@shared
 def rotate(head, cos_sin):
     """A head [head_dim] in place; `cos_sin` [2, rotary_dim / 2]."""
     half = cos_sin.shape[1]
