@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from threading import Thread
 from types import ModuleType
 
 import torch
@@ -16,6 +17,8 @@ from dashinfer_kernels.quant_matmul.cpu import BesideCopy
 from dashinfer_kernels.quant_matmul.cpu_tiles import TILE, TileLinear
 
 MAX_ROWS = 4  # beyond, products take most of a step, and those of a 16-bit copy less time
+
+_PATIENCE = 0.5  # seconds to wait for a loop that was compiled before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +61,9 @@ class DecodeLayers:
         eps: float,
         scale: float,
     ) -> None:
-        loop = _loop()
-        assert loop is not None
-        self._loop, self._layers, self._final_norm, self._cos_sin = loop, layers, final_norm, cos_sin
+        self._compiling, self._layers, self._final_norm, self._cos_sin = compiling(), layers, final_norm, cos_sin
         self._linears = [[_few_rows(each) for each in _linears(layer)] for layer in layers]
-        self._heads, self._scalars = (num_heads, num_kv_heads, head_dim), (loop.float_bits(scale), loop.float_bits(eps))
+        self._heads, self._scalars = (num_heads, num_kv_heads, head_dim), (scale, eps)
         self._intermediate = layers[0].down.in_features
         self._most_groups = max(linear.tiles.shape[1] for each in self._linears for linear in each)
         self._calls = [threads.address(name) for name in ("omp_get_num_threads", "omp_get_thread_num", "sched_yield")]
@@ -71,7 +72,7 @@ class DecodeLayers:
 
     def takes(self, batch: PagedBatch, positions: Tensor, caches: Sequence[Tensor]) -> bool:
         """Whether the step is one of these."""
-        few = batch.num_decodes == batch.num_tokens <= MAX_ROWS
+        few = self._compiling.loop is not None and batch.num_decodes == batch.num_tokens <= MAX_ROWS
         return few and positions.ndim == 1 and caches[0].dtype == torch.bfloat16 and loops.take(torch.bfloat16, MAX_ROWS)
 
     def __call__(self, embedded: Tensor, batch: PagedBatch, positions: Tensor, caches: Sequence[Tensor]) -> Tensor:
@@ -84,6 +85,8 @@ class DecodeLayers:
         Raises:
             IndexError: a position, slot or block outside of its table.
         """
+        loop = self._compiling.loop
+        assert loop is not None
         rows, hidden = embedded.shape
         num_heads, num_kv_heads, head_dim = self._heads
         num_blocks, _, _, block_size, _ = caches[0].shape
@@ -92,10 +95,10 @@ class DecodeLayers:
         attended = torch.empty(rows, num_heads * head_dim, dtype=torch.bfloat16)
         added, activated = torch.zeros_like(out), torch.empty(rows, self._intermediate, dtype=torch.bfloat16)
         shares = torch.get_num_threads()
-        tasks = torch.zeros((len(caches) * self._loop.PHASES * shares + 1) * self._loop.LINE, dtype=torch.uint8)
+        tasks = torch.zeros((len(caches) * loop.PHASES * shares + 1) * loop.LINE, dtype=torch.uint8)
         inputs = (self._of(caches), tasks, embedded, out, positions, batch.slot_mapping, batch.block_tables)
         inputs += (batch.context_lengths, self._cos_sin, self._final_norm, qkv, attended, added, activated)
-        failed = self._loop.decode(
+        failed = loop.decode(
             len(caches),
             1 << 30,
             *(each.data_ptr() for each in inputs),
@@ -109,7 +112,7 @@ class DecodeLayers:
             block_size,
             batch.block_tables.shape[1],
             self._most_groups,
-            *self._scalars,
+            *map(loop.float_bits, self._scalars),
             shares,
         )
         if failed:
@@ -135,7 +138,7 @@ def can_decode(layers: Sequence[LayerParts]) -> bool:
         found = _few_rows(linear)
         if found is None or not found.in_order or found.out_features % (2 * TILE):
             return False
-    return bool(layers) and _loop() is not None
+    return bool(layers)
 
 
 def _linears(layer: LayerParts) -> tuple[Linear, Linear, Linear, Linear]:
@@ -153,13 +156,26 @@ def _numbers(linear: TileLinear) -> tuple[int, ...]:
     return linear.tiles.data_ptr(), bias, linear.tiles.shape[1], linear.planes, linear.in_features, linear.out_features
 
 
+class _Compiling(Thread):
+    """Has the loop compiled, which takes seconds in the first process of an installation and 20 ms in any later one. Steps do
+    without it meanwhile."""
+
+    loop: ModuleType | None = None
+
+    def run(self) -> None:
+        try:
+            from dashinfer_kernels.decode_layers import loop
+        # as in `loops.compile_all`
+        except Exception as error:
+            warnings.warn(f"Numba cannot compile all layers, so steps take longer: {error!r}", RuntimeWarning, stacklevel=2)
+        else:
+            self.loop = loop
+
+
 @cache
-def _loop() -> ModuleType | None:
-    """None: there is none, see `cpu_tiles.fits`."""
-    try:
-        from dashinfer_kernels.decode_layers import loop
-    # as in `loops.compile_all`
-    except Exception as error:
-        warnings.warn(f"Numba cannot compile all layers, so steps take longer: {error!r}", RuntimeWarning, stacklevel=2)
-        return None
-    return loop
+def compiling() -> _Compiling:
+    """Under way or done."""
+    thread = _Compiling(daemon=True)
+    thread.start()
+    thread.join(_PATIENCE)
+    return thread

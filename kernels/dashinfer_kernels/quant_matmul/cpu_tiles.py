@@ -19,7 +19,7 @@ from dashinfer_kernels.quant_matmul.weight import FLOAT8, QuantizedWeight
 TILE = 16  # outputs, see `tile_product`
 
 # The most rows that the loops multiply faster than blocks do, and than a packed 16-bit copy does, by planes.
-ROWS, ROWS_BESIDE_COPY = {1: 64, 2: 32}, {1: 8, 2: 4}
+ROWS, ROWS_BESIDE_COPY = {1: 128, 2: 80}, {1: 8, 2: 6}
 
 
 def fits(weight: QuantizedWeight, dtype: torch.dtype) -> bool:
