@@ -19,7 +19,7 @@ from dashinfer_kernels import threads
 
 # elements that take as long as threads take to come and go
 _WORTH_THREADS = 1 << 16
-_SPINS = 1 << 14  # then whoever a thread waits for may want its core
+_SPINS = 1 << 10  # then whoever a thread waits for may want its core
 # sums in any order, fused products; not fastmath as a whole, which takes NaN for impossible
 _FLAGS = {"contract", "reassoc", "nsz", "arcp"}
 

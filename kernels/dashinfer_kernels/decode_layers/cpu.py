@@ -16,7 +16,7 @@ from dashinfer_kernels.linear.launch import Linear
 from dashinfer_kernels.quant_matmul.cpu import BesideCopy
 from dashinfer_kernels.quant_matmul.cpu_tiles import TILE, TileLinear
 
-MAX_ROWS = 4  # beyond, products take most of a step, and those of a 16-bit copy less time
+MAX_ROWS = 16  # beyond, a step's time is that of its products
 
 _PATIENCE = 0.5  # seconds to wait for a loop that was compiled before
 
@@ -64,6 +64,8 @@ class DecodeLayers:
         self._compiling, self._layers, self._final_norm, self._cos_sin = compiling(), layers, final_norm, cos_sin
         self._linears = [[_few_rows(each) for each in _linears(layer)] for layer in layers]
         self._heads, self._scalars = (num_heads, num_kv_heads, head_dim), (scale, eps)
+        copies = [linear for layer in layers for linear in _linears(layer) if isinstance(linear, BesideCopy)]
+        self._most_rows = min([linear.narrow.most_rows_beside_copy for linear in copies], default=MAX_ROWS)
         self._intermediate = layers[0].down.in_features
         self._most_groups = max(linear.tiles.shape[1] for each in self._linears for linear in each)
         self._calls = [threads.address(name) for name in ("omp_get_num_threads", "omp_get_thread_num", "sched_yield")]
@@ -72,8 +74,10 @@ class DecodeLayers:
 
     def takes(self, batch: PagedBatch, positions: Tensor, caches: Sequence[Tensor]) -> bool:
         """Whether the step is one of these."""
-        few = self._compiling.loop is not None and batch.num_decodes == batch.num_tokens <= MAX_ROWS
-        return few and positions.ndim == 1 and caches[0].dtype == torch.bfloat16 and loops.take(torch.bfloat16, MAX_ROWS)
+        few = self._compiling.loop is not None and batch.num_decodes == batch.num_tokens <= self._most_rows
+        return (
+            few and positions.ndim == 1 and caches[0].dtype == torch.bfloat16 and loops.take(torch.bfloat16, batch.num_tokens)
+        )
 
     def __call__(self, embedded: Tensor, batch: PagedBatch, positions: Tensor, caches: Sequence[Tensor]) -> Tensor:
         """[tokens, hidden] bfloat16 after the final norm, of [tokens, hidden] float32; keys and values go to the caches.

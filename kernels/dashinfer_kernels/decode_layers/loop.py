@@ -29,7 +29,9 @@ def _tile(linear, tile, x, sums, products, rows):
     groups, planes, inputs = linear[2], linear[3], linear[4]
     vectors = inputs * planes // 8 // groups
     codes = linear[0] + tile * groups * (vectors + 1) * TILE * 4
-    multiply_rows(codes, x, sums, groups, vectors, np.int64(products.ctypes.data), rows, inputs, planes)
+    # addresses are taken here, since arrays live as long as they are used
+    of, to = np.int64(sums.ctypes.data), np.int64(products.ctypes.data)
+    multiply_rows(codes, x, of, groups, vectors, to, rows, inputs, planes)
     if linear[1]:
         bias = array(linear[1] + tile * TILE * 4, (TILE,), float32)
         for row in range(rows):
@@ -46,7 +48,7 @@ def _tiles_at_once(linear):
 @shared
 def _sum_inputs(linear, x, sums, rows):
     groups, inputs = linear[2], linear[4]
-    sum_groups(array(x, (rows, groups, inputs // groups), uint16), array(sums, (rows, groups), float32))
+    sum_groups(array(x, (rows, groups, inputs // groups), uint16), sums[: rows * groups].reshape((rows, groups)))
 
 
 @shared
@@ -94,7 +96,9 @@ def _multiply_gated(work, linear, x, sums, products, out, rows):
 @Loop
 def decode(work):
     """Returns a row, and one more, with a position, a slot or a block that its table or the cache lacks."""
-    _, layers, _, layers_ptr, tasks_ptr, stream_ptr, out_ptr, positions_ptr, slots_ptr, tables_ptr, contexts_ptr = given(work, 11)
+    _, layers, _, layers_ptr, tasks_ptr, stream_ptr, out_ptr, positions_ptr, slots_ptr, tables_ptr, contexts_ptr = given(
+        work, 11
+    )
     cos_sin_ptr, norm_ptr, qkv_ptr, attended_ptr, added_ptr, activated_ptr, team_size, number, give_way = given(work + 88, 9)
     rows, hidden, num_heads, num_kv_heads, head_dim, intermediate, max_positions, rotary_dim = given(work + 160, 8)
     num_blocks, block_size, table_width, most_groups, scale_bits, eps_bits, shares = given(work + 224, 7)
@@ -113,15 +117,16 @@ def decode(work):
     group_sums, products = np.empty(rows * most_groups, np.float32), np.empty((2, rows, TILE), np.float32)
     wide, sums = np.empty((shared_heads, head_dim), np.float32), np.empty((shared_heads, head_dim), np.float32)
     scores = np.empty((shared_heads, table_width * block_size), np.float32)
-    x, of_groups, tasks = np.int64(normed.ctypes.data), np.int64(group_sums.ctypes.data), tasks_ptr
+    tasks = tasks_ptr
     for layer in range(layers):
+        x = np.int64(normed.ctypes.data)
         numbers = table[layer]
         input_norm = array(numbers[4 * LINEAR], (hidden,), float32)
         mlp_norm = array(numbers[4 * LINEAR + 1], (hidden,), float32)
         cache = array(numbers[4 * LINEAR + 2], (num_blocks, 2, num_kv_heads, block_size, head_dim), uint16)
         for row in range(rows):
             add_rms_norm_row(added[row], stream[row], input_norm, eps, normed[row])
-        _multiply((tasks, thread, shares), numbers[:LINEAR], x, of_groups, products[0], flat_qkv, rows)
+        _multiply((tasks, thread, shares), numbers[:LINEAR], x, group_sums, products[0], flat_qkv, rows)
         met += threads
         meet(work, met, give_way)
 
@@ -149,17 +154,41 @@ def decode(work):
         met += threads
         meet(work, met, give_way)
 
-        _multiply((tasks + 2 * shares * LINE, thread, shares), numbers[LINEAR : 2 * LINEAR], attended_ptr, of_groups, products[0], added, rows)
+        _multiply(
+            (tasks + 2 * shares * LINE, thread, shares),
+            numbers[LINEAR : 2 * LINEAR],
+            attended_ptr,
+            group_sums,
+            products[0],
+            added,
+            rows,
+        )
         met += threads
         meet(work, met, give_way)
 
         for row in range(rows):
             add_rms_norm_row(added[row], stream[row], mlp_norm, eps, normed[row])
-        _multiply_gated((tasks + 3 * shares * LINE, thread, shares), numbers[2 * LINEAR : 3 * LINEAR], x, of_groups, products, activated, rows)
+        _multiply_gated(
+            (tasks + 3 * shares * LINE, thread, shares),
+            numbers[2 * LINEAR : 3 * LINEAR],
+            x,
+            group_sums,
+            products,
+            activated,
+            rows,
+        )
         met += threads
         meet(work, met, give_way)
 
-        _multiply((tasks + 4 * shares * LINE, thread, shares), numbers[3 * LINEAR : 4 * LINEAR], activated_ptr, of_groups, products[0], added, rows)
+        _multiply(
+            (tasks + 4 * shares * LINE, thread, shares),
+            numbers[3 * LINEAR : 4 * LINEAR],
+            activated_ptr,
+            group_sums,
+            products[0],
+            added,
+            rows,
+        )
         met += threads
         meet(work, met, give_way)
         tasks += PHASES * shares * LINE

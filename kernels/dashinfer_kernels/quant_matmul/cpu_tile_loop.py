@@ -51,12 +51,13 @@ def _multiply(work):
     size, tiles = groups * (vectors + 1) * TILE * 4, -(-outputs // TILE)
     sums, products = np.empty((rows, groups), np.float32), np.empty((rows, TILE), np.float32)
     sum_groups(array(x_ptr, (rows, groups, inputs // groups), uint16), sums)
-    sums_ptr, products_ptr = np.int64(sums.ctypes.data), np.int64(products.ctypes.data)
     narrow_out, wide_out = array(out_ptr, (rows, outputs), uint16), array(out_ptr, (rows, outputs), float32)
     task = take(work)
     while task < tasks:
         for tile in range(task * run, min(tiles, task * run + run)):
-            multiply_rows(codes + tile * size, x_ptr, sums_ptr, groups, vectors, products_ptr, rows, inputs, planes)
+            # addresses are taken here, since arrays live as long as they are used
+            of, to = np.int64(sums.ctypes.data), np.int64(products.ctypes.data)
+            multiply_rows(codes + tile * size, x_ptr, of, groups, vectors, to, rows, inputs, planes)
             first = tile * TILE
             for row in range(rows):
                 for i in range(min(TILE, outputs - first)):
