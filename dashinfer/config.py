@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
+from urllib.parse import urlsplit
 
 from dashinfer.errors import ConfigurationError
 from dashinfer.types import DataType, KVCacheDtype, QuantType, VisionEngine
@@ -103,6 +104,19 @@ def _file(text: str) -> Path:
     if not path.is_file():
         raise ValueError(f"{text!r} is not a file")
     return path.absolute()
+
+
+def _collector(text: str) -> str:
+    try:
+        url = urlsplit(text)
+        usable = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0 and not re.search(r"[\s?#]", text)
+    except ValueError:
+        usable = False
+    if usable and "@" in url.netloc:
+        raise ValueError("credentials do not belong into this URL; set OTEL_EXPORTER_OTLP_HEADERS")
+    if not usable:
+        raise ValueError("not a URL of OTLP over HTTP; write for example http://localhost:4318/v1/traces")
+    return text if url.path.strip("/") else text.rstrip("/") + "/v1/traces"
 
 
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[A-Za-z0-9.\[\]:_-]+")
@@ -299,6 +313,13 @@ class ServerConfig:
     )
     rate_limit_concurrent: int | None = _setting(
         None, "requests of a key that are answered at a time", group=_SERVER, parse=_positive, metavar="N"
+    )
+    otlp_traces_endpoint: str | None = _setting(
+        None,
+        "URL that OpenTelemetry traces are sent to, by OTLP over HTTP, such as http://localhost:4318/v1/traces",
+        group=_SERVER,
+        parse=_collector,
+        metavar="URL",
     )
 
     device: Device = _setting("auto", "where the model runs; auto takes CUDA if there is a GPU", group=_ENGINE)

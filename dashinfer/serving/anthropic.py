@@ -8,7 +8,7 @@ from typing import Any
 
 from dashinfer.errors import InvalidRequest, RequestError
 from dashinfer.protocol import anthropic as protocol
-from dashinfer.protocol.chat import ChatCompletionRequest
+from dashinfer.protocol.chat import ChatCompletionRequest, ChoiceFinish
 from dashinfer.protocol.parse import parse_request
 from dashinfer.serving import chat
 from dashinfer.serving.service import Service
@@ -20,16 +20,23 @@ class MessagesAnswer:
 
     Attributes:
         request: the chat that it became.
+        id: of the answer.
     """
 
     def __init__(self, service: Service, completion: chat.ChatCompletion) -> None:
         self.request = completion.request
         self._completion = completion
-        self._encoder = protocol.MessageEncoder(id="msg_" + secrets.token_hex(12), model=service.config.model_name)
+        self.id = "msg_" + secrets.token_hex(12)
+        self._encoder = protocol.MessageEncoder(id=self.id, model=service.config.model_name)
 
     @property
     def summary(self) -> str:
         return self._completion.summary
+
+    @property
+    def finish_reasons(self) -> list[ChoiceFinish | None]:
+        """As `ChatCompletion` has them."""
+        return self._completion.finish_reasons
 
     async def body(self) -> bytes:
         """The whole answer as JSON. Raises InternalError or EngineUnavailable where the engine lost it."""

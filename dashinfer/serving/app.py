@@ -24,7 +24,7 @@ from dashinfer.protocol.openapi import openapi_document
 from dashinfer.protocol.stream import KEEP_ALIVE, error_body
 from dashinfer.serving import anthropic, chat, chat_page, completions, docs, embeddings, responses, status, tokens
 from dashinfer.serving.auth import KeyRing
-from dashinfer.serving.context import key_name
+from dashinfer.serving.context import key_name, trace, trace_failure
 from dashinfer.serving.edge import SCOPE_KEY, Edge, RequestRecord, Scope, error_headers, internal_error
 from dashinfer.serving.limits import Limits
 from dashinfer.serving.service import Service
@@ -50,6 +50,10 @@ BODY_PATHS = (  # that take more than a small body
     *(CHAT_PATH, COMPLETIONS_PATH, EMBEDDINGS_PATH),
     *(RESPONSES_PATH, MESSAGES_PATH, COUNT_TOKENS_PATH, TOKENIZE_PATH, DETOKENIZE_PATH),
 )
+OPERATIONS = {  # that are traced, by the names of OpenTelemetry's conventions for GenAI
+    **dict.fromkeys((CHAT_PATH, RESPONSES_PATH, MESSAGES_PATH), "chat"),
+    **{COMPLETIONS_PATH: "text_completion", EMBEDDINGS_PATH: "embeddings"},
+}
 OPEN_PATHS = ("/openapi.json", *status.OPEN_PATHS, *docs.OPEN_PATHS, *chat_page.OPEN_PATHS)
 
 _JSON = {"content-type": "application/json"}
@@ -98,7 +102,13 @@ def _record() -> RequestRecord:
 
 def error_response(error: RequestError, *, status: int | None = None) -> Response:
     """An error as an answer. `status` overrides the error's own."""
+    trace_failure(error)
     return Response(error_body(error), status or error.status, headers=error_headers(error))
+
+
+def _anthropic_error(error: RequestError) -> Response:
+    trace_failure(error)
+    return Response(anthropic_protocol.error_body(error), error.status, headers=error_headers(error))
 
 
 def _http_error(service: Service, error: HTTPException) -> Response:
@@ -120,6 +130,7 @@ def _http_error(service: Service, error: HTTPException) -> Response:
 def _unexpected(error: Exception) -> Response:
     record = _record()
     logger.error("request %s failed", record.id, exc_info=error)
+    trace_failure(error)
     return error_response(internal_error(record))
 
 
@@ -168,6 +179,8 @@ def create_app(service: Service) -> QuartTrio:
     async def answer(accepted: Answer, *, keep_alive: bytes = KEEP_ALIVE) -> Response:
         record = _record()
         record.describe = lambda: accepted.summary
+        if (traced := trace.get()) is not None:
+            traced.answered(accepted)
         if accepted.request.stream:
             response = Response(accepted.events(), headers=_EVENTS)
             response.timeout = None
@@ -216,7 +229,7 @@ def create_app(service: Service) -> QuartTrio:
             accepted = await anthropic.start(service, await request.get_data(), _record().stack)
             return await answer(accepted, keep_alive=anthropic_protocol.PING)
         except RequestError as error:
-            return Response(anthropic_protocol.error_body(error), error.status, headers=error_headers(error))
+            return _anthropic_error(error)
 
     @app.post(COUNT_TOKENS_PATH)
     async def count_tokens() -> Response:
@@ -224,7 +237,7 @@ def create_app(service: Service) -> QuartTrio:
             service.require()
             return Response(await anthropic.count_tokens(service, await request.get_data()), headers=_JSON)
         except RequestError as error:
-            return Response(anthropic_protocol.error_body(error), error.status, headers=error_headers(error))
+            return _anthropic_error(error)
 
     @app.post(EMBEDDINGS_PATH)
     async def embedding() -> Response:
@@ -286,6 +299,6 @@ def create_app(service: Service) -> QuartTrio:
         file=config.api_keys_file,
         limits=Limits(config.rate_limit_requests, config.rate_limit_tokens, config.rate_limit_concurrent),
     )
-    app.asgi_app = edge = Edge(app.asgi_app, service, keys, partial(_admit, service))
+    app.asgi_app = edge = Edge(app.asgi_app, service, keys, partial(_admit, service), OPERATIONS)
     service.reload_keys = edge.reload_keys
     return app

@@ -49,6 +49,7 @@ class Application:
             if settings.nnodes > 1:
                 raise ConfigurationError("DASHINFER_NNODES: several machines are served by the command dashinfer_serve alone")
             service = Service(settings, version=version())
+            service.open_tracing()
             self._app = create_app(service)
         except ConfigurationError as error:
             await send({"type": "lifespan.startup.failed", "message": str(error)})
@@ -63,6 +64,7 @@ class Application:
             assert message["type"] == "lifespan.shutdown", "the second event of a lifespan"
             service.begin_drain()
             nursery.cancel_scope.cancel()  # the server has waited for its requests by now, as long as its own settings say
+        await service.close_tracing()
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _reload_keys(self, service: Service, *, task_status: trio.TaskStatus[None]) -> None:

@@ -254,6 +254,7 @@ class ChatCompletion:
 
     Attributes:
         request: the validated request.
+        id: of the answer.
         summary: what the access log says about it: counts, never contents.
     """
 
@@ -264,8 +265,9 @@ class ChatCompletion:
         self._thinks = text.reasoning is not None
         self._generation = generation
         self._choices = [_Choice(index, prepared, text) for index in range(len(prepared.params))]
+        self.id = "chatcmpl-" + secrets.token_hex(12)
         self._identity: dict[str, Any] = {
-            "id": "chatcmpl-" + secrets.token_hex(12),
+            "id": self.id,
             "created": int(time.time()),
             "model": service.config.model_name,
             "system_fingerprint": service.system_fingerprint,
@@ -274,6 +276,11 @@ class ChatCompletion:
     @property
     def summary(self) -> str:
         return f"{self._prompt_tokens} tokens in, {sum(choice.tokens for choice in self._choices)} out"
+
+    @property
+    def finish_reasons(self) -> list[ChoiceFinish | None]:
+        """Of the choices; None for one that has not ended."""
+        return [choice.finish for choice in self._choices]
 
     def _usage(self) -> dict[str, Any]:
         produced = sum(choice.tokens for choice in self._choices)

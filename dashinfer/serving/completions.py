@@ -246,6 +246,7 @@ class Completions:
 
     Attributes:
         request: the validated request.
+        id: of the answer.
     """
 
     def __init__(
@@ -262,8 +263,9 @@ class Completions:
         self._submit = submit
         self._waiting = deque(enumerate(prompts))
         self._answers: list[_Answer] = []  # of the prompts that were handed over
+        self.id = "cmpl-" + secrets.token_hex(12)
         self._encoder = CompletionEncoder(
-            id="cmpl-" + secrets.token_hex(12),
+            id=self.id,
             created=int(time.time()),
             model=service.config.model_name,
             system_fingerprint=service.system_fingerprint,
@@ -289,6 +291,11 @@ class Completions:
         """What the access log says about it: counts, never contents."""
         prompts = sum(answer.prompt_tokens for answer in self._answers)
         return f"{prompts} tokens in, {sum(answer.produced for answer in self._answers)} out"
+
+    @property
+    def finish_reasons(self) -> list[FinishReason | None]:
+        """Of the choices of prompts that were handed over; None for one that has not ended."""
+        return [choice.finish for answer in self._answers for choice in answer.choices]
 
     def _usage(self) -> dict[str, Any]:
         return stream.usage(

@@ -10,10 +10,11 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -21,13 +22,14 @@ import trio
 from dashinfer.errors import ConfigurationError, InternalError, RateLimitExceeded, RequestError
 from dashinfer.protocol.stream import error_body
 from dashinfer.serving.auth import KeyRing
-from dashinfer.serving.context import arrival, charge, key_name, request_id
+from dashinfer.serving.context import arrival, charge, key_name, request_id, trace, trace_failure
 from dashinfer.serving.cors import Cors, Headers
 from dashinfer.serving.limits import Limiter, Limits
 from dashinfer.serving.log import log_access
 from dashinfer.serving.service import Service
 
 if TYPE_CHECKING:
+    from dashinfer.serving.tracing import RequestTrace
     from dashinfer.vision.budget import MediaAccount
 
 logger = logging.getLogger(__name__)
@@ -181,10 +183,19 @@ class Edge:
     Args:
         keys: who may pass.
         admit: awaited before a request's body is read; may raise RequestError.
+        operations: what requests are traced as, by their path, where any are.
     """
 
-    def __init__(self, app: ASGIApp, service: Service, keys: KeyRing, admit: Admit = _admit_all) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        service: Service,
+        keys: KeyRing,
+        admit: Admit = _admit_all,
+        operations: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self._app, self._service, self._keys, self._admit = app, service, keys, admit
+        self._operations = operations
         self._limiter = Limiter(time.monotonic)
         self._cors = Cors(service.config.cors_origins)
 
@@ -204,10 +215,14 @@ class Edge:
         began = time.monotonic()
         arrival.set(began)
         request_id.set(record.id)
+        traced = self._begin_trace(scope, record, began)
         with self._service.request():
             try:
                 with record.stack:
                     await self._answer(scope, exchange)
+            except Exception as error:
+                trace_failure(error)
+                raise
             finally:
                 target = scope.get("raw_path") or scope["path"].encode("ascii", "backslashreplace")
                 notes = [record.describe()] if record.describe is not None else []
@@ -216,6 +231,18 @@ class Edge:
                 status = exchange.status or CLIENT_GONE
                 log_access(scope["method"], target, status, time.monotonic() - began, "; ".join(notes), record.id)
                 self._service.metrics.answered(scope["method"], _mounted_path(scope), status)
+                if traced is not None:
+                    traced.end(exchange.status, complete=exchange.complete)
+
+    def _begin_trace(self, scope: Scope, record: RequestRecord, began: float) -> "RequestTrace | None":
+        if self._service.tracing is None or scope["method"] != "POST":
+            return None
+        route = _mounted_path(scope)
+        if (operation := self._operations.get(route)) is None:
+            return None
+        traced = self._service.tracing.begin(operation, route, scope, record.id, began)
+        trace.set(traced)
+        return traced
 
     async def _answer(self, scope: Scope, exchange: _Exchange) -> None:
         try:
@@ -230,6 +257,7 @@ class Edge:
                     self._let_in(scope, scope[SCOPE_KEY])
                     await self._admit(scope, scope[SCOPE_KEY])
                 except RequestError as error:
+                    trace_failure(error)
                     await exchange.refuse(error)
                 else:
                     await self._app(scope, exchange.receive, exchange.send)

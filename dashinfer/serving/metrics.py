@@ -1,8 +1,9 @@
 """What the server measures of itself, for Prometheus: latencies, tokens, how requests end, and the engine's own counts.
 
 `Metrics` holds plain numbers, which become Prometheus families when somebody asks for them, so that a token costs an addition
-or two. `MeasuredEngine` stands before an engine and sees every request go through, whichever route it came by. Names are
-those of vLLM's metrics where the meaning is the same, with the prefix `dashinfer:`. Nothing of a request's content is kept.
+or two. `MeasuredEngine` stands before an engine and sees every request go through, whichever route it came by; it tells the
+request's trace too, if there is one. Names are those of vLLM's metrics where the meaning is the same, with the prefix
+`dashinfer:`. Nothing of a request's content is kept.
 """
 
 import time
@@ -14,11 +15,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from dashinfer.engine.api import EngineAPI, EngineState, EngineStats, Generation, TokenOutput
-from dashinfer.serving.context import arrival, charge
+from dashinfer.serving.context import arrival, charge, trace, trace_failure
 from dashinfer.types import Ready, SamplingParams, TokenLogprobs
 
 if TYPE_CHECKING:
     from prometheus_client.registry import Metric
+
+    from dashinfer.serving.tracing import GenerationTrace
 
 PREFIX = "dashinfer:"
 
@@ -172,10 +175,14 @@ class MeasuredEngine:
 
     def submit(self, prompt: list[int], params: list[SamplingParams], *rest: Any, **named: Any) -> "MeasuredGeneration":
         """As the engine's own."""
-        life = self._engine.submit(prompt, params, *rest, **named)
+        try:
+            life = self._engine.submit(prompt, params, *rest, **named)
+        except Exception as error:
+            trace_failure(error)
+            raise
         if self._on_prompt is not None:
             self._on_prompt(prompt)
-        return MeasuredGeneration(self._metrics, life, len(prompt), len(params), prefix_cache=self._prefix_cache)
+        return MeasuredGeneration(self._metrics, life, len(prompt), params, prefix_cache=self._prefix_cache)
 
 
 class MeasuredGeneration:
@@ -186,7 +193,7 @@ class MeasuredGeneration:
         metrics: Metrics,
         life: AbstractContextManager[Generation],
         prompt_tokens: int,
-        choices: int,
+        params: Sequence[SamplingParams],
         *,
         prefix_cache: bool,
     ) -> None:
@@ -195,8 +202,10 @@ class MeasuredGeneration:
         self._prefix_cache = prefix_cache
         self._arrival = arrival.get(time.monotonic())
         self._charge = charge.get()
-        self._last = dict.fromkeys(range(choices), 0.0)  # when open choices had their last token; 0: none yet
-        self._tokens = [0] * choices
+        self._params = params
+        self._trace: GenerationTrace | None = None
+        self._last = dict.fromkeys(range(len(params)), 0.0)  # when open choices had their last token; 0: none yet
+        self._tokens = [0] * len(params)
         self._begun = self._failed = False
 
     def __enter__(self) -> "MeasuredGeneration":
@@ -204,6 +213,8 @@ class MeasuredGeneration:
         self._metrics.prompt_lengths.observe(self._prompt_tokens)
         if self._charge is not None:
             self._charge(self._prompt_tokens)
+        if (traced := trace.get()) is not None:
+            self._trace = traced.generation(self._prompt_tokens, self._params)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
@@ -211,6 +222,8 @@ class MeasuredGeneration:
         if self._charge is not None:
             self._charge(sum(self._tokens))
         self._life.__exit__(kind, error, traceback)
+        if self._trace is not None:
+            self._trace.end(self._generation.queue_time, self._generation.cached_tokens, sum(self._tokens))
 
     @property
     def cached_tokens(self) -> int:
@@ -231,8 +244,9 @@ class MeasuredGeneration:
     async def receive(self) -> list[TokenOutput]:
         try:
             outputs = await self._generation.receive()
-        except Exception:
+        except Exception as error:
             self._failed = True
+            trace_failure(error)
             raise
         if outputs:
             self._observe(outputs)
@@ -267,6 +281,8 @@ class MeasuredGeneration:
         if self._prefix_cache:
             metrics.prefix_queries += self._prompt_tokens
             metrics.prefix_hits += self._generation.cached_tokens
+        if self._trace is not None:
+            self._trace.first_token(now)
 
     def _end(self, index: int, reason: str) -> None:
         if self._last.pop(index, None) is None:
@@ -274,4 +290,7 @@ class MeasuredGeneration:
         self._metrics.ended[reason] += 1
         self._metrics.output_lengths.observe(self._tokens[index])
         if not self._last:
-            self._metrics.end_to_end.observe(time.monotonic() - self._arrival)
+            now = time.monotonic()
+            self._metrics.end_to_end.observe(now - self._arrival)
+            if self._trace is not None:
+                self._trace.last_token(now)

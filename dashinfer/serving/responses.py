@@ -14,7 +14,7 @@ import msgspec
 
 from dashinfer.errors import InvalidRequest, NotFound, RequestError
 from dashinfer.protocol import responses as protocol
-from dashinfer.protocol.chat import ChatCompletionRequest
+from dashinfer.protocol.chat import ChatCompletionRequest, ChoiceFinish
 from dashinfer.protocol.parse import parse_request
 from dashinfer.serving import chat
 from dashinfer.serving.context import key_name
@@ -103,20 +103,26 @@ class ResponseAnswer:
 
     Attributes:
         request: the chat that it became.
+        id: of the answer.
     """
 
     def __init__(self, service: Service, store: ResponseStore, turn: _Turn, completion: chat.ChatCompletion) -> None:
         self.request = completion.request
         self._completion, self._store, self._turn = completion, store, turn
         self._owner = key_name.get()
-        self._id = _new_id("resp_")
+        self.id = _new_id("resp_")
         self._encoder = protocol.ResponseEncoder(
-            turn.request, id=self._id, created=int(time.time()), model=service.config.model_name, new_id=_new_id
+            turn.request, id=self.id, created=int(time.time()), model=service.config.model_name, new_id=_new_id
         )
 
     @property
     def summary(self) -> str:
         return self._completion.summary
+
+    @property
+    def finish_reasons(self) -> list[ChoiceFinish | None]:
+        """As `ChatCompletion` has them."""
+        return self._completion.finish_reasons
 
     async def body(self) -> bytes:
         """The whole response as JSON. Raises InternalError or EngineUnavailable where the engine lost it."""
@@ -151,7 +157,7 @@ class ResponseAnswer:
     def _keep(self) -> bytes:
         body = self._encoder.body(self._completion.outcome[0], self._usage())
         if self._turn.request.store:
-            self._store.put(self._owner, self._id, Kept(body, self._turn.given, _encode(self._encoder.output)))
+            self._store.put(self._owner, self.id, Kept(body, self._turn.given, _encode(self._encoder.output)))
         return body
 
 

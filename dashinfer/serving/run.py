@@ -89,11 +89,15 @@ class Server:
                 # Signals are taken to the very end, or one that comes while the workers stop would kill this process instead.
                 async with trio.open_nursery() as outside:
                     await outside.start(self._watch_signals)
-                    async with trio.open_nursery() as self._root:
-                        self._root.start_soon(self._arm_when_cancelled, watchdog)
-                        url = listen.url(sockets, tls=self._config.ssl_certfile is not None)
-                        self._root.start_soon(self._load, display, url)
-                        self._root.start_soon(self._serve_http, sockets)
+                    try:
+                        async with trio.open_nursery() as self._root:
+                            self._root.start_soon(self._arm_when_cancelled, watchdog)
+                            url = listen.url(sockets, tls=self._config.ssl_certfile is not None)
+                            self._root.start_soon(self._load, display, url)
+                            self._root.start_soon(self._serve_http, sockets)
+                    finally:
+                        watchdog.cancel()  # what is left has a bound of its own
+                        await self._service.close_tracing()
                     outside.cancel_scope.cancel()
         finally:
             watchdog.cancel()
@@ -176,6 +180,7 @@ class Server:
             key=self._config.ssl_keyfile,
             root_path=self._config.root_path,
         )
+        self._service.open_tracing()
         return create_app(self._service), settings
 
     async def _watch_signals(self, *, task_status: trio.TaskStatus[None]) -> None:

@@ -15,7 +15,7 @@ import trio
 
 from dashinfer.config import ServerConfig
 from dashinfer.engine.api import EngineAPI, EngineState
-from dashinfer.errors import EngineUnavailable, ModelNotServed, QueueFull
+from dashinfer.errors import ConfigurationError, EngineUnavailable, ModelNotServed, QueueFull
 from dashinfer.guidance.compiler import Compiler
 from dashinfer.guidance.guide import Grammar
 from dashinfer.guidance.spec import Constraint
@@ -24,6 +24,7 @@ from dashinfer.serving.context import request_id
 from dashinfer.serving.metrics import Metrics
 
 if TYPE_CHECKING:
+    from dashinfer.serving.tracing import Tracing
     from dashinfer.text.chat_template import ChatTemplate
     from dashinfer.text.reasoning import ReasoningFormat
     from dashinfer.text.tokenizer import Tokenizer
@@ -69,6 +70,7 @@ class Service:
         in_flight: requests that are being answered.
         failure: what ended the engine, as one line, or None.
         metrics: what is measured.
+        tracing: where spans of requests go; None where nobody wants any.
         reload_keys: reads the file with the keys again.
         intake: takes images and videos; None before the model is loaded, and for one that sees none.
     """
@@ -90,6 +92,7 @@ class Service:
         self._idle.set()
         self.system_fingerprint = ""
         self.metrics = Metrics(config.model_name)
+        self.tracing: Tracing | None = None
         self.reload_keys: Callable[[], None] = lambda: None
 
     def ready(self, engine: EngineAPI, text: TextModel) -> None:
@@ -114,6 +117,25 @@ class Service:
         if config.quant_type is not None:
             built_from.append(f"{config.quant_type}, {config.quant_group_size}, {config.quantize_head}")
         self.system_fingerprint = "fp_" + hashlib.sha256("|".join(built_from).encode()).hexdigest()[:10]
+
+    def open_tracing(self) -> None:
+        """From now on requests are traced, if the settings say so.
+
+        Raises:
+            ConfigurationError: packages are missing, or a variable of OpenTelemetry's SDK has a value that it cannot use.
+        """
+        if (endpoint := self.config.otlp_traces_endpoint) is None:
+            return
+        try:
+            from dashinfer.serving.tracing import open_tracing
+        except ImportError as error:
+            raise ConfigurationError(f'--otlp-traces-endpoint: {error}; run: pip install "dashinfer[otel]"') from error
+        self.tracing = open_tracing(endpoint, model=self.config.model_name, version=self.version)
+
+    async def close_tracing(self) -> None:
+        """Send the spans that are left. Takes a bounded time, and is not cut short by a cancellation."""
+        if self.tracing is not None:
+            await self.tracing.close()
 
     def begin_drain(self) -> None:
         """From now on new requests are refused."""

@@ -6,7 +6,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
@@ -19,6 +19,9 @@ from dashinfer.serving.app import create_app
 from dashinfer.serving.service import Service, TextModel
 
 from .fake_engine import FakeEngine, make_text
+
+if TYPE_CHECKING:
+    from dashinfer.serving.tracing import Tracing
 
 
 @dataclass
@@ -52,10 +55,16 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> TextModel:
 def run_server(text: TextModel) -> RunServer:
     @asynccontextmanager
     async def run(
-        *, ready: bool = True, engine_type: type[FakeEngine] = FakeEngine, model: TextModel = text, **settings: Any
+        *,
+        ready: bool = True,
+        engine_type: type[FakeEngine] = FakeEngine,
+        model: TextModel = text,
+        tracing: "Tracing | None" = None,
+        **settings: Any,
     ) -> AsyncIterator[Running]:
         engine = engine_type()
         service = Service(ServerConfig(model="demo", host="127.0.0.1", port=0, **settings), version="0")
+        service.tracing = tracing
         with listen.bind("127.0.0.1", 0) as sockets:
             certificate = service.config.ssl_certfile
             url = listen.url(sockets, tls=certificate is not None)
