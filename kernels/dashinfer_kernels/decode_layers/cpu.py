@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from dashinfer_kernels import dispatch, loops, threads
+from dashinfer_kernels import loops, threads
 from dashinfer_kernels.attention.batch import PagedBatch
 from dashinfer_kernels.linear.launch import Linear
 from dashinfer_kernels.quant_matmul.cpu import BesideCopy

@@ -83,7 +83,7 @@ def multiply(x: Tensor, tiles: Tensor, outputs: int, planes: int, dtype: torch.d
     """
     rows, inputs = x.shape
     out = torch.empty(rows, outputs, dtype=dtype)
-    count, groups, size = tiles.shape
+    count, groups, _ = tiles.shape
     threads = torch.get_num_threads()
     run = -(-count // (threads * max(1, tiles.numel() // (threads * _RUN))))
     addresses = tiles.data_ptr(), x.data_ptr(), out.data_ptr()
