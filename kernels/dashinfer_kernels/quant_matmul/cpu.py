@@ -2,12 +2,14 @@
 
 | layer | weights | few rows | many rows |
 |---|---|---|---|
+| `TileLinear` | 8 bits or fewer in groups of a multiple of 8; bfloat16 on AVX512-BF16 | compiled loops | blocks |
 | `NibbleLinear` | 4 bits or fewer, or 8, in groups of a multiple of 32 | `_weight_int4pack_mm_for_cpu` | blocks |
 | `RowLinear` | 8 bits, a scale an output | `_weight_int8pack_mm` | blocks |
 | `IntegerLinear` | 8 bits, a scale an output, int8 activations | oneDNN's int8 product | the same |
 | `BlockLinear` | any other; float32 activations | blocks | blocks |
 
-Blocks are `cpu_blocks.py`'s. The two weight-only kernels are vectorised for bfloat16 alone (AVX2 and AVX512), keep scales in
+Tiles are `cpu_tiles.py`'s, and take the place of the next two where there are loops, but in deterministic mode. Blocks are
+`cpu_blocks.py`'s. The two other weight-only kernels are vectorised for bfloat16 alone (AVX2 and AVX512), keep scales in
 bfloat16 and round outputs to it; float16 activations go through bfloat16. Their time grows with every row, and passes that of
 blocks at the number of rows below. A row's sums are the same in any company, so deterministic mode uses them for any number.
 
