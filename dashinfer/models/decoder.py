@@ -30,9 +30,12 @@ from dashinfer.models.shapes import ALL, EMBEDDING, FINAL_NORM, HEAD
 from dashinfer.models.stage import Stage
 from dashinfer.models.weights import Part, WeightReader
 from dashinfer_kernels import (
+    DecodeLayers,
+    LayerParts,
     PagedBatch,
     QuantizedRows,
     add_rms_norm,
+    can_decode,
     gelu_mul,
     paged_attention,
     rms_norm,
@@ -182,8 +185,31 @@ class DecoderLM:
             factors = reader.read(Part(ROPE_FACTORS, (config.rope.rotary_dim // 2,)), dtype=torch.float32).cpu()
         self.cos_sin = rope_table(config.rope, max_length, factors).to(reader.device)
         reader.finish(config.num_layers)
+        self._decode_layers = self._as_one()
         parts = (self.embedding, *self.layers, self.final_norm, self.cos_sin, self.head, self.rotation)
         self.weight_bytes = sum(part.nbytes for part in parts if part is not None)
+
+    def _as_one(self) -> DecodeLayers | None:
+        """What computes all layers of steps that it takes; None: nothing does."""
+        first, whole = self.layers[0], self.group.world_size == 1 and self.stage.count == 1
+        if self.final_norm is None or not whole or self.rotation is not None or self.config.qk_norm:
+            return None
+        layers = [
+            LayerParts(
+                input_norm=layer.input_norm,
+                qkv=layer.qkv.linear,
+                output=layer.output.linear,
+                mlp_norm=layer.mlp_norm,
+                gate_up=layer.gate_up.linear,
+                down=layer.down.linear,
+                window=layer.window,
+            )
+            for layer in self.layers
+        ]
+        if self.config.activation != "silu" or not can_decode(layers):
+            return None
+        sizes = {name: first.heads[name] for name in ("num_heads", "num_kv_heads", "head_dim", "eps")}
+        return DecodeLayers(layers, self.final_norm, self.cos_sin, scale=first.scale, **sizes)
 
     @torch.inference_mode()
     def forward(
@@ -211,6 +237,10 @@ class DecoderLM:
         if positions is None:
             positions = batch.positions
         residual = self._embed(inputs, images) if self.stage.first else inputs
+        if self._decode_layers is not None and images is None:
+            caches = [kv_cache.values for kv_cache in kv_caches]
+            if self._decode_layers.takes(batch, positions, caches):
+                return self._decode_layers(residual, batch, positions, caches)
         eps, dtype = self.config.norm_eps, self._dtype
         output = None
         for index, (layer, kv_cache) in enumerate(zip(self.layers, kv_caches, strict=True)):

@@ -10,6 +10,7 @@ All ops are for inference: none of them records gradients on purpose, and caller
 from dashinfer_kernels.activation.launch import gelu_mul, silu_mul
 from dashinfer_kernels.attention.batch import PagedBatch
 from dashinfer_kernels.attention.launch import paged_attention
+from dashinfer_kernels.decode_layers.cpu import DecodeLayers, LayerParts, can_decode
 from dashinfer_kernels.layer_norm.launch import add_layer_norm, layer_norm
 from dashinfer_kernels.linear.launch import Linear, pack_linear
 from dashinfer_kernels.loops import warm_up_loops
@@ -27,6 +28,8 @@ from dashinfer_kernels.threads import pin_threads, share_cores
 from dashinfer_kernels.varlen_attention.launch import varlen_attention
 
 __all__ = [
+    "DecodeLayers",
+    "LayerParts",
     "Linear",
     "PagedBatch",
     "QuantizedRows",
@@ -36,6 +39,7 @@ __all__ = [
     "SamplingState",
     "add_layer_norm",
     "add_rms_norm",
+    "can_decode",
     "gelu_mul",
     "layer_norm",
     "pack_linear",

@@ -11,6 +11,7 @@ from typing import Any
 
 import numba
 import numpy as np
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
@@ -18,6 +19,7 @@ from dashinfer_kernels import threads
 
 # elements that take as long as threads take to come and go
 _WORTH_THREADS = 1 << 16
+_SPINS = 1 << 10  # then whoever a thread waits for may want its core
 # sums in any order, fused products; not fastmath as a whole, which takes NaN for impossible
 _FLAGS = {"contract", "reassoc", "nsz", "arcp"}
 
@@ -55,9 +57,60 @@ def take(context, address):
 
     def generate(context, builder, signature, arguments):
         integer = arguments[0].type
-        return builder.atomic_rmw("add", builder.inttoptr(arguments[0], integer.as_pointer()), integer(1), "monotonic")
+        return builder.atomic_rmw("add", builder.inttoptr(arguments[0], integer.as_pointer()), integer(1), "acq_rel")
 
     return types.int64(types.int64), generate
+
+
+@intrinsic
+def _current(context, address):
+    """The number at an address, which other threads change."""
+
+    def generate(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], arguments[0].type.as_pointer())
+        return builder.load_atomic(pointer, "acquire", 8)
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def call(context, function):
+    """What a C function, given by its address, without arguments, returns."""
+
+    def generate(context, builder, signature, arguments):
+        kind = ir.FunctionType(ir.IntType(32), [])
+        return builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [])
+
+    return types.int32(types.int64), generate
+
+
+@intrinsic
+def _pause(context):
+    def generate(context, builder, signature, arguments):
+        builder.call(ir.InlineAsm(ir.FunctionType(ir.VoidType(), []), "pause", "", side_effect=True), [])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@numba.njit
+def meet(count, target, give_way):
+    """Wait until as many threads have come, one after the other, as make `target` with those of earlier meetings.
+
+    `count` is the address of how many came; `give_way` that of `sched_yield`. On x86 alone.
+    """
+    take(count)
+    spins = 0
+    while _current(count) < target:
+        _pause()
+        spins += 1
+        if spins > _SPINS:
+            call(give_way)
+
+
+def shared(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that loops call."""
+    return numba.njit(fastmath=_FLAGS, error_model="numpy")(function)
 
 
 def inlined(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -24,6 +24,13 @@ def _find_parallel() -> Callable[[object, int | None, int, int], None] | None:
 
 
 _cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []  # before anything is pinned
+
+
+def address(name: str) -> int:
+    """Of a function of the C library or of OpenMP's."""
+    return ctypes.cast(getattr(ctypes.CDLL(None), name), ctypes.c_void_p).value or 0
+
+
 parallel = _find_parallel()  # calls a function, given by its address, with an argument on every thread; then 0, 0
 
 

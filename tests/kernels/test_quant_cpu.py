@@ -1,3 +1,5 @@
+"""Layers over quantised weights on CPU that need no loops; `test_quant_cpu_tiles.py` has the others."""
+
 import ctypes
 import gc
 from collections.abc import Callable
@@ -19,6 +21,11 @@ from dashinfer_kernels.quant_matmul.weight import FLOAT8
 needs_kernels = pytest.mark.skipif(not cpu._kernel_tile(), reason="the 4-bit kernel has no layout known here on this processor")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 3e-2}
 ROWS = (0, 1, 3, 17, 130)
+
+
+@pytest.fixture(autouse=True)
+def _without_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "fits", lambda weight, dtype: False)
 
 
 def random_weight(

@@ -7,7 +7,15 @@ import torch
 from numba import uint16
 from torch import Tensor
 
-from dashinfer_kernels.compiled import Loop, array, exp, given, narrow, take, widen
+from dashinfer_kernels.compiled import Loop, array, exp, given, narrow, shared, take, widen
+
+
+@shared
+def silu_mul_row(gate, up, out):
+    """Of arrays of one row."""
+    for i in range(len(out)):
+        x = widen(gate[i])
+        out[i] = narrow(x / (np.float32(1) + exp(-x)) * widen(up[i]))
 
 
 @Loop
@@ -16,9 +24,7 @@ def _silu_mul(work):
     gate_up, out = array(gate_up_ptr, (rows, 2, intermediate), uint16), array(out_ptr, (rows, intermediate), uint16)
     row = take(work)
     while row < rows:
-        for i in range(intermediate):
-            gate, up = widen(gate_up[row, 0, i]), widen(gate_up[row, 1, i])
-            out[row, i] = narrow(gate / (np.float32(1) + exp(-gate)) * up)
+        silu_mul_row(gate_up[row, 0], gate_up[row, 1], out[row])
         row = take(work)
 
 

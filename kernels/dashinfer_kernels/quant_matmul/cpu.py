@@ -2,12 +2,14 @@
 
 | layer | weights | few rows | many rows |
 |---|---|---|---|
+| `TileLinear` | 8 bits or fewer in groups of a multiple of 8; bfloat16 on AVX512-BF16 | compiled loops | blocks |
 | `NibbleLinear` | 4 bits or fewer, or 8, in groups of a multiple of 32 | `_weight_int4pack_mm_for_cpu` | blocks |
 | `RowLinear` | 8 bits, a scale an output | `_weight_int8pack_mm` | blocks |
 | `IntegerLinear` | 8 bits, a scale an output, int8 activations | oneDNN's int8 product | the same |
 | `BlockLinear` | any other; float32 activations | blocks | blocks |
 
-Blocks are `cpu_blocks.py`'s. The two weight-only kernels are vectorised for bfloat16 alone (AVX2 and AVX512), keep scales in
+Tiles are `cpu_tiles.py`'s, and take the place of the next two where there are loops, but in deterministic mode. Blocks are
+`cpu_blocks.py`'s. The two other weight-only kernels are vectorised for bfloat16 alone (AVX2 and AVX512), keep scales in
 bfloat16 and round outputs to it; float16 activations go through bfloat16. Their time grows with every row, and passes that of
 blocks at the number of rows below. A row's sums are the same in any company, so deterministic mode uses them for any number.
 
@@ -47,6 +49,7 @@ from dashinfer_kernels.quant_matmul.cpu_blocks import (
     centred,
     workspace,
 )
+from dashinfer_kernels.quant_matmul.cpu_tiles import TileLinear, fits
 from dashinfer_kernels.quant_matmul.reference import Activations, quantize_rows
 from dashinfer_kernels.quant_matmul.weight import FLOAT8, QuantizedWeight
 
@@ -79,9 +82,11 @@ def pack_on_cpu(
         if per_row and _multiplies_integers():
             return IntegerLinear(weight, bias, dtype)
         return RoundedInputs(pack_on_cpu(weight, bias, dtype, None, wide_copy=wide_copy))
-    narrow: NibbleLinear | RowLinear | None = None
+    narrow: TileLinear | NibbleLinear | RowLinear | None = None
     if dtype != torch.float32:
-        if per_row and weight.in_features % 16 == 0:
+        if fits(weight, dtype):
+            narrow = TileLinear(weight, bias, dtype)
+        elif per_row and weight.in_features % 16 == 0:
             narrow = RowLinear(weight, bias, dtype)
         elif _kernel_group(weight) and _kernel_tile():
             narrow = NibbleLinear(weight, bias, dtype)
@@ -264,14 +269,14 @@ class BesideCopy:
 
     takes = None
 
-    def __init__(self, narrow: NibbleLinear | RowLinear, copy: PackedLinear) -> None:
+    def __init__(self, narrow: TileLinear | NibbleLinear | RowLinear, copy: PackedLinear) -> None:
         self.in_features, self.out_features = narrow.in_features, narrow.out_features
         self.nbytes = narrow.nbytes + copy.nbytes
-        self._narrow, self._copy = narrow, copy
+        self.narrow, self._copy = narrow, copy
 
     def __call__(self, x: Tensor) -> Tensor:
-        few = x.numel() <= self._narrow.most_rows_beside_copy * self.in_features
-        return self._narrow(x) if few or dispatch.deterministic else self._copy(x)
+        few = x.numel() <= self.narrow.most_rows_beside_copy * self.in_features
+        return self.narrow(x) if few or dispatch.deterministic else self._copy(x)
 
     def wide(self, x: Tensor) -> Tensor:
         return self(x).float()

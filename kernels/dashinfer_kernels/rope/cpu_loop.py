@@ -3,7 +3,18 @@
 from numba import float32, int64, uint16
 from torch import Tensor
 
-from dashinfer_kernels.compiled import Loop, array, given, narrow, take, widen
+from dashinfer_kernels.compiled import Loop, array, given, narrow, shared, take, widen
+
+
+@shared
+def rotate(head, cos_sin):
+    """A head [head_dim] in place; `cos_sin` [2, rotary_dim / 2]."""
+    half = cos_sin.shape[1]
+    for i in range(half):
+        first, second = widen(head[i]), widen(head[half + i])
+        cos, sin = cos_sin[0, i], cos_sin[1, i]
+        head[i] = narrow(first * cos - second * sin)
+        head[half + i] = narrow(second * cos + first * sin)
 
 
 @Loop
@@ -23,13 +34,8 @@ def _rope_kv_write(work):
             array(work, (3,), int64)[2] = token + 1
             token = take(work)
             continue
-        cos_sin = cos_sins[position]
         for head in range(num_rotated):
-            for i in range(half):
-                first, second = widen(qkv[token, head, i]), widen(qkv[token, head, half + i])
-                cos, sin = cos_sin[0, i], cos_sin[1, i]
-                qkv[token, head, i] = narrow(first * cos - second * sin)
-                qkv[token, head, half + i] = narrow(second * cos + first * sin)
+            rotate(qkv[token, head], cos_sins[position])
         if slot >= 0:
             block, offset = slot // block_size, slot % block_size
             for head in range(num_kv_heads):

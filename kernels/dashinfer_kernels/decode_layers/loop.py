@@ -1,0 +1,198 @@
+"""All layers as one compiled loop: threads meet five times a layer, rather than come and go for each of its ops.
+
+What every thread needs of a row, the residual stream and its norm, it computes by itself, which is quicker than to wait for
+another; products, heads and activations are dealt.
+"""
+
+import numpy as np
+from numba import float32, int32, int64, uint16
+
+from dashinfer_kernels.activation.cpu_loop import silu_mul_row
+from dashinfer_kernels.attention.cpu_loop import attend, has_blocks
+from dashinfer_kernels.compiled import Loop, array, as_float, call, float_bits, given, meet, narrow, shared, take
+from dashinfer_kernels.norm.cpu_loop import add_rms_norm_row
+from dashinfer_kernels.quant_matmul.cpu_tile_loop import multiply_rows, sum_groups
+from dashinfer_kernels.quant_matmul.tile_product import TILE
+from dashinfer_kernels.rope.cpu_loop import rotate
+
+__all__ = ["LINE", "PHASES", "decode", "float_bits"]
+
+LINEAR = 6  # numbers of a linear layer: the addresses of tiles and of the bias, or 0, groups, planes, inputs, outputs
+LAYER = 4 * LINEAR + 4  # of a layer: its linear ones, the addresses of its norms and cache, its window
+PHASES = 5  # of a layer, in which work is dealt: each thread has a share of it, and then takes of the others'
+LINE = 64  # bytes between the numbers of next tasks, so that threads do not wait for one another's
+_RUN = 1 << 15  # bytes of codes that a thread takes at a time
+
+
+@shared
+def _tile(linear, tile, x, sums, products, rows):
+    groups, planes, inputs = linear[2], linear[3], linear[4]
+    vectors = inputs * planes // 8 // groups
+    codes = linear[0] + tile * groups * (vectors + 1) * TILE * 4
+    # addresses are taken here, since arrays live as long as they are used
+    of, to = np.int64(sums.ctypes.data), np.int64(products.ctypes.data)
+    multiply_rows(codes, x, of, groups, vectors, to, rows, inputs, planes)
+    if linear[1]:
+        bias = array(linear[1] + tile * TILE * 4, (TILE,), float32)
+        for row in range(rows):
+            for i in range(TILE):
+                products[row, i] += bias[i]
+
+
+@shared
+def _tiles_at_once(linear):
+    groups, planes, inputs = linear[2], linear[3], linear[4]
+    return max(1, _RUN // (groups * (inputs * planes // 8 // groups + 1) * TILE * 4))
+
+
+@shared
+def _sum_inputs(linear, x, sums, rows):
+    groups, inputs = linear[2], linear[4]
+    sum_groups(array(x, (rows, groups, inputs // groups), uint16), sums[: rows * groups].reshape((rows, groups)))
+
+
+@shared
+def _multiply(work, linear, x, sums, products, out, rows):
+    """A product of `x` [rows, inputs], to `out` [rows, outputs]; the threads' tasks are tiles."""
+    _sum_inputs(linear, x, sums, rows)
+    tasks, thread, shares = work
+    tiles, run = linear[5] // TILE, _tiles_at_once(linear)
+    for turn in range(shares):
+        share = (thread + turn) % shares
+        begin, end, counter = tiles * share // shares, tiles * (share + 1) // shares, tasks + share * LINE
+        first = begin + take(counter) * run
+        while first < end:
+            for tile in range(first, min(end, first + run)):
+                _tile(linear, tile, x, sums, products, rows)
+                for row in range(rows):
+                    for i in range(TILE):
+                        out[row, tile * TILE + i] = narrow(products[row, i])
+            first = begin + take(counter) * run
+
+
+@shared
+def _multiply_gated(work, linear, x, sums, products, out, rows):
+    """As `_multiply`, of gates and what they are for, to `out` [rows, outputs / 2]."""
+    _sum_inputs(linear, x, sums, rows)
+    tasks, thread, shares = work
+    tiles, run = linear[5] // 2 // TILE, _tiles_at_once(linear)
+    sides = np.empty((2, TILE), np.uint16)
+    for turn in range(shares):
+        share = (thread + turn) % shares
+        begin, end, counter = tiles * share // shares, tiles * (share + 1) // shares, tasks + share * LINE
+        first = begin + take(counter) * run
+        while first < end:
+            for tile in range(first, min(end, first + run)):
+                _tile(linear, tile, x, sums, products[0], rows)
+                _tile(linear, tiles + tile, x, sums, products[1], rows)
+                for row in range(rows):
+                    for side in range(2):
+                        for i in range(TILE):
+                            sides[side, i] = narrow(products[side, row, i])
+                    silu_mul_row(sides[0], sides[1], out[row, tile * TILE : (tile + 1) * TILE])
+            first = begin + take(counter) * run
+
+
+@Loop
+def decode(work):
+    """Returns a row, and one more, with a position, a slot or a block that its table or the cache lacks."""
+    _, layers, _, layers_ptr, tasks_ptr, stream_ptr, out_ptr, positions_ptr, slots_ptr, tables_ptr, contexts_ptr = given(
+        work, 11
+    )
+    cos_sin_ptr, norm_ptr, qkv_ptr, attended_ptr, added_ptr, activated_ptr, team_size, number, give_way = given(work + 88, 9)
+    rows, hidden, num_heads, num_kv_heads, head_dim, intermediate, max_positions, rotary_dim = given(work + 160, 8)
+    num_blocks, block_size, table_width, most_groups, scale_bits, eps_bits, shares = given(work + 224, 7)
+    threads, thread, met = np.int64(call(team_size)), np.int64(call(number)), 0
+    eps, scale = as_float(eps_bits), as_float(scale_bits)
+    shared_heads, num_rotated = num_heads // num_kv_heads, num_heads + num_kv_heads
+    table = array(layers_ptr, (layers, LAYER), int64)
+    qkv = array(qkv_ptr, (rows, num_rotated + num_kv_heads, head_dim), uint16)
+    flat_qkv = array(qkv_ptr, (rows, (num_rotated + num_kv_heads) * head_dim), uint16)
+    attended = array(attended_ptr, (rows, num_kv_heads, shared_heads, head_dim), uint16)
+    added, activated = array(added_ptr, (rows, hidden), uint16), array(activated_ptr, (rows, intermediate), uint16)
+    positions, slots = array(positions_ptr, (rows,), int64), array(slots_ptr, (rows,), int64)
+    tables, contexts = array(tables_ptr, (rows, table_width), int32), array(contexts_ptr, (rows,), int32)
+    cos_sins = array(cos_sin_ptr, (max_positions, 2, rotary_dim // 2), float32)
+    stream, normed = array(stream_ptr, (rows, hidden), float32).copy(), np.empty((rows, hidden), np.uint16)
+    group_sums, products = np.empty(rows * most_groups, np.float32), np.empty((2, rows, TILE), np.float32)
+    wide, sums = np.empty((shared_heads, head_dim), np.float32), np.empty((shared_heads, head_dim), np.float32)
+    scores = np.empty((shared_heads, table_width * block_size), np.float32)
+    tasks = tasks_ptr
+    for layer in range(layers):
+        x = np.int64(normed.ctypes.data)
+        numbers = table[layer]
+        input_norm = array(numbers[4 * LINEAR], (hidden,), float32)
+        mlp_norm = array(numbers[4 * LINEAR + 1], (hidden,), float32)
+        cache = array(numbers[4 * LINEAR + 2], (num_blocks, 2, num_kv_heads, block_size, head_dim), uint16)
+        for row in range(rows):
+            add_rms_norm_row(added[row], stream[row], input_norm, eps, normed[row])
+        _multiply((tasks, thread, shares), numbers[:LINEAR], x, group_sums, products[0], flat_qkv, rows)
+        met += threads
+        meet(work, met, give_way)
+
+        task = take(tasks + shares * LINE)
+        while task < rows * num_kv_heads:
+            row, kv_head = task // num_kv_heads, task % num_kv_heads
+            position, slot, end = positions[row], slots[row], contexts[row]
+            begin = max(0, end - numbers[4 * LINEAR + 3])
+            known = 0 <= position < max_positions and slot < num_blocks * block_size
+            if known and has_blocks(tables[row], begin, end, block_size, num_blocks):
+                first = kv_head * shared_heads
+                for head in range(first, first + shared_heads):
+                    rotate(qkv[row, head], cos_sins[position])
+                rotate(qkv[row, num_heads + kv_head], cos_sins[position])
+                if slot >= 0:
+                    block, offset = slot // block_size, slot % block_size
+                    for i in range(head_dim):
+                        cache[block, 0, kv_head, offset, i] = qkv[row, num_heads + kv_head, i]
+                        cache[block, 1, kv_head, offset, i] = qkv[row, num_rotated + kv_head, i]
+                q, of_heads = qkv[row, first : first + shared_heads], attended[row, kv_head]
+                attend(q, cache, kv_head, tables[row], begin, end, scale, wide, scores, sums, of_heads)
+            else:
+                array(work, (3,), int64)[2] = row + 1
+            task = take(tasks + shares * LINE)
+        met += threads
+        meet(work, met, give_way)
+
+        _multiply(
+            (tasks + 2 * shares * LINE, thread, shares),
+            numbers[LINEAR : 2 * LINEAR],
+            attended_ptr,
+            group_sums,
+            products[0],
+            added,
+            rows,
+        )
+        met += threads
+        meet(work, met, give_way)
+
+        for row in range(rows):
+            add_rms_norm_row(added[row], stream[row], mlp_norm, eps, normed[row])
+        _multiply_gated(
+            (tasks + 3 * shares * LINE, thread, shares),
+            numbers[2 * LINEAR : 3 * LINEAR],
+            x,
+            group_sums,
+            products,
+            activated,
+            rows,
+        )
+        met += threads
+        meet(work, met, give_way)
+
+        _multiply(
+            (tasks + 4 * shares * LINE, thread, shares),
+            numbers[3 * LINEAR : 4 * LINEAR],
+            activated_ptr,
+            group_sums,
+            products[0],
+            added,
+            rows,
+        )
+        met += threads
+        meet(work, met, give_way)
+        tasks += PHASES * shares * LINE
+    if take(tasks) == 0:
+        out, final_norm = array(out_ptr, (rows, hidden), uint16), array(norm_ptr, (hidden,), float32)
+        for row in range(rows):
+            add_rms_norm_row(added[row], stream[row], final_norm, eps, out[row])
