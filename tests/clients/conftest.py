@@ -1,0 +1,94 @@
+"""A server on the demo model, and programs that use it through other people's clients.
+
+Programs run as processes of their own: clients warn, keep connections, and take seconds and memory to import. A proxy that is
+none keeps them from the internet, and the server wants a key.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dashinfer.sources.resolve import resolve
+from tests.e2e.conftest import ServerProcess
+
+HERE = Path(__file__).parent
+KEY = "sk-clients"
+PATIENCE = 300.0  # seconds
+NOWHERE = "http://127.0.0.1:9"
+ENVIRONMENT = {
+    **{name: NOWHERE for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")},
+    **{name: "127.0.0.1" for name in ("no_proxy", "NO_PROXY")},
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    "LANGSMITH_TRACING": "false",
+    "PYTHONWARNINGS": "default",  # theirs are not ours
+}
+
+
+def run(command: list[str], folder: Path, *, statuses: tuple[int, ...] = (0,), **environment: str) -> str:
+    """What a program that is expected to end well prints; it begins in `folder`, which is its home too."""
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, **ENVIRONMENT, "HOME": str(folder), "HF_HOME": str(folder), **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode in statuses, f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-20_000:]}"
+    return done.stdout
+
+
+class Report:
+    """What a program of `uses` tells, by the name of the use."""
+
+    def __init__(self, output: str) -> None:
+        self._results: dict[str, dict[str, Any]] = json.loads(output.splitlines()[-1])
+
+    def __getitem__(self, name: str) -> Any:
+        result = self._results[name]
+        assert "got" in result, result["failed"]
+        return result["got"]
+
+
+def needs(*packages: str) -> None:
+    """Skip where a client is not installed."""
+    for package in packages:
+        if find_spec(package) is None:
+            pytest.skip(f"{package} is not installed; the extra `clients` has it")
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """The demo model with a chat template that shows tools, since its own does not."""
+    (weights,) = resolve("demo").files.weights
+    model = tmp_path_factory.mktemp("model") / "demo.gguf"
+    template = ["--chat-template-file", str(HERE / "chat_template.jinja")]
+    subprocess.run(
+        [sys.executable, "-m", "gguf.scripts.gguf_new_metadata", *template, weights, str(model)], check=True, capture_output=True
+    )
+    server = ServerProcess.start(
+        *("--model", str(model), "--api-keys", KEY, "--kv-cache-memory", "512MiB", "--max-length", "4096")
+    )
+    yield server
+    assert server.stop() == 0
+
+
+@pytest.fixture(scope="session")
+def program(server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Report]:
+    """Runs one of `programs/` against the server."""
+
+    def use(name: str) -> Report:
+        return Report(run([sys.executable, str(HERE / "programs" / name), server.url, KEY], tmp_path_factory.mktemp("home")))
+
+    return use

@@ -1,0 +1,112 @@
+"""LangChain, as `programs/langchain_client.py` uses it."""
+
+from collections.abc import Callable
+
+import pytest
+
+from .conftest import Report, needs
+
+
+@pytest.fixture(scope="module")
+def langchain(program: Callable[[str], Report]) -> Report:
+    needs("langchain_openai", "langchain_anthropic")
+    return program("langchain_client.py")
+
+
+def is_person(found: dict) -> bool:
+    return found.keys() == {"name", "age", "mood"} and 1 <= found["age"] <= 99 and found["mood"] in ("happy", "sad")
+
+
+def test_invoke(langchain: Report) -> None:
+    text, usage, finish = langchain["invoke"]
+
+    assert "Paris" in text
+    assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"]
+    assert finish == "stop"
+    assert langchain["chain"] == text
+
+
+def test_stream(langchain: Report) -> None:
+    pieces, text, usage, whole = langchain["stream"]
+
+    assert pieces > 3
+    assert text == whole
+    assert usage["output_tokens"] > 3
+
+
+def test_batch(langchain: Report) -> None:
+    (first, second, third), alone = langchain["batch"]
+
+    assert "Paris" in first
+    assert "Rome" in second and "Rome" in alone
+    assert third
+
+
+def test_asynchronous(langchain: Report) -> None:
+    whole, streamed = langchain["asynchronous"]
+
+    assert "Paris" in whole
+    assert streamed == whole
+
+
+def test_structured_output(langchain: Report) -> None:
+    assert all(map(is_person, langchain["structured"].values())), langchain["structured"]
+    assert langchain["json_mode"] == "{"
+
+
+def test_tools(langchain: Report) -> None:
+    arguments, result, finish, after, calls = langchain["tools"]
+
+    assert arguments["city"] in result
+    assert finish == "stop"
+    assert after and calls == []
+    assert [name for name, _ in langchain["tools_streamed"]][:1] == ["weather"]
+    assert {tuple(sorted(arguments)) for _, arguments in langchain["tools_streamed"]} == {("city", "days")}
+
+
+def test_logprobs(langchain: Report) -> None:
+    text, joined, both = langchain["logprobs"]
+
+    assert text == joined
+    assert both
+
+
+def test_responses(langchain: Report) -> None:
+    whole, streamed, first, second = langchain["responses_api"]
+
+    assert "Paris" in whole
+    assert streamed == whole
+    assert second["input_tokens"] > first["total_tokens"]
+    assert is_person(langchain["responses_api_structured"])
+    assert langchain["responses_api_tools"].keys() == {"city", "days"}
+
+
+def test_completion(langchain: Report) -> None:
+    assert "Paris" in langchain["completion"]
+
+
+def test_embeddings(langchain: Report) -> None:
+    size, difference = langchain["embeddings"]
+
+    assert size == 576
+    assert difference < 0.01  # alone or in company, a vector is rounded a little differently
+
+
+def test_errors(langchain: Report) -> None:
+    errors = langchain["errors"]
+
+    assert {name: status for name, (_, status) in errors.items()} == {"model": 404, "key": 401, "value": 400, "long": 400}
+    assert "NotFoundError" in errors["model"][0]
+    assert "AuthenticationError" in errors["key"][0]
+    assert "BadRequestError" in errors["value"][0]
+    assert "ContextOverflowError" in errors["long"][0]
+
+
+def test_anthropic(langchain: Report) -> None:
+    whole, streamed, usage = langchain["anthropic"]
+
+    assert "Paris" in whole
+    assert streamed == whole
+    assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"]
+    assert langchain["anthropic_tools"].keys() == {"city", "days"}
+    assert is_person(langchain["anthropic_structured"])

@@ -1,0 +1,92 @@
+"""LiteLLM, as `programs/litellm_client.py` uses it."""
+
+import json
+from collections.abc import Callable
+
+import pytest
+
+from .conftest import Report, needs
+
+
+@pytest.fixture(scope="module")
+def litellm(program: Callable[[str], Report]) -> Report:
+    needs("litellm")
+    return program("litellm_client.py")
+
+
+@pytest.mark.parametrize("prefix", ["openai", "hosted_vllm"])
+def test_chat(litellm: Report, prefix: str) -> None:
+    found = litellm[prefix]
+
+    assert "Paris" in found["whole"]
+    assert found["streamed"] == found["rebuilt"] == found["whole"]
+    assert found["finish"] == ["stop", "stop"]
+    assert found["usage"][0] == found["usage"][1]
+
+
+def test_asynchronous(litellm: Report) -> None:
+    whole, streamed = litellm["asynchronous"]
+
+    assert "Paris" in whole
+    assert streamed == whole
+
+
+def test_batch(litellm: Report) -> None:
+    first, second = litellm["batch"]
+
+    assert "Paris" in first
+    assert second
+
+
+def test_tools(litellm: Report) -> None:
+    calls, finish, after = litellm["tools"]
+
+    assert [name for name, _ in calls] == ["weather", "weather"]
+    assert calls[0] == calls[1]
+    assert json.loads(calls[0][1]).keys() == {"city", "days"}
+    assert finish in ("stop", "tool_calls")
+    assert after in ("stop", "length", "tool_calls")
+
+
+def test_structured_output(litellm: Report) -> None:
+    first, second = litellm["structured"]
+
+    assert first.keys() == second.keys() == {"name", "age", "mood"}
+
+
+def test_completion(litellm: Report) -> None:
+    text, tokens = litellm["text_completion"]
+
+    assert "Paris" in text
+    assert tokens == 5
+
+
+def test_embeddings(litellm: Report) -> None:
+    assert litellm["embedding"] == [[576, 576], [576, 576]]
+
+
+def test_responses(litellm: Report) -> None:
+    text, first, last = litellm["responses"]
+
+    assert "Paris" in text
+    assert (first, last) == ("response.created", "response.completed")
+
+
+def test_anthropic(litellm: Report) -> None:
+    whole, streamed = litellm["anthropic"]
+
+    assert "Paris" in whole
+    assert streamed == whole
+
+
+def test_errors(litellm: Report) -> None:
+    errors = {name: (kinds[0], status) for name, (kinds, status) in litellm["errors"].items()}
+
+    assert errors == {
+        "model": ("NotFoundError", 404),
+        "key": ("AuthenticationError", 401),
+        "value": ("BadRequestError", 400),
+        "long": ("ContextWindowExceededError", 400),
+        "vllm model": ("NotFoundError", 404),
+        "vllm long": ("ContextWindowExceededError", 400),
+    }
