@@ -58,7 +58,7 @@ def test_tools(langchain: Report) -> None:
     arguments, result, finish, after, calls = langchain["tools"]
 
     assert arguments["city"] in result
-    assert finish == "stop"
+    assert finish == "tool_calls"
     assert after and calls == []
     assert [name for name, _ in langchain["tools_streamed"]][:1] == ["weather"]
     assert {tuple(sorted(arguments)) for _, arguments in langchain["tools_streamed"]} == {("city", "days")}

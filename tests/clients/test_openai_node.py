@@ -53,7 +53,7 @@ def test_a_named_tool(node: Report) -> None:
 
     assert whole["args"]["city"] in ("Paris", "Rome")
     assert 1 <= whole["args"]["days"] <= 9
-    assert (whole["finish"], whole["after"]) == ("stop", None)
+    assert (whole["finish"], whole["after"]) == ("tool_calls", None)
     assert streamed["args"].keys() == {"city", "days"}
     assert streamed["several"]
     assert node["run_tools"] == [1, True, ["user", "assistant", "tool"]]
