@@ -304,6 +304,17 @@ def _operation(route: _Route, *, api_keys: bool, model: str) -> dict[str, Any]:
     return operation
 
 
+def _nullable(schema: dict[str, Any]) -> None:
+    """A null is a field that is left out, where a request itself has it."""
+    for name, field in schema["properties"].items():
+        null = {"type": "null"} in field.get("anyOf", ())
+        if null or name in schema.get("required", ()) or field.keys() <= {"title", "description", "default"}:
+            continue  # the last: any value
+        words = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
+        kinds = field["anyOf"] if field.keys() == {"anyOf"} else [field]
+        schema["properties"][name] = {"anyOf": [*kinds, {"type": "null"}], **words}
+
+
 def openapi_document(*, title: str, version: str, api_keys: bool, model: str) -> dict[str, Any]:
     """The document as JSON types.
 
@@ -323,6 +334,8 @@ def openapi_document(*, title: str, version: str, api_keys: bool, model: str) ->
         ],
         ref_template="#/components/schemas/{model}",
     )
+    for kind in requests:
+        _nullable(definitions["$defs"][kind.__name__])
     paths: dict[str, dict[str, Any]] = {}
     for route in _ROUTES:
         paths.setdefault(route.path, {})[route.method] = _operation(route, api_keys=api_keys, model=model)
