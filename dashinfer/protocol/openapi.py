@@ -306,13 +306,16 @@ def _operation(route: _Route, *, api_keys: bool, model: str) -> dict[str, Any]:
 
 def _nullable(schema: dict[str, Any]) -> None:
     """A null is a field that is left out, where a request itself has it."""
-    for name, field in schema["properties"].items():
-        null = {"type": "null"} in field.get("anyOf", ())
-        if null or name in schema.get("required", ()) or field.keys() <= {"title", "description", "default"}:
-            continue  # the last: any value
-        words = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
-        kinds = field["anyOf"] if field.keys() == {"anyOf"} else [field]
-        schema["properties"][name] = {"anyOf": [*kinds, {"type": "null"}], **words}
+    words = ("title", "description", "default")
+    for name, described in schema["properties"].items():
+        value = {key: said for key, said in described.items() if key not in words}
+        if name in schema.get("required", ()) or not value or {"type": "null"} in value.get("anyOf", ()):
+            continue
+        kinds = value["anyOf"] if value.keys() == {"anyOf"} else [value]
+        schema["properties"][name] = {
+            "anyOf": [*kinds, {"type": "null"}],
+            **{key: described[key] for key in words if key in described},
+        }
 
 
 def openapi_document(*, title: str, version: str, api_keys: bool, model: str) -> dict[str, Any]:

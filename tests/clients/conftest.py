@@ -75,7 +75,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     model = tmp_path_factory.mktemp("model") / "demo.gguf"
     template = ["--chat-template-file", str(HERE / "chat_template.jinja")]
     subprocess.run(
-        [sys.executable, "-m", "gguf.scripts.gguf_new_metadata", *template, weights, str(model)], check=True, capture_output=True
+        [sys.executable, "-m", "gguf.scripts.gguf_new_metadata", *template, weights, str(model)],
+        check=True,
+        capture_output=True,
     )
     server = ServerProcess.start(
         *("--model", str(model), "--api-keys", KEY, "--kv-cache-memory", "512MiB", "--max-length", "4096")

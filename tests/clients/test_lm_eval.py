@@ -69,7 +69,10 @@ def test_log_likelihoods(completions: dict[str, Any], server: ServerProcess) -> 
 
 def test_accuracy(completions: dict[str, Any]) -> None:
     samples = completions["samples"]["dashinfer_capitals"]
-    right = [scores(sample).index(max(scores(sample))) == document["answer"] for sample, document in zip(samples, DOCUMENTS, strict=True)]
+    right = [
+        scores(sample).index(max(scores(sample))) == document["answer"]
+        for sample, document in zip(samples, DOCUMENTS, strict=True)
+    ]
 
     assert completions["dashinfer_capitals"]["acc,none"] == pytest.approx(sum(right) / len(right))
     assert sum(right) >= 5

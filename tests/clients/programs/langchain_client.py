@@ -69,12 +69,18 @@ async def asynchronous() -> Any:
 def structured() -> Any:
     methods: tuple[Any, ...] = ("json_schema", "function_calling")
     longer = ChatOpenAI(**CHAT | {"max_tokens": 100})
-    return {method: longer.with_structured_output(Person, method=method).invoke("Invent one.").model_dump() for method in methods}
+    return {
+        method: longer.with_structured_output(Person, method=method).invoke("Invent one.").model_dump() for method in methods
+    }
 
 
 @use
 def json_mode() -> Any:
-    found = ChatOpenAI(**CHAT | {"max_tokens": 100}).with_structured_output(method="json_mode", include_raw=True).invoke("As JSON: hi")
+    found = (
+        ChatOpenAI(**CHAT | {"max_tokens": 100})
+        .with_structured_output(method="json_mode", include_raw=True)
+        .invoke("As JSON: hi")
+    )
     return found["raw"].text[:1]
 
 
@@ -152,7 +158,9 @@ def errors() -> Any:
 @use
 def anthropic() -> Any:
     whole = claude.invoke([SystemMessage("You are a helpful assistant."), HumanMessage(QUESTION)])
-    streamed = "".join(chunk.text for chunk in claude.stream([SystemMessage("You are a helpful assistant."), HumanMessage(QUESTION)]))
+    streamed = "".join(
+        chunk.text for chunk in claude.stream([SystemMessage("You are a helpful assistant."), HumanMessage(QUESTION)])
+    )
     return whole.text, streamed, whole.usage_metadata
 
 
