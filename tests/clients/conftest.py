@@ -23,8 +23,8 @@ KEY = "sk-clients"
 PATIENCE = 300.0  # seconds
 NOWHERE = "http://127.0.0.1:9"
 ENVIRONMENT = {
-    **{name: NOWHERE for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")},
-    **{name: "127.0.0.1" for name in ("no_proxy", "NO_PROXY")},
+    **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), NOWHERE),
+    **dict.fromkeys(("no_proxy", "NO_PROXY"), "127.0.0.1"),
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",
@@ -73,12 +73,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """The demo model with a chat template that shows tools, since its own does not."""
     (weights,) = resolve("demo").files.weights
     model = tmp_path_factory.mktemp("model") / "demo.gguf"
-    template = ["--chat-template-file", str(HERE / "chat_template.jinja")]
-    subprocess.run(
-        [sys.executable, "-m", "gguf.scripts.gguf_new_metadata", *template, weights, str(model)],
-        check=True,
-        capture_output=True,
-    )
+    copy = [sys.executable, "-m", "gguf.scripts.gguf_new_metadata", weights, str(model)]
+    subprocess.run([*copy, "--chat-template-file", str(HERE / "chat_template.jinja")], check=True, capture_output=True)
     server = ServerProcess.start(
         *("--model", str(model), "--api-keys", KEY, "--kv-cache-memory", "512MiB", "--max-length", "4096")
     )
