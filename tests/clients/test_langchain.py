@@ -50,7 +50,7 @@ def test_asynchronous(langchain: Report) -> None:
 
 
 def test_structured_output(langchain: Report) -> None:
-    assert all(map(is_person, langchain["structured"].values())), langchain["structured"]
+    assert all(map(is_person, langchain["structured"])), langchain["structured"]
     assert langchain["json_mode"] == "{"
 
 

@@ -67,21 +67,14 @@ async def asynchronous() -> Any:
 
 @use
 def structured() -> Any:
-    methods: tuple[Any, ...] = ("json_schema", "function_calling")
     longer = ChatOpenAI(**CHAT | {"max_tokens": 100})
-    return {
-        method: longer.with_structured_output(Person, method=method).invoke("Invent one.").model_dump() for method in methods
-    }
+    bound = [longer.with_structured_output(Person, method=method) for method in ("json_schema", "function_calling")]
+    return [each.invoke("Invent one.").model_dump() for each in bound]
 
 
 @use
 def json_mode() -> Any:
-    found = (
-        ChatOpenAI(**CHAT | {"max_tokens": 100})
-        .with_structured_output(method="json_mode", include_raw=True)
-        .invoke("As JSON: hi")
-    )
-    return found["raw"].text[:1]
+    return chat.with_structured_output(method="json_mode", include_raw=True).invoke("As JSON: hi")["raw"].text[:1]
 
 
 @use

@@ -96,10 +96,8 @@ def embedding() -> Any:
 def responses() -> Any:
     asked = {**OPENAI, "input": QUESTION, "temperature": 0, "max_output_tokens": 40}
     whole = litellm.responses(model=f"openai/{MODEL}", **asked)
-    events = [
-        str(getattr(event.type, "value", event.type))
-        for event in litellm.responses(model=f"openai/{MODEL}", **asked, stream=True)
-    ]
+    stream = litellm.responses(model=f"openai/{MODEL}", **asked, stream=True)
+    events = [str(getattr(event.type, "value", event.type)) for event in stream]
     return whole.output[0].content[0].text, events[0], events[-1]
 
 
