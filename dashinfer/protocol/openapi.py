@@ -50,7 +50,8 @@ class _Route:
 
     Attributes:
         responses: status to what it means and its model, or the media type of what is no JSON.
-        events: the model of the events of a streamed answer.
+        events: the model of the data of a streamed answer's events.
+        closed: a streamed answer ends with `[DONE]`, or with an ErrorResponse among its events.
         errors: statuses that come with an ErrorResponse, 401 aside.
         parameters: of the path, name to description.
         open: wants no key where others do.
@@ -65,6 +66,7 @@ class _Route:
     request: type[BaseModel] | None = None
     example: dict[str, Any] | None = None
     events: type[BaseModel] | None = None
+    closed: bool = False
     errors: tuple[int, ...] = ()
     parameters: dict[str, str] = field(default_factory=dict)
     open: bool = False
@@ -97,6 +99,7 @@ _ROUTES = (
             "max_tokens": 256,
         },
         events=ChatCompletionChunk,
+        closed=True,
         errors=_WORK,
     ),
     _Route(
@@ -109,6 +112,7 @@ _ROUTES = (
         request=CompletionRequest,
         example={"prompt": "The capital of France is", "max_tokens": 16, "temperature": 0},
         events=Completion,
+        closed=True,
         errors=_WORK,
     ),
     _Route(
@@ -275,6 +279,15 @@ def _content(kind: type[BaseModel] | str, **more: Any) -> dict[str, Any]:
     return {"application/json": {"schema": _reference(kind), **more}}
 
 
+def _event(kind: type[BaseModel], *, closed: bool) -> dict[str, Any]:
+    """A schema of each event, by the fields that it has in the stream."""
+    data: dict[str, Any] = {"type": "string", "contentMediaType": "application/json", "contentSchema": _reference(kind)}
+    if closed:
+        data["contentSchema"] = {"anyOf": [_reference(kind), _reference(ErrorResponse)]}
+        data = {"anyOf": [{"const": "[DONE]"}, data]}
+    return {"type": "object", "properties": {"event": {"type": "string"}, "data": data}, "required": ["data"]}
+
+
 def _operation(route: _Route, *, api_keys: bool, model: str) -> dict[str, Any]:
     closed = api_keys and not route.open
     errors = sorted({*route.errors, 401} if closed else route.errors)
@@ -284,7 +297,7 @@ def _operation(route: _Route, *, api_keys: bool, model: str) -> dict[str, Any]:
         kind = ErrorResponse if status in (401, 413) else route.error
         responses[status] = {"description": _ERRORS[status], "content": _content(kind)}
     if route.events is not None:
-        responses[200]["content"]["text/event-stream"] = {"schema": _reference(route.events)}
+        responses[200]["content"]["text/event-stream"] = {"schema": _event(route.events, closed=route.closed)}
     operation: dict[str, Any] = {
         "operationId": route.id,
         "summary": route.summary,

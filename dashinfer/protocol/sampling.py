@@ -31,12 +31,15 @@ _RANGES: dict[str, Callable[[float], bool]] = {
 }
 
 
-def no_room(max_length: int, size: str) -> ContextLengthExceeded:
-    """The refusal of a prompt that does not fit into `max_length` tokens; `size` is how long it is, with the unit."""
+def no_room(max_length: int, size: str, param: str = "messages") -> ContextLengthExceeded:
+    """The refusal of a prompt that does not fit into `max_length` tokens; `size` is how long it is, with the unit.
+
+    Clients tell it from others by its words: LangChain by the first, LiteLLM by the next.
+    """
     return ContextLengthExceeded(
-        f"the context holds {max_length} tokens, and the messages have {size}: "
-        "shorten them, or start the server with a larger --max-length",
-        param="messages",
+        f"prompt is too long: this model's maximum context length is {max_length} tokens, and `{param}` has {size}: "
+        "shorten it, or start the server with a larger --max-length",
+        param=param,
     )
 
 

@@ -17,11 +17,11 @@ from typing import Any
 import msgspec
 
 from dashinfer.engine.api import EngineAPI, Generation, TokenOutput
-from dashinfer.errors import ContextLengthExceeded, InvalidRequest, RequestError
+from dashinfer.errors import InvalidRequest, RequestError
 from dashinfer.protocol import stream
 from dashinfer.protocol.completions import CompletionEncoder, CompletionRequest, Prompt, choice
 from dashinfer.protocol.parse import parse_request
-from dashinfer.protocol.sampling import sampling_params
+from dashinfer.protocol.sampling import no_room, sampling_params
 from dashinfer.serving.service import Service, TextModel
 from dashinfer.text.detokenizer import IncrementalDetokenizer, StopString
 from dashinfer.text.tokenizer import Tokenizer
@@ -93,11 +93,7 @@ def prompt_tokens(engine: EngineAPI, text: TextModel, prompt: Prompt, param: str
     if not tokens:
         raise InvalidRequest(f"`{param}` has no tokens", param=param)
     if len(tokens) >= max_length:
-        raise ContextLengthExceeded(
-            f"the context holds {max_length} tokens, and `{param}` has {len(tokens)}: "
-            "shorten it, or start the server with a larger --max-length",
-            param=param,
-        )
+        raise no_room(max_length, f"{len(tokens)} tokens", param)
     return tokens
 
 

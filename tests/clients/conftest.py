@@ -33,19 +33,20 @@ ENVIRONMENT = {
 }
 
 
-def run(command: list[str], folder: Path, *, statuses: tuple[int, ...] = (0,), **environment: str) -> str:
-    """What a program that is expected to end well prints; it begins in `folder`, which is its home too."""
+def run(command: list[str], folder: Path, **environment: str) -> str:
+    """What a program prints; it begins in `folder`, which is its home too."""
     done = subprocess.run(
         command,
         cwd=folder,
         env={**os.environ, **ENVIRONMENT, "HOME": str(folder), "HF_HOME": str(folder), **environment},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stderr=subprocess.PIPE,
         text=True,
         timeout=PATIENCE,
     )
-    assert done.returncode in statuses, f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-20_000:]}"
+    said = f"{done.stdout[-20_000:]}\n{done.stderr[-20_000:]}"
+    assert done.returncode == 0, f"{' '.join(command)} ended with {done.returncode}:\n{said}"
     return done.stdout
 
 
@@ -83,10 +84,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 
 @pytest.fixture(scope="session")
-def program(server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Report]:
-    """Runs one of `programs/` against the server."""
+def program(server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Report]:
+    """Runs one of `programs/` against the server, with more environment if need be."""
 
-    def use(name: str) -> Report:
-        return Report(run([sys.executable, str(HERE / "programs" / name), server.url, KEY], tmp_path_factory.mktemp("home")))
+    def use(name: str, **environment: str) -> Report:
+        command = [sys.executable, str(HERE / "programs" / name), server.url, KEY]
+        return Report(run(command, tmp_path_factory.mktemp("home"), **environment))
 
     return use

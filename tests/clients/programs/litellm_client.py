@@ -82,7 +82,7 @@ def structured() -> list[Any]:
 @use
 def text_completion() -> Any:
     asked = {**OPENAI, "prompt": "The capital of France is", "temperature": 0, "max_tokens": 5}
-    whole = litellm.text_completion(f"text-completion-openai/{MODEL}", **asked, logprobs=1)
+    whole = litellm.text_completion(model=f"text-completion-openai/{MODEL}", **asked, logprobs=1)
     return whole.choices[0].text, len(whole.choices[0].logprobs.tokens)
 
 
