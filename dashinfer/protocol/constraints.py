@@ -34,7 +34,7 @@ def _schema_or_text(value: Any) -> Any:
     return _schema(value)
 
 
-_KINDS = [{"type": "object"}, {"type": "boolean"}]
+_KINDS = [{"type": "object"}, {"type": "boolean"}, {"type": "null"}]
 Schema = Annotated[Any, BeforeValidator(_schema), WithJsonSchema({"anyOf": _KINDS})]
 SchemaOrText = Annotated[
     Any,

@@ -32,6 +32,13 @@ def _few(value: Any) -> Any:
     return value
 
 
+def _must_be_false(value: Any) -> Any:
+    """Pydantic takes 0 for false where a field can have no other value."""
+    if value is not None and not isinstance(value, bool):
+        raise PydanticCustomError("bool_type", "must be true or false")
+    return value
+
+
 class ResponsesRequest(RequestModel):
     """A turn of a conversation. A null stands for a field that is left out; an unknown field is refused."""
 
@@ -53,7 +60,9 @@ class ResponsesRequest(RequestModel):
     reasoning: Item | None = Field(default=None, description="effort")
     metadata: Annotated[dict[str, str], BeforeValidator(_few)] = Field(default_factory=dict, max_length=MAX_METADATA)
 
-    background: Literal[False] | None = Field(default=None, description="not supported")
+    background: Annotated[Literal[False] | None, BeforeValidator(_must_be_false)] = Field(
+        default=None, description="not supported"
+    )
     conversation: None = Field(default=None, description="not supported; use previous_response_id")
     include: Any = Field(default=None, description="ignored")
     stream_options: Any = Field(default=None, description="ignored")

@@ -20,7 +20,7 @@ from tests.e2e.conftest import ServerProcess
 
 HERE = Path(__file__).parent
 KEY = "sk-clients"
-PATIENCE = 300.0  # seconds
+PATIENCE = 900.0  # seconds
 NOWHERE = "http://127.0.0.1:9"
 ENVIRONMENT = {
     **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), NOWHERE),

@@ -20,7 +20,9 @@ def litellm(program: Callable[..., Report], tmp_path_factory: pytest.TempPathFac
     done = subprocess.run([*install, "litellm>=1.100"], capture_output=True, text=True, timeout=300)
     if done.returncode:
         pytest.skip(f"pip cannot install LiteLLM: {done.stderr.strip().splitlines()[-1]}")
-    return program("litellm_client.py", PYTHONPATH=os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    return program(
+        "litellm_client.py", PYTHONPATH=os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    )
 
 
 @pytest.mark.parametrize("prefix", ["openai", "hosted_vllm"])

@@ -49,7 +49,8 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 def fuzz(server: ServerProcess, folder: Path, *options: str) -> None:
     needs("schemathesis")
     command = [
-        *(sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json"),
+        *(sys.executable, "-m", "schemathesis.cli", "--config-file", str(HERE / "schemathesis.toml")),
+        *("run", f"{server.url}/openapi.json"),
         *("--header", f"Authorization: Bearer {KEY}", "--checks", ",".join(CHECKS)),
         *("--seed", "1", "--generation-database", "none", "--no-color", *options),
     ]
@@ -62,4 +63,4 @@ def test_a_few_requests(toy: ServerProcess, tmp_path: Path) -> None:
 
 @pytest.mark.clients
 def test_many_requests(toy: ServerProcess, tmp_path: Path) -> None:
-    fuzz(toy, tmp_path, "--phases", "examples,coverage,fuzzing,stateful", "--max-examples", "200")
+    fuzz(toy, tmp_path, "--phases", "examples,coverage,fuzzing,stateful", "--max-examples", "100")
