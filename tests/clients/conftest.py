@@ -40,8 +40,7 @@ def run(command: list[str], folder: Path, **environment: str) -> str:
         cwd=folder,
         env={**os.environ, **ENVIRONMENT, "HOME": str(folder), "HF_HOME": str(folder), **environment},
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
         timeout=PATIENCE,
     )
