@@ -76,7 +76,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     copy = [sys.executable, "-m", "gguf.scripts.gguf_new_metadata", weights, str(model)]
     subprocess.run([*copy, "--chat-template-file", str(HERE / "chat_template.jinja")], check=True, capture_output=True)
     server = ServerProcess.start(
-        *("--model", str(model), "--api-keys", KEY, "--kv-cache-memory", "512MiB", "--max-length", "4096")
+        *("--model", str(model), "--api-keys", KEY, "--kv-cache-memory", "512MiB", "--max-length", "4096"),
+        *("--data-type", "float32"),  # log-probabilities can be compared then
     )
     yield server
     assert server.stop() == 0
@@ -86,8 +87,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 def program(server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Report]:
     """Runs one of `programs/` against the server, with more environment if need be."""
 
-    def use(name: str, **environment: str) -> Report:
-        command = [sys.executable, str(HERE / "programs" / name), server.url, KEY]
+    def use(name: str, *which: str, **environment: str) -> Report:
+        command = [sys.executable, str(HERE / "programs" / name), server.url, KEY, *which]
         return Report(run(command, tmp_path_factory.mktemp("home"), **environment))
 
     return use

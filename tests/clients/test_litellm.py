@@ -12,17 +12,25 @@ from .conftest import Report, needs
 
 
 @pytest.fixture(scope="module")
-def litellm(program: Callable[..., Report], tmp_path_factory: pytest.TempPathFactory) -> Report:
-    """LiteLLM keeps huggingface_hub below 2 for uses that are not these, so it is put where only it is seen."""
+def package(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A PYTHONPATH with LiteLLM: it keeps huggingface_hub below 2, for uses that are not these, so nothing else gets to see it."""
     needs("dotenv", "fastuuid", "importlib_metadata", "pydantic_settings", "tiktoken")
     folder = tmp_path_factory.mktemp("litellm")
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", str(folder)]
     done = subprocess.run([*install, "litellm>=1.100"], capture_output=True, text=True, timeout=300)
     if done.returncode:
         pytest.skip(f"pip cannot install LiteLLM: {done.stderr.strip().splitlines()[-1]}")
-    return program(
-        "litellm_client.py", PYTHONPATH=os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-    )
+    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+@pytest.fixture(scope="module")
+def litellm(program: Callable[..., Report], package: str) -> Report:
+    return program("litellm_client.py", PYTHONPATH=package)
+
+
+@pytest.fixture(scope="module")
+def more(program: Callable[..., Report], package: str) -> Report:
+    return program("litellm_client.py", "more", PYTHONPATH=package)
 
 
 @pytest.mark.parametrize("prefix", ["openai", "hosted_vllm"])
@@ -42,8 +50,9 @@ def test_asynchronous(litellm: Report) -> None:
     assert streamed == whole
 
 
-def test_batch(litellm: Report) -> None:
-    first, second = litellm["batch"]
+@pytest.mark.clients
+def test_batch(more: Report) -> None:
+    first, second = more["batch"]
 
     assert "Paris" in first
     assert second
@@ -58,14 +67,16 @@ def test_tools(litellm: Report) -> None:
     assert after in ("stop", "length", "tool_calls")
 
 
-def test_structured_output(litellm: Report) -> None:
-    first, second = litellm["structured"]
+@pytest.mark.clients
+def test_structured_output(more: Report) -> None:
+    first, second = more["structured"]
 
     assert first.keys() == second.keys() == {"name", "age", "mood"}
 
 
-def test_completion(litellm: Report) -> None:
-    text, tokens = litellm["text_completion"]
+@pytest.mark.clients
+def test_completion(more: Report) -> None:
+    text, tokens = more["text_completion"]
 
     assert "Paris" in text
     assert tokens == 5
@@ -82,8 +93,9 @@ def test_responses(litellm: Report) -> None:
     assert (first, last) == ("response.created", "response.completed")
 
 
-def test_anthropic(litellm: Report) -> None:
-    whole, streamed = litellm["anthropic"]
+@pytest.mark.clients
+def test_anthropic(more: Report) -> None:
+    whole, streamed = more["anthropic"]
 
     assert "Paris" in whole
     assert streamed == whole

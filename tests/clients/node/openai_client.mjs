@@ -105,7 +105,7 @@ const uses = {
   },
 
   async aborted() {
-    const long = { ...chat, max_tokens: 400, stream: true, ignore_eos: true };
+    const long = { ...chat, max_tokens: 240, stream: true, ignore_eos: true };
     const stream = await client.chat.completions.create(long);
     let chunks = 0;
     for await (const _ of stream) if (++chunks === 3) break; // which ends the request

@@ -9,7 +9,7 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
 from pydantic import BaseModel, Field
-from uses import KEY, MODEL, QUESTION, URL, error, main, use
+from uses import KEY, MODEL, QUESTION, URL, error, main, more, use
 
 OPENAI: dict[str, Any] = {"model": MODEL, "base_url": f"{URL}/v1", "api_key": KEY, "max_retries": 0}
 CHAT: dict[str, Any] = {**OPENAI, "temperature": 0, "max_tokens": 40}
@@ -48,13 +48,13 @@ def stream() -> Any:
     return len(chunks), whole.text, whole.usage_metadata, chat.invoke(QUESTION).text
 
 
-@use
+@more
 def chain() -> str:
     prompt = ChatPromptTemplate.from_messages([("system", "You are a helpful assistant."), ("human", "{question}")])
     return (prompt | chat | StrOutputParser()).invoke({"question": QUESTION})
 
 
-@use
+@more
 def batch() -> Any:
     questions = [QUESTION, "What is the capital of Italy?", "Say hello."]
     return [answer.text for answer in chat.batch(questions)], chat.invoke(questions[1]).text
@@ -67,12 +67,12 @@ async def asynchronous() -> Any:
 
 @use
 def structured() -> Any:
-    longer = ChatOpenAI(**CHAT | {"max_tokens": 100})
+    longer = ChatOpenAI(**CHAT | {"max_tokens": 60})
     bound = [longer.with_structured_output(Person, method=method) for method in ("json_schema", "function_calling")]
     return [each.invoke("Invent one.").model_dump() for each in bound]
 
 
-@use
+@more
 def json_mode() -> Any:
     return chat.with_structured_output(method="json_mode", include_raw=True).invoke("As JSON: hi")["raw"].text[:1]
 
@@ -98,7 +98,7 @@ def tools_streamed() -> Any:
     return [[call["name"], call["args"]] for call in whole.tool_calls]
 
 
-@use
+@more
 def logprobs() -> Any:
     answer = chat.bind(logprobs=True, top_logprobs=2).invoke(QUESTION)
     entries = answer.response_metadata["logprobs"]["content"]
@@ -113,13 +113,13 @@ def responses_api() -> Any:
     return whole.text, streamed, whole.usage_metadata, next_turn.usage_metadata
 
 
-@use
+@more
 def responses_api_structured() -> Any:
-    longer = ChatOpenAI(**CHAT | {"max_tokens": 100}, use_responses_api=True)
+    longer = ChatOpenAI(**CHAT | {"max_tokens": 60}, use_responses_api=True)
     return longer.with_structured_output(Person).invoke("Invent one.").model_dump()
 
 
-@use
+@more
 def responses_api_tools() -> Any:
     return responses.bind_tools([weather], tool_choice="weather").invoke("How is the weather in Rome?").tool_calls[0]["args"]
 
@@ -157,14 +157,14 @@ def anthropic() -> Any:
     return whole.text, streamed, whole.usage_metadata
 
 
-@use
+@more
 def anthropic_tools() -> Any:
     return claude.bind_tools([weather], tool_choice="weather").invoke("How is the weather in Rome?").tool_calls[0]["args"]
 
 
-@use
+@more
 def anthropic_structured() -> Any:
-    longer = ChatAnthropic(model=MODEL, base_url=URL, api_key=KEY, temperature=0, max_tokens=100, max_retries=0)
+    longer = ChatAnthropic(model=MODEL, base_url=URL, api_key=KEY, temperature=0, max_tokens=60, max_retries=0)
     return longer.with_structured_output(Person).invoke("Invent one.").model_dump()
 
 

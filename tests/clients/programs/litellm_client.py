@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import litellm
 from pydantic import BaseModel, Field
-from uses import KEY, MODEL, QUESTION, URL, WEATHER, error, main, use
+from uses import KEY, MODEL, QUESTION, URL, WEATHER, error, main, more, use
 
 litellm.telemetry = False
 MESSAGES = [{"role": "user", "content": QUESTION}]
@@ -52,7 +52,7 @@ async def asynchronous() -> Any:
     return whole.choices[0].message.content, _streamed([chunk async for chunk in stream])
 
 
-@use
+@more
 def batch() -> list[str]:
     conversations = [MESSAGES, [{"role": "user", "content": "Say hello."}]]
     rest = {name: value for name, value in CHAT.items() if name != "messages"}
@@ -72,14 +72,14 @@ def tools() -> Any:
     return [[call.name, call.arguments] for call in calls], whole.choices[0].finish_reason, after.choices[0].finish_reason
 
 
-@use
+@more
 def structured() -> list[Any]:
-    asked = {**CHAT, "response_format": Person, "max_tokens": 100}
+    asked = {**CHAT, "response_format": Person, "max_tokens": 60}
     texts = [litellm.completion(f"{kind}/{MODEL}", **asked).choices[0].message.content for kind in ("openai", "hosted_vllm")]
     return [Person.model_validate_json(text).model_dump() for text in texts]
 
 
-@use
+@more
 def text_completion() -> Any:
     asked = {**OPENAI, "prompt": "The capital of France is", "temperature": 0, "max_tokens": 5}
     whole = litellm.text_completion(model=f"text-completion-openai/{MODEL}", **asked, logprobs=1)
@@ -101,7 +101,7 @@ def responses() -> Any:
     return whole.output[0].content[0].text, events[0], events[-1]
 
 
-@use
+@more
 def anthropic() -> Any:
     asked = {"api_base": URL, "api_key": KEY, "messages": MESSAGES, "temperature": 0, "max_tokens": 40}
     whole = litellm.completion(f"anthropic/{MODEL}", **asked)

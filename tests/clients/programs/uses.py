@@ -1,8 +1,8 @@
 """What the programs in this folder share. Each is one client, used as its documentation shows it, one function a use.
 
-    python PROGRAM URL KEY
+    python PROGRAM URL KEY [more]
 
-prints a JSON object with an entry a function: {"got": what it returned} or {"failed": a traceback}.
+prints, in its last line, a JSON object with an entry a function: {"got": what it returned} or {"failed": a traceback}.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from inspect import iscoroutinefunction
 from typing import Any
 
-URL, KEY = sys.argv[1:]
+URL, KEY, *WHICH = sys.argv[1:]
 MODEL = "demo"
 QUESTION = "What is the capital of France?"
 WEATHER = {
@@ -31,11 +31,18 @@ WEATHER = {
 }
 
 _uses: dict[str, Callable[[], Any]] = {}
+_more: dict[str, Callable[[], Any]] = {}
 
 
 def use(function: Callable[[], Any]) -> Callable[[], Any]:
     """Register one."""
     _uses[function.__name__] = function
+    return function
+
+
+def more(function: Callable[[], Any]) -> Callable[[], Any]:
+    """Register one for `more`, which leaves out the others."""
+    _more[function.__name__] = function
     return function
 
 
@@ -50,7 +57,7 @@ def error(function: Callable[..., Any], *arguments: Any, **named: Any) -> list[A
 
 def main() -> None:
     results = {}
-    for name, function in _uses.items():
+    for name, function in (_more if WHICH else _uses).items():
         try:
             results[name] = {"got": asyncio.run(function()) if iscoroutinefunction(function) else function()}
         except Exception:
