@@ -45,7 +45,7 @@ def test_log_likelihoods(scores: list[list[float]], server: ServerProcess) -> No
                 pairs = zip(found["text_offset"], found["token_logprobs"], strict=True)
                 expected.append(sum(logprob for offset, logprob in pairs if offset >= len(question)))
 
-    assert sum(scores, []) == pytest.approx(expected, abs=ACCURACY)
+    assert [score for choices in scores for score in choices] == pytest.approx(expected, abs=ACCURACY)
 
 
 def test_accuracy(completions: tuple[dict[str, Any], dict[str, Any]], scores: list[list[float]]) -> None:
@@ -101,4 +101,4 @@ def test_log_likelihoods_of_transformers(scores: list[list[float]]) -> None:
                 logprobs = model(tokens).logits[0, :-1].log_softmax(-1)
             expected.append(float(logprobs.gather(1, tokens[0, 1:, None])[before - 1 :].sum()))
 
-    assert sum(scores, []) == pytest.approx(expected, abs=ACCURACY)
+    assert [score for choices in scores for score in choices] == pytest.approx(expected, abs=ACCURACY)
