@@ -13,7 +13,7 @@ from .conftest import Report, needs
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A PYTHONPATH with LiteLLM. It keeps huggingface_hub below 2, for uses that are not these, so nothing else is to see it."""
+    """A PYTHONPATH with LiteLLM, which nothing else sees: it keeps huggingface_hub below 2, for uses that are not these."""
     needs("dotenv", "fastuuid", "importlib_metadata", "pydantic_settings", "tiktoken")
     folder = tmp_path_factory.mktemp("litellm")
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", str(folder)]
