@@ -33,9 +33,11 @@ def more(program: Callable[..., Report], package: str) -> Report:
     return program("litellm_client.py", "more", PYTHONPATH=package)
 
 
-@pytest.mark.parametrize("prefix", ["openai", "hosted_vllm"])
-def test_chat(litellm: Report, prefix: str) -> None:
-    found = litellm[prefix]
+@pytest.mark.parametrize(
+    ("report", "prefix"), [("litellm", "openai"), pytest.param("more", "hosted_vllm", marks=pytest.mark.clients)]
+)
+def test_chat(request: pytest.FixtureRequest, report: str, prefix: str) -> None:
+    found = request.getfixturevalue(report)[prefix]
 
     assert "Paris" in found["whole"]
     assert found["streamed"] == found["rebuilt"] == found["whole"]
@@ -82,8 +84,9 @@ def test_completion(more: Report) -> None:
     assert tokens == 5
 
 
-def test_embeddings(litellm: Report) -> None:
-    assert litellm["embedding"] == [[576, 576], [576, 576]]
+@pytest.mark.clients
+def test_embeddings(more: Report) -> None:
+    assert more["embedding"] == [[576, 576], [576, 576]]
 
 
 def test_responses(litellm: Report) -> None:

@@ -58,7 +58,7 @@ def fuzz(server: ServerProcess, folder: Path, *options: str) -> None:
 
 
 def test_a_few_requests(toy: ServerProcess, tmp_path: Path) -> None:
-    fuzz(toy, tmp_path, "--phases", "examples,fuzzing", "--max-examples", "10")
+    fuzz(toy, tmp_path, "--phases", "examples,fuzzing", "--max-examples", "5")
 
 
 @pytest.mark.clients

@@ -1,6 +1,6 @@
 // OpenAI's package for Node, used as its documentation shows it, one function a use.
 //
-//     node openai_client.mjs URL KEY
+//     node openai_client.mjs URL KEY [more]
 //
 // prints a JSON object with an entry a function, as programs/uses.py says.
 
@@ -8,7 +8,7 @@ import OpenAI, { APIUserAbortError, toFile } from "openai";
 import { zodResponseFormat, zodTextFormat, zodFunction } from "openai/helpers/zod";
 import { z } from "zod";
 
-const [url, key] = process.argv.slice(2);
+const [url, key, which] = process.argv.slice(2);
 const client = new OpenAI({ baseURL: `${url}/v1`, apiKey: key, maxRetries: 0 });
 const model = "demo";
 const messages = [{ role: "user", content: "What is the capital of France?" }];
@@ -55,19 +55,6 @@ const uses = {
     return { text, same: text === whole.choices[0].message.content, tokens: usage.completion_tokens === whole.usage.completion_tokens };
   },
 
-  async helper_streamed() {
-    const stream = client.chat.completions.stream({ ...chat, logprobs: true });
-    const kinds = new Set();
-    for (const kind of ["content.delta", "content.done", "logprobs.content.delta", "logprobs.content.done", "error"])
-      stream.on(kind, () => kinds.add(kind));
-    return [(await stream.finalContent()), [...kinds].sort()];
-  },
-
-  async choices() {
-    const found = await client.chat.completions.create({ ...chat, n: 3, temperature: 1, seed: 1, max_tokens: 4, stop: ["\n\n"] });
-    return found.choices.map((choice) => choice.index);
-  },
-
   async named_tool() {
     const tools = [zodFunction({ name: "weather", parameters: Weather, description: "The weather of a city" })];
     const choice = { type: "function", function: { name: "weather" } };
@@ -77,23 +64,6 @@ const uses = {
     const result = { role: "tool", tool_call_id: call.id, content: "mild" };
     const after = await client.chat.completions.create({ ...chat, tools, tool_choice: "none", messages: [...messages, message, result] });
     return { args: call.function.parsed_arguments, finish: finish_reason, after: after.choices[0].message.tool_calls ?? null };
-  },
-
-  async named_tool_streamed() {
-    const tools = [zodFunction({ name: "weather", parameters: Weather })];
-    const stream = client.chat.completions.stream({ ...chat, tools, tool_choice: { type: "function", function: { name: "weather" } } });
-    let pieces = 0;
-    stream.on("tool_calls.function.arguments.delta", () => pieces++);
-    const final = await stream.finalChatCompletion();
-    return { args: final.choices[0].message.tool_calls[0].function.parsed_arguments, several: pieces > 1 };
-  },
-
-  async run_tools() {
-    const given = [];
-    const tool = zodFunction({ name: "weather", parameters: Weather, function: (args) => (given.push(args), "mild") });
-    const runner = client.chat.completions.runTools({ ...chat, tools: [tool], tool_choice: { type: "function", function: { name: "weather" } } });
-    await runner.finalChatCompletion();
-    return [given.length, Weather.safeParse(given[0]).success, runner.messages.map((message) => message.role)];
   },
 
   async structured() {
@@ -131,11 +101,6 @@ const uses = {
     };
   },
 
-  async completion() {
-    const found = await client.completions.create({ model, prompt: "The capital of France is", temperature: 0, max_tokens: 5, logprobs: 1 });
-    return [found.choices[0].text, found.choices[0].logprobs.tokens.length];
-  },
-
   async embeddings() {
     const input = ["a cat", "a dog"];
     const [packed, plain] = [
@@ -169,6 +134,43 @@ const uses = {
       cancel: (await refusal(client.responses.cancel(next.id))).class,
     };
   },
+};
+
+const more = {
+  async helper_streamed() {
+    const stream = client.chat.completions.stream({ ...chat, logprobs: true });
+    const kinds = new Set();
+    for (const kind of ["content.delta", "content.done", "logprobs.content.delta", "logprobs.content.done", "error"])
+      stream.on(kind, () => kinds.add(kind));
+    return [(await stream.finalContent()), [...kinds].sort()];
+  },
+
+  async choices() {
+    const found = await client.chat.completions.create({ ...chat, n: 3, temperature: 1, seed: 1, max_tokens: 4, stop: ["\n\n"] });
+    return found.choices.map((choice) => choice.index);
+  },
+
+  async named_tool_streamed() {
+    const tools = [zodFunction({ name: "weather", parameters: Weather })];
+    const stream = client.chat.completions.stream({ ...chat, tools, tool_choice: { type: "function", function: { name: "weather" } } });
+    let pieces = 0;
+    stream.on("tool_calls.function.arguments.delta", () => pieces++);
+    const final = await stream.finalChatCompletion();
+    return { args: final.choices[0].message.tool_calls[0].function.parsed_arguments, several: pieces > 1 };
+  },
+
+  async run_tools() {
+    const given = [];
+    const tool = zodFunction({ name: "weather", parameters: Weather, function: (args) => (given.push(args), "mild") });
+    const runner = client.chat.completions.runTools({ ...chat, tools: [tool], tool_choice: { type: "function", function: { name: "weather" } } });
+    await runner.finalChatCompletion();
+    return [given.length, Weather.safeParse(given[0]).success, runner.messages.map((message) => message.role)];
+  },
+
+  async completion() {
+    const found = await client.completions.create({ model, prompt: "The capital of France is", temperature: 0, max_tokens: 5, logprobs: 1 });
+    return [found.choices[0].text, found.choices[0].logprobs.tokens.length];
+  },
 
   async responses_structured() {
     const asked = { model, input: "Invent a person.", temperature: 0, max_output_tokens: 100 };
@@ -178,7 +180,7 @@ const uses = {
 };
 
 const results = {};
-for (const [name, use] of Object.entries(uses)) {
+for (const [name, use] of Object.entries(which ? more : uses)) {
   try {
     results[name] = { got: await use() };
   } catch (error) {

@@ -67,9 +67,13 @@ async def asynchronous() -> Any:
 
 @use
 def structured() -> Any:
+    return ChatOpenAI(**CHAT | {"max_tokens": 60}).with_structured_output(Person).invoke("Invent one.").model_dump()
+
+
+@more
+def structured_by_function() -> Any:
     longer = ChatOpenAI(**CHAT | {"max_tokens": 60})
-    bound = [longer.with_structured_output(Person, method=method) for method in ("json_schema", "function_calling")]
-    return [each.invoke("Invent one.").model_dump() for each in bound]
+    return longer.with_structured_output(Person, method="function_calling").invoke("Invent one.").model_dump()
 
 
 @more
@@ -89,7 +93,7 @@ def tools() -> Any:
     return call["args"], result.content, called.response_metadata["finish_reason"], after.text, after.tool_calls
 
 
-@use
+@more
 def tools_streamed() -> Any:
     whole = None
     for chunk in chat.bind_tools([weather], tool_choice="required", strict=True).stream("How is the weather in Rome?"):
@@ -124,7 +128,7 @@ def responses_api_tools() -> Any:
     return responses.bind_tools([weather], tool_choice="weather").invoke("How is the weather in Rome?").tool_calls[0]["args"]
 
 
-@use
+@more
 def completion() -> str:
     return OpenAI(**OPENAI, temperature=0, max_tokens=5).invoke("The capital of France is")
 

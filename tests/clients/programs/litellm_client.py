@@ -40,7 +40,7 @@ def openai() -> Any:
     return _both_ways(f"openai/{MODEL}")
 
 
-@use
+@more
 def hosted_vllm() -> Any:
     return _both_ways(f"hosted_vllm/{MODEL}")
 
@@ -86,7 +86,7 @@ def text_completion() -> Any:
     return whole.choices[0].text, len(whole.choices[0].logprobs.tokens)
 
 
-@use
+@more
 def embedding() -> Any:
     found = [litellm.embedding(f"{kind}/{MODEL}", input=["a cat", "a dog"], **OPENAI) for kind in ("openai", "hosted_vllm")]
     return [[len(entry["embedding"]) for entry in each.data] for each in found]
