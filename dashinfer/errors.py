@@ -20,9 +20,10 @@
     │   ├── RateLimitExceeded        429  as well, and headers about the limits
     │   ├── InternalError            500
     │   └── EngineUnavailable        503  loading, draining or failed
-    └── WorkerError                  a rank died, hung or broke the protocol
-        ├── PeerLost                 a rank cannot reach another one, whose end is the cause
-        └── LinkLost                 the connection to another machine was cut, fell silent, or is not authentic
+    ├── WorkerError                  a rank died, hung or broke the protocol
+    │   ├── PeerLost                 a rank cannot reach another one, whose end is the cause
+    │   └── LinkLost                 the connection to another machine was cut, fell silent, or is not authentic
+    └── BenchError                   ends `dashinfer_bench` with one line: a measurement that cannot be made
 
 Errors for people are written for people: one line, what is wrong, what to change. Broken invariants of our own are `assert`s.
 This module imports nothing.
@@ -183,3 +184,7 @@ class PeerLost(WorkerError):
 
 class LinkLost(WorkerError):
     """The connection to another machine was cut, fell silent, or carried what the other machine did not send."""
+
+
+class BenchError(DashInferError):
+    """The measurement cannot be made, or cannot go on; the message is the one line a user sees."""

@@ -5,6 +5,7 @@ with the longest matching name, and may import its own layer and what lies below
 """
 
 import ast
+import itertools
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -54,8 +55,11 @@ CHILD: list[set[str]] = [
     {"dashinfer.models"},
     {"dashinfer.worker"},  # all of it but frames and supervisor, which are the parent's
 ]
+# `dashinfer_bench` is a process of its own, which knows servers by their URL alone.
+BENCH: list[set[str]] = [{"dashinfer", "dashinfer.errors"}, {"dashinfer.bench"}]
 PARENT_NEVER = {"torch", "triton", "transformers", "accelerate", "dashinfer_kernels"}
 CHILD_NEVER = {"trio", "quart", "quart_trio", "hypercorn", "pydantic", "httpx"}
+BENCH_NEVER = PARENT_NEVER | CHILD_NEVER - {"trio"} | {"numpy", "msgspec"}
 
 
 def sources() -> dict[str, Path]:
@@ -101,6 +105,11 @@ def layer(name: str, side: list[set[str]]) -> int:
 def sides(name: str) -> list[tuple[str, list[set[str]], set[str]]]:
     """The processes that a module runs in, with the layers and the forbidden packages of each."""
     parent, child = ("parent", PARENT, PARENT_NEVER), ("child", CHILD, CHILD_NEVER)
+    bench = ("bench client", BENCH, BENCH_NEVER)
+    if name in ("dashinfer", "dashinfer.errors"):
+        return [parent, child, bench]
+    if name == "dashinfer.bench" or name.startswith("dashinfer.bench."):
+        return [bench]
     if name in SHARED:
         return [parent, child]
     if name.startswith(("dashinfer_kernels", "dashinfer.models")):
@@ -169,6 +178,10 @@ def test_modules_import_names_that_exist() -> None:
         ("dashinfer.vision.fetch", "import torch", "runs in the parent and imports torch"),
         ("dashinfer.vision.fetch", "from dashinfer.serving import app", "imports dashinfer.serving.app, which lies above it"),
         ("dashinfer.telemetry", "", "is in no layer of the parent"),
+        ("dashinfer.bench.client", "import torch", "runs in the bench client and imports torch"),
+        ("dashinfer.bench.stats", "import numpy", "runs in the bench client and imports numpy"),
+        ("dashinfer.bench.client", "from dashinfer.types import x", "imports dashinfer.types, which does not"),
+        ("dashinfer.serving.app", "from dashinfer.bench import stats", "imports dashinfer.bench.stats, which does not"),
     ],
 )
 def test_an_offence_is_seen(name: str, line: str, offence: str, tmp_path: Path) -> None:
@@ -195,7 +208,8 @@ def test_only_declared_packages_are_imported() -> None:
     """Everything that the product imports is a dependency or an extra of pyproject.toml, or Python's own."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    requirements = [*project["dependencies"], *extras["serving"], *extras["vlm"], *extras["tensorrt"], *extras["otel"]]
+    products = [extras[name] for name in ("serving", "vlm", "tensorrt", "otel", "bench")]
+    requirements = [*project["dependencies"], *itertools.chain.from_iterable(products)]
     declared = {requirement.split(";")[0].split("[")[0].split("<")[0].split(">")[0].strip() for requirement in requirements}
     known = {name.lower().replace("-", "_") for name in declared}
     # Parts of those declared, or what they stand on.

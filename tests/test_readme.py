@@ -13,7 +13,7 @@ from dashinfer.config import ServerConfig, choices
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BENCH_README = (ROOT / "bench" / "serve" / "README.md").read_text(encoding="utf-8")
+BENCH_READMES = [(ROOT / folder / "README.md").read_text(encoding="utf-8") for folder in ("dashinfer/bench", "bench/serve")]
 FIELDS = dataclasses.fields(ServerConfig)
 
 
@@ -100,16 +100,20 @@ def test_shell_examples_use_flags_that_exist() -> None:
     assert {flag for line in served for flag in re.findall(r" (--[\w-]+)", line)} <= set(flag_rows())
 
 
-@pytest.mark.parametrize("text", [README, BENCH_README], ids=["README", "bench"])
+@pytest.mark.parametrize("text", [README, *BENCH_READMES], ids=["README", "dashinfer_bench", "bench.serve"])
 def test_bench_examples_use_flags_that_exist(text: str) -> None:
-    from bench.serve.__main__ import make_parser
+    from bench.serve.__main__ import make_parser as make_serve_parser
+    from dashinfer.bench.cli import make_parser
 
-    known = {flag for action in make_parser()._actions for flag in action.option_strings}
     commands = [line for block in blocks("bash", text) for line in block.replace("\\\n", " ").splitlines()]
-    used = [re.sub(r"\"[^\"]*\"|'[^']*'", "", line) for line in commands if "-m bench.serve " in line]
+    used = 0
+    for start, parser in (("dashinfer_bench", make_parser()), (r".*-m bench\.(?:serve|vlm) ", make_serve_parser())):
+        known = {flag for action in parser._actions for flag in action.option_strings}
+        for line in (re.sub(r"\"[^\"]*\"|'[^']*'", "", line) for line in commands if re.match(start, line)):
+            used += 1
+            assert set(re.findall(r" (--[\w-]+)", line)) <= known
 
     assert used
-    assert {flag for line in used for flag in re.findall(r" (--[\w-]+)", line)} <= known
 
 
 def test_links_and_named_files_exist() -> None:

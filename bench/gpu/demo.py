@@ -111,10 +111,10 @@ def ask(url: str, prompt: str, max_tokens: int) -> list[str]:
 
 
 def measure_speed(url: str) -> list[Row]:
-    """`bench.serve` at several concurrencies, a round each."""
+    """`dashinfer_bench` at several concurrencies, a round each."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "speed.json"
-        command = [sys.executable, "-m", "bench.serve", "--url", f"{url}/v1", "--concurrency", "1,16,64", "--rounds", "1"]
+        command = [sys.executable, "-m", "dashinfer.bench", "--url", f"{url}/v1", "--concurrency", "1,16,64", "--rounds", "1"]
         subprocess.run([*command, "--out", str(out)], check=True, stdout=subprocess.DEVNULL)
         found = json.loads(out.read_text())
     return [{"concurrency": level["concurrency"], **level["median"]} for level in found["targets"][0]["levels"]]

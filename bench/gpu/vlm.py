@@ -13,7 +13,7 @@ from PIL import Image
 
 from bench.gpu.inprocess import InProcess
 from bench.gpu.workload import QWEN_2_VL_7B, TOY_VL
-from bench.serve.pictures import draw
+from dashinfer.bench.pictures import draw
 from dashinfer.engine.api import Medium, PromptMedia
 from dashinfer.engine.scheduler import Scheduler, Update
 from dashinfer.engine.sequence import Sequence

@@ -17,13 +17,15 @@ from bench.machine import describe_machine
 from bench.parallel import report
 from bench.parallel.loading import time_loading
 from bench.parallel.recovery import Kill, Recovery, kill_ranks
-from bench.serve import report as serve_report
-from bench.serve.__main__ import Extra, at_least_one, levels, measure, tell
-from bench.serve.measure import Run, Settings
+from bench.serve.__main__ import measure
 from bench.serve.servers import running
-from bench.serve.target import BenchError, Target
+from dashinfer.bench import report as serve_report
+from dashinfer.bench.cli import at_least_one, levels
+from dashinfer.bench.command import Outcome, tell
+from dashinfer.bench.settings import Settings
+from dashinfer.bench.target import Target
 from dashinfer.config import ServerConfig
-from dashinfer.errors import DashInferError
+from dashinfer.errors import BenchError, DashInferError
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -66,7 +68,7 @@ def make_target(arguments: argparse.Namespace, ranks: int) -> tuple[Target, str]
     return Target(label=f"tp{ranks}", url=f"http://127.0.0.1:{port}/v1"), shlex.join(command)
 
 
-async def measure_speed(arguments: argparse.Namespace, console: Console) -> tuple[list[Run], Extra, Settings]:
+async def measure_speed(arguments: argparse.Namespace, console: Console) -> tuple[Outcome, Settings]:
     """`bench.serve` with one server for each number of ranks, taking turns."""
     targets = [make_target(arguments, ranks) for ranks in arguments.tensor_parallel]
     settings = Settings(
@@ -76,10 +78,9 @@ async def measure_speed(arguments: argparse.Namespace, console: Console) -> tupl
         output_tokens=arguments.output_tokens,
         timeout=arguments.timeout,
     )
-    spawn = [f"{target.label}={command}" for target, command in targets]
-    given = argparse.Namespace(pid=[], spawn=spawn, out=arguments.out)
-    runs, extra = await measure(given, [target for target, _ in targets], settings, console)
-    return runs, extra, settings
+    commands = {target.label: command for target, command in targets}
+    logs = arguments.out.parent if arguments.out else Path()
+    return await measure([target for target, _ in targets], settings, console, commands=commands, logs=logs), settings
 
 
 async def measure_recovery(arguments: argparse.Namespace, ranks: int, console: Console) -> Recovery:
@@ -119,10 +120,14 @@ async def run(arguments: argparse.Namespace, console: Console) -> int:
             raise BenchError(f"--out {arguments.out} does not end in .json")
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
     machine = describe_machine()
-    runs, extra, settings = await measure_speed(arguments, console)
+    outcome, settings = await measure_speed(arguments, console)
+    if not outcome.complete:
+        raise KeyboardInterrupt
+    runs, extra = outcome.runs, outcome.extra
     recoveries = [await measure_recovery(arguments, ranks, console) for ranks in arguments.tensor_parallel]
     baseline = runs[0].target.label if len(runs) > 1 else None
-    console.print(serve_report.as_table(runs, baseline))
+    for table in serve_report.as_tables(runs, settings, baseline):
+        console.print(table)
     table = Table(*report.COLUMNS)
     for row in report.rows(runs, recoveries):
         table.add_row(*row)

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field, replace
 import psutil
 import trio
 
-from bench.serve.client import DIALECTS, EventParser, find_model, probe, read_answer, record
-from bench.serve.exchange import Recording, Response
-from bench.serve.prompts import calibrate, make_prompt
-from bench.serve.target import BenchError, Target
+from dashinfer.bench.client import DIALECTS, EventParser, find_model, probe, read_answer, record
+from dashinfer.bench.exchange import Recording, Response
+from dashinfer.bench.prompts import calibrate, make_prompt
+from dashinfer.bench.target import Target
+from dashinfer.errors import BenchError
 
 MARK = 3.0  # seconds beside loading the weights
 
@@ -135,7 +136,7 @@ async def kill_ranks(
     async def count_tokens(prompt: str) -> int | None:
         return read_answer(await record(target, prompt, 1, extra, limit)).prompt_tokens
 
-    words = await calibrate(count_tokens, prompt_tokens)
+    words, _ = await calibrate(count_tokens, prompt_tokens)
     done = []
     for number in range(kills):
         prompt = make_prompt(f"kill {number}", words)

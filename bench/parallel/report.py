@@ -5,8 +5,8 @@ from dataclasses import asdict
 from typing import Any
 
 from bench.parallel.recovery import MARK, Recovery
-from bench.serve.measure import Run
-from bench.serve.stats import median_figures
+from dashinfer.bench.measure import Run
+from dashinfer.bench.stats import median_figures
 
 COLUMNS = (
     "ranks",
@@ -23,7 +23,7 @@ COLUMNS = (
 def step_overhead(run: Run, single: Run) -> tuple[float, float]:
     """Seconds of a step of one sequence, and how many of them are more than a single rank takes on the same cores."""
     least = min(run.levels)
-    own, other = (median_figures(each.levels[least]).tpot_p50 for each in (run, single))
+    own, other = (median_figures(each.levels[least]).times["tpot_p50"] for each in (run, single))
     if own is None or other is None:
         return float("nan"), float("nan")
     return own, own - other
@@ -69,5 +69,5 @@ def as_markdown(runs: Sequence[Run], recoveries: Sequence[Recovery]) -> str:
 
 
 def as_json(recoveries: Sequence[Recovery]) -> list[dict[str, Any]]:
-    """Times in seconds."""
-    return [{**asdict(each), "mark": MARK + each.weights, "holds": each.holds} for each in recoveries]
+    """Times in seconds; without kills, nothing holds or fails to."""
+    return [{**asdict(each), "mark": MARK + each.weights, "holds": each.holds if each.kills else None} for each in recoveries]

@@ -7,11 +7,13 @@ import pytest
 import trio
 from rich.console import Console
 
-from bench.serve import report
-from bench.serve.measure import Run, Settings, measure_round, prepare, schedule
-from bench.serve.target import Target, parse_target
+from dashinfer.bench import report
+from dashinfer.bench.measure import Run, measure_round, prepare, schedule
+from dashinfer.bench.settings import Settings
+from dashinfer.bench.target import Target, parse_target
 
 RUNS = pytest.StashKey[list[Run]]()
+SETTINGS = pytest.StashKey[Settings]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -62,7 +64,7 @@ def outcome(pytestconfig: pytest.Config) -> Iterator[Outcome]:
         output_tokens=option("--output-tokens"),
     )
     runs = trio.run(measure_all, targets, settings)
-    pytestconfig.stash[RUNS] = runs
+    pytestconfig.stash[RUNS], pytestconfig.stash[SETTINGS] = runs, settings
     return Outcome(settings, runs)
 
 
@@ -79,5 +81,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.section("bench.serve")
         console = Console(width=128)
         with console.capture() as capture:
-            console.print(report.as_table(runs, "peer"))
+            for table in report.as_tables(runs, config.stash[SETTINGS], "peer" if len(runs) > 1 else None):
+                console.print(table)
         terminalreporter.write_line(capture.get())

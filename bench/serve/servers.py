@@ -11,8 +11,9 @@ from typing import Any
 import psutil
 import trio
 
-from bench.serve.client import QUESTION, ask, find_model
-from bench.serve.target import BenchError, Target
+from dashinfer.bench.client import QUESTION, ask, find_model
+from dashinfer.bench.target import Target
+from dashinfer.errors import BenchError
 
 POLL_SECONDS = 0.1
 TERM_SECONDS = 40.0  # longer than servers take to drain

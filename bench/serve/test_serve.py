@@ -8,7 +8,7 @@ Everything is measured once, then each test reads the outcome; a table closes th
 import pytest
 
 from bench.serve.conftest import Outcome
-from bench.serve.stats import median_figures, median_ratio
+from dashinfer.bench.stats import median_figures, median_ratio
 
 
 def test_every_request_is_answered(outcome: Outcome, concurrency: int) -> None:

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import trio
 
-from bench.serve.client import DIALECTS, EventParser, ask, find_model, probe
-from bench.serve.exchange import Connect
-from bench.serve.measure import Run, Settings, closed_loop, measure_round, prepare, schedule
-from bench.serve.target import BenchError, Target
+from dashinfer.bench.client import DIALECTS, EventParser, ask, find_model, probe
+from dashinfer.bench.exchange import Connect
+from dashinfer.bench.measure import Run, measure_round, prepare, schedule
+from dashinfer.bench.settings import Settings
+from dashinfer.bench.target import Target
+from dashinfer.errors import BenchError
 
 Parts = list[tuple[float, bytes]]  # seconds after the request, bytes
 Respond = Callable[[dict[str, Any]], Parts]
@@ -112,6 +114,7 @@ async def test_times_and_the_servers_own_count(autojump_clock: trio.testing.Mock
     assert sample.text == "abcd"
     assert sample.ttft == 2.0  # the role is not text
     assert sample.tpot == pytest.approx(2.0 / 8)
+    assert sample.gaps == (1.0, 0.0, 1.0)  # b and c came together
     assert sample.finished - sample.started == 5.0
     assert (sample.output_tokens, sample.counted_by_usage) == (9, True)
     assert (sample.prompt_tokens, sample.cached_tokens) == (105, 16)
@@ -205,7 +208,7 @@ async def test_the_first_model_listed_is_taken() -> None:
 
 @pytest.mark.parametrize("response", [plain(500), plain(200, b'{"data": []}'), plain(200, b"hi"), [(0.0, b"")]])
 async def test_without_a_list_of_models_the_advice_is_to_name_one(response: Parts) -> None:
-    with pytest.raises(BenchError, match="name the model: fake="):
+    with pytest.raises(BenchError, match="name the model: --model MODEL, or fake="):
         await find_model(TARGET, 60, server(lambda body: response))
 
 
@@ -213,8 +216,8 @@ def echo_server(body: dict[str, Any]) -> Parts:
     """Takes one second to the first token and a tenth for each other; counts words as tokens, and 30 for its template."""
     tokens = body["max_tokens"]
     chunks = [(1 + index / 10, event(text(f"t{index} "))) for index in range(tokens)]
-    prompt = 30 + len(body["messages"][0]["content"].split())
-    return streaming(*chunks, (1 + (tokens - 1) / 10, STOP + usage(prompt, tokens) + DONE))
+    prompt = body["prompt"] if "prompt" in body else body["messages"][0]["content"]
+    return streaming(*chunks, (1 + (tokens - 1) / 10, STOP + usage(30 + len(prompt.split()), tokens) + DONE))
 
 
 async def test_a_closed_loop_keeps_the_concurrency_and_no_more(autojump_clock: trio.testing.MockClock) -> None:
@@ -229,11 +232,11 @@ async def test_a_closed_loop_keeps_the_concurrency_and_no_more(autojump_clock: t
         running[0] -= 1
 
     run = Run(TARGET, dialect="plain", connect=server(respond))
-    samples = await closed_loop(run, ["x"] * 9, 3, Settings(), ended)
+    figures = await measure_round(run, 3, 0, Settings(requests=9), ended)
 
-    assert len(samples) == 9
+    assert figures.requests == 9
     assert running == [0, 3]
-    assert max(sample.finished for sample in samples) - min(sample.started for sample in samples) == 3
+    assert figures.requests_per_second == 3
 
 
 async def test_a_measurement_from_probe_to_figures(autojump_clock: trio.testing.MockClock) -> None:
@@ -248,8 +251,10 @@ async def test_a_measurement_from_probe_to_figures(autojump_clock: trio.testing.
     assert {concurrency: len(rounds) for concurrency, rounds in run.levels.items()} == {1: 2, 2: 2}
     one, two = run.levels[1][0], run.levels[2][1]
     assert (one.prompt_tokens, one.output_tokens, one.errors) == (80, 11, 0)
-    assert one.ttft_p99 == pytest.approx(1)
-    assert one.tpot_p50 == pytest.approx(0.1)
+    assert one.times["ttft_p99"] == pytest.approx(1)
+    assert one.times["tpot_p50"] == pytest.approx(0.1)
+    assert one.times["itl_p50"] == pytest.approx(0.1)
+    assert one.times["e2e_p90"] == pytest.approx(2)
     assert one.tokens_per_second == pytest.approx(11 / 2)
     assert two.tokens_per_second == pytest.approx(11)
 
@@ -267,3 +272,129 @@ def test_targets_take_turns_and_change_who_goes_first() -> None:
 def test_a_round_has_whole_turns_of_the_workers() -> None:
     assert [Settings().requests_at(concurrency) for concurrency in (1, 4, 16)] == [4, 8, 32]
     assert [Settings(requests=10).requests_at(concurrency) for concurrency in (1, 4, 16)] == [10, 12, 16]
+    assert Settings(duration=1.0).requests_at(4) is None
+
+
+def test_a_round_of_an_open_loop_is_ten_seconds_worth() -> None:
+    rates = (0.1, 2.5, float("inf"))
+
+    assert [Settings(request_rate=rates).requests_at(rate) for rate in rates] == [4, 25, 64]
+    assert [Settings(request_rate=rates, requests=10).requests_at(rate) for rate in rates] == [10, 10, 10]
+
+
+async def test_completions_are_asked_with_a_prompt_and_read_from_text(autojump_clock: trio.testing.MockClock) -> None:
+    seen: list[dict[str, Any]] = []
+    heads: list[bytes] = []
+    parts = [(1, event({"choices": [{"text": "a"}]})), (3, event({"choices": [{"text": "b", "finish_reason": "length"}]}))]
+    run = Run(TARGET, connect=server(lambda body: streaming(*parts, (3, usage(9, 2) + DONE)), seen, heads))
+
+    await prepare(run, Settings(endpoint="completions", prompt_tokens=9, concurrency=(1,)))
+    figures = await measure_round(run, 1, 0, Settings(endpoint="completions", requests=1, output_tokens=2))
+
+    assert {head.split(b"\r\n")[0] for head in heads} == {b"POST /v1/completions HTTP/1.1"}
+    assert all(isinstance(body["prompt"], str) and "messages" not in body for body in seen)
+    assert run.answer == "ab"
+    assert (figures.errors, figures.output_tokens, figures.times["ttft_p50"], figures.times["itl_p50"]) == (0, 2, 1, 2)
+
+
+async def test_an_open_loop_sends_what_is_due_whatever_is_under_way(autojump_clock: trio.testing.MockClock) -> None:
+    """Each answer takes 2 s, and every half second a request is due."""
+    settings = Settings(request_rate=(2.0,), arrivals="constant", requests=10, output_tokens=11, goodput=(("ttft", 1.5),))
+    run = Run(TARGET, dialect="full length", words=75, connect=server(echo_server))
+
+    figures = await measure_round(run, 2.0, 0, settings)
+
+    assert figures.requests_per_second == pytest.approx(10 / (4.5 + 2))
+    assert figures.times["ttft_p99"] == pytest.approx(1)
+    assert figures.times["late_p99"] == pytest.approx(0)
+    assert figures.goodput == pytest.approx(figures.requests_per_second)
+
+
+async def test_a_bound_on_requests_under_way_makes_others_late(autojump_clock: trio.testing.MockClock) -> None:
+    settings = Settings(request_rate=(float("inf"),), max_concurrency=1, requests=3, output_tokens=11)
+    run = Run(TARGET, dialect="full length", words=75, connect=server(echo_server))
+
+    figures = await measure_round(run, float("inf"), 0, settings)
+
+    assert figures.times["late_p50"] == pytest.approx(2)  # after 0, 2 and 4 seconds
+    assert figures.times["ttft_p99"] == pytest.approx(1)
+
+
+async def test_rounds_draw_arrivals_of_their_own_which_targets_share(autojump_clock: trio.testing.MockClock) -> None:
+    settings = Settings(request_rate=(2.0,), requests=5, output_tokens=2)
+    due = []
+    for number in (0, 0, 1):
+        run = Run(TARGET, dialect="full length", words=75, connect=server(echo_server))
+        await measure_round(run, 2.0, number, settings)
+        times = sorted(sample.due or 0.0 for sample in run.samples[2.0][0])
+        due.append([time - times[0] for time in times])
+
+    first, again, other = due
+    assert first == pytest.approx(again)
+    assert first != pytest.approx(other)
+
+
+@pytest.mark.parametrize(
+    ("load", "requests"), [({"concurrency": (2,)}, 4), ({"request_rate": (2.0,), "arrivals": "constant"}, 6)]
+)
+async def test_a_round_may_have_a_duration(load: dict[str, Any], requests: int, autojump_clock: trio.testing.MockClock) -> None:
+    settings = Settings(**load, duration=3.0, output_tokens=11)  # answers take 2 s
+    run = Run(TARGET, dialect="full length", words=75, connect=server(echo_server))
+
+    figures = await measure_round(run, settings.levels[0], 0, settings)
+
+    assert (figures.requests, figures.errors) == (requests, 0)  # those under way at its end are answered
+
+
+async def test_a_server_that_is_gone_is_not_asked_all_the_time(autojump_clock: trio.testing.MockClock) -> None:
+    async def connect(url: str) -> trio.abc.Stream:
+        raise OSError("refused")
+
+    run = Run(TARGET, dialect="plain", words=75, connect=connect)
+
+    figures = await measure_round(run, 2, 0, Settings(duration=1.0))
+
+    assert figures.errors == figures.requests
+    assert 4 <= figures.requests <= 22
+
+
+async def test_what_was_answered_before_a_round_is_cancelled_is_kept(autojump_clock: trio.testing.MockClock) -> None:
+    run = Run(TARGET, dialect="full length", words=75, connect=server(echo_server))
+
+    with trio.move_on_after(5):
+        await measure_round(run, 1, 0, Settings(requests=9, output_tokens=11))
+    with trio.move_on_after(1):
+        await measure_round(run, 1, 1, Settings(requests=9, output_tokens=11))
+
+    (figures,) = run.levels[1]
+    assert (figures.requests, figures.errors) == (2, 0)
+
+
+async def test_warming_up_leaves_no_trace(autojump_clock: trio.testing.MockClock) -> None:
+    for warmup, expected in ((0, 0), (3, 3), (None, 2)):
+        seen: list[dict[str, Any]] = []
+        run = Run(TARGET, connect=server(echo_server, seen))
+        settings = Settings(concurrency=(1, 2), warmup=warmup, prompt_tokens=80, output_tokens=11)
+
+        await prepare(run, settings)
+
+        assert sum(body["max_tokens"] == 11 for body in seen) == expected
+        assert run.levels == {}
+
+
+async def test_a_server_that_is_not_there_yet_is_waited_for(autojump_clock: trio.testing.MockClock) -> None:
+    began = trio.current_time()
+    answering = server(lambda body: plain(503) if trio.current_time() - began < 40 else echo_server(body))
+
+    async def connect(url: str) -> trio.abc.Stream:
+        if trio.current_time() - began < 20:
+            raise OSError("refused")
+        return await answering(url)
+
+    await prepare(run := Run(TARGET, connect=connect), Settings(wait=60, warmup=0))
+
+    assert run.dialect == "full length"
+    with pytest.raises(BenchError, match="ConnectError: refused"):
+        began = trio.current_time()
+        await prepare(Run(TARGET, connect=connect), Settings(wait=10, warmup=0))
+    assert trio.current_time() - began == pytest.approx(10, abs=0.6)

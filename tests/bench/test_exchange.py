@@ -10,9 +10,9 @@ import h11
 import pytest
 import trio
 
-from bench.serve.client import ask
-from bench.serve.exchange import Recorder, Response, exchange
-from bench.serve.target import Target
+from dashinfer.bench.client import ask
+from dashinfer.bench.exchange import Recorder, Response, exchange
+from dashinfer.bench.target import Target
 
 HEAD = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
 END = b"0\r\n\r\n"

@@ -8,10 +8,11 @@ import pytest
 from bench.parallel import report
 from bench.parallel.__main__ import make_parser, make_target
 from bench.parallel.recovery import Kill, Recovery, after_silence, read_pieces
-from bench.serve.exchange import Response
-from bench.serve.measure import Run
-from bench.serve.stats import Sample, summarise
-from bench.serve.target import BenchError, Target
+from dashinfer.bench.exchange import Response
+from dashinfer.bench.measure import Run
+from dashinfer.bench.stats import Sample, summarise
+from dashinfer.bench.target import Target
+from dashinfer.errors import BenchError
 
 
 def event(text: str) -> bytes:
@@ -78,10 +79,12 @@ def test_another_answer_misses_the_mark():
 
 def test_without_kills_and_without_steps():
     run = Run(Target(label="tp1", url="http://h/v1"), levels={1: [summarise([Sample(started=0.0, finished=1.0, error="no")])]})
-    (row,) = report.rows([run], [Recovery(label="tp1", ranks=1, weights=0.5, start=1.5)])
+    recovery = Recovery(label="tp1", ranks=1, weights=0.5, start=1.5)
+    (row,) = report.rows([run], [recovery])
 
     assert all(map(math.isnan, report.step_overhead(run, run)))
     assert row[-3:] == ("-", "-", "-")
+    assert report.as_json([recovery])[0]["holds"] is None
 
 
 def test_the_server_it_starts():

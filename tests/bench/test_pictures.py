@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import trio
 
-from bench.serve.__main__ import make_parser
-from bench.serve.measure import Run, Settings, measure_round, prepare
-from bench.serve.pictures import QUESTION, draw, make_question, red_circle
+from dashinfer.bench.cli import make_parser
+from dashinfer.bench.measure import Run, measure_round, prepare
+from dashinfer.bench.pictures import QUESTION, draw, make_question, red_circle
+from dashinfer.bench.settings import Settings
 from tests.bench.test_client import DONE, STOP, TARGET, event, server, streaming, text, usage
 
 Image = pytest.importorskip("PIL.Image")
@@ -80,7 +81,7 @@ def test_the_command_refuses_what_is_no_size(sizes: str) -> None:
     )
 
     assert result.returncode == 2
-    assert "error: argument --images: " in result.stderr
+    assert "bench.vlm: error: argument --images: " in result.stderr
 
 
 def test_the_command_asks_about_pictures_by_itself() -> None:
@@ -93,4 +94,4 @@ def test_the_command_asks_about_pictures_by_itself() -> None:
         check=False,
     )
 
-    assert "bench.vlm: server does not answer: ConnectError" in result.stderr
+    assert "bench.vlm: error: server does not answer: ConnectError" in result.stderr

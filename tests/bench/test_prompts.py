@@ -2,8 +2,8 @@
 
 import pytest
 
-from bench.serve.prompts import CLOSING, WORDS, calibrate, make_prompt
-from bench.serve.target import BenchError
+from dashinfer.bench.prompts import CLOSING, WORDS, calibrate, make_prompt
+from dashinfer.errors import BenchError
 
 
 def test_the_same_seed_draws_the_same_prompt_and_no_two_seeds_share_a_beginning() -> None:
@@ -22,28 +22,30 @@ def test_words_are_distinct_and_plain() -> None:
     assert all(word.isascii() and word.isalpha() and word.islower() for word in WORDS)
 
 
-@pytest.mark.parametrize("around", [0, 37])
+@pytest.mark.parametrize("around", [0, 37, 104])
 async def test_calibration_finds_the_number_of_words(around: int) -> None:
     async def count_tokens(prompt: str) -> int:
         return around + len(prompt.removesuffix(CLOSING).split())
 
-    assert await calibrate(count_tokens, 105) == 105 - around
+    assert await calibrate(count_tokens, 105) == (105 - around, 1)
 
 
-async def test_calibration_settles_where_words_are_not_tokens() -> None:
+@pytest.mark.parametrize(("tokens_per_word", "tokens"), [(1.2, 105), (0.8, 105), (4.2, 105), (4.2, 2000), (1.2, 32)])
+async def test_calibration_settles_where_words_are_not_tokens(tokens_per_word: float, tokens: int) -> None:
     async def count_tokens(prompt: str) -> int:
-        return 30 + len(prompt.removesuffix(CLOSING).split()) * 6 // 5
+        return 30 + int(len(prompt.removesuffix(CLOSING).split()) * tokens_per_word)
 
-    words = await calibrate(count_tokens, 105)
+    words, slope = await calibrate(count_tokens, tokens)
 
-    assert await count_tokens(make_prompt("any", words)) == pytest.approx(105, abs=1)
+    assert await count_tokens(make_prompt("any", words)) == pytest.approx(tokens, abs=tokens_per_word)
+    assert slope == pytest.approx(tokens_per_word, rel=0.25)
 
 
 async def test_without_a_count_one_word_is_one_token() -> None:
     async def count_tokens(prompt: str) -> None:
         return None
 
-    assert await calibrate(count_tokens, 105) == 105
+    assert await calibrate(count_tokens, 105) == (105, 1)
 
 
 async def test_a_length_that_the_template_alone_exceeds_is_refused() -> None:

@@ -9,7 +9,8 @@ import psutil
 import pytest
 
 from bench.serve.servers import read_memory, running
-from bench.serve.target import BenchError, Target
+from dashinfer.bench.target import Target
+from dashinfer.errors import BenchError
 
 # Answers every request with one event, has a child, and dies of SIGTERM without caring for it.
 SERVER = """

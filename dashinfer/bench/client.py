@@ -1,18 +1,22 @@
-"""One streamed chat request at a time: sent, timed, counted. Knows OpenAI's wire format and where servers differ from it.
+"""One streamed request at a time: sent, timed, counted. Knows OpenAI's wire format and where servers differ from it.
 
 Every failure of a request becomes a `Sample` with an `error`: a measurement counts errors, it does not stop at them. `probe`
 raises BenchError instead, before anything is measured.
 """
 
+import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
-from bench.serve.exchange import Connect, Recording, exchange, open_stream
-from bench.serve.stats import Sample
-from bench.serve.target import BenchError, Target
+from dashinfer.bench.exchange import Connect, Recording, exchange, open_stream
+from dashinfer.bench.stats import Sample
+from dashinfer.bench.target import Target
+from dashinfer.errors import BenchError
 
 Content = str | list[dict[str, Any]]  # of a message: text, or parts as OpenAI's API has them
+Endpoint = Literal["chat", "completions"]
 
 QUESTION = "What is the capital of France?"
 
@@ -44,9 +48,7 @@ class _Answer:
     """Collects one stream."""
 
     def __init__(self) -> None:
-        self.first: float | None = None
-        self.last: float | None = None
-        self.chunks = 0
+        self.times: list[float] = []  # of the pieces
         self.pieces: list[str] = []
         self.usage: dict[str, Any] = {}
         self.ended = False  # a finish_reason or [DONE] was seen
@@ -70,11 +72,9 @@ class _Answer:
         self.usage = chunk.get("usage") or self.usage
         for choice in chunk.get("choices") or ():
             delta = choice.get("delta") or {}
-            text = delta.get("content") or delta.get("reasoning_content")
+            text = choice.get("text") or delta.get("content") or delta.get("reasoning_content") or delta.get("reasoning")
             if text:
-                self.first = now if self.first is None else self.first
-                self.last = now
-                self.chunks += 1
+                self.times.append(now)
                 self.pieces.append(text)
             if choice.get("finish_reason"):
                 self.ended = True
@@ -87,9 +87,10 @@ class _Answer:
         return Sample(
             started=started,
             finished=finished,
-            first=self.first,
-            last=self.last,
-            output_tokens=self.chunks if tokens is None else tokens,
+            first=self.times[0] if self.times else None,
+            last=self.times[-1] if self.times else None,
+            gaps=tuple(later - earlier for earlier, later in itertools.pairwise(self.times)),
+            output_tokens=len(self.pieces) if tokens is None else tokens,
             counted_by_usage=tokens is not None,
             prompt_tokens=self.usage.get("prompt_tokens"),
             cached_tokens=(self.usage.get("prompt_tokens_details") or {}).get("cached_tokens"),
@@ -99,22 +100,36 @@ class _Answer:
 
 
 def _headers(target: Target) -> dict[str, str]:
-    return {"Authorization": f"Bearer {target.api_key}"} if target.api_key else {}
+    return ({"Authorization": f"Bearer {target.api_key}"} if target.api_key else {}) | target.headers
 
 
 async def record(
-    target: Target, prompt: Content, max_tokens: int, extra: dict[str, Any], limit: float, connect: Connect = open_stream
+    target: Target,
+    prompt: Content,
+    max_tokens: int,
+    extra: dict[str, Any],
+    limit: float,
+    connect: Connect = open_stream,
+    *,
+    endpoint: Endpoint = "chat",
+    before: Sequence[dict[str, Any]] = (),
 ) -> Recording:
     """Sends one greedy streaming request and notes the whole answer, for `read_answer` to parse.
 
     Args:
+        prompt: the user's message; for completions, text.
         extra: the fields of the dialect that the server understands.
         limit: seconds for the whole answer.
         connect: opens the connection.
+        before: messages before the user's.
     """
+    if endpoint == "chat":
+        path, asked = "chat/completions", {"messages": [*before, {"role": "user", "content": prompt}]}
+    else:
+        path, asked = "completions", {"prompt": prompt}
     body = {
         "model": target.model,
-        "messages": [{"role": "user", "content": prompt}],
+        **asked,
         "max_tokens": max_tokens,
         "temperature": 0,
         "stream": True,
@@ -122,7 +137,7 @@ async def record(
         **target.body,
     }
     headers = {"Content-Type": "application/json", **_headers(target)}
-    return await exchange("POST", f"{target.url}/chat/completions", headers, json.dumps(body).encode(), limit, connect)
+    return await exchange("POST", f"{target.url}/{path}", headers, json.dumps(body).encode(), limit, connect)
 
 
 def read_answer(recording: Recording) -> Sample:
@@ -141,26 +156,39 @@ def read_answer(recording: Recording) -> Sample:
 
 
 async def ask(
-    target: Target, prompt: Content, max_tokens: int, extra: dict[str, Any], limit: float, connect: Connect = open_stream
+    target: Target,
+    prompt: Content,
+    max_tokens: int,
+    extra: dict[str, Any],
+    limit: float,
+    connect: Connect = open_stream,
+    *,
+    endpoint: Endpoint = "chat",
 ) -> Sample:
     """`record`, then `read_answer` at once."""
-    return read_answer(await record(target, prompt, max_tokens, extra, limit, connect))
+    return read_answer(await record(target, prompt, max_tokens, extra, limit, connect, endpoint=endpoint))
 
 
 async def find_model(target: Target, limit: float, connect: Connect = open_stream) -> str:
     """The first model that the server lists, asked for `limit` seconds. Raises BenchError."""
-    advice = f"name the model: {target.label}={target.url}=MODEL"
+    advice = f"name the model: --model MODEL, or {target.label}={target.url}=MODEL"
     response = (await exchange("GET", f"{target.url}/models", _headers(target), b"", limit, connect)).response()
     error = response.error or (None if response.status == 200 else f"HTTP {response.status}")
     if error is not None:
-        raise BenchError(f"{target.label} does not list its models ({error}); {advice}")
+        raise BenchError(f"{target.label} ({target.url}) does not list its models ({error}); {advice}")
     try:
         return json.loads(response.content)["data"][0]["id"]
     except (ValueError, KeyError, IndexError, TypeError):
-        raise BenchError(f"{target.label} lists no model; {advice}") from None
+        raise BenchError(f"{target.label} ({target.url}) lists no model; {advice}") from None
 
 
-async def probe(target: Target, limit: float, connect: Connect = open_stream, question: Content = QUESTION) -> tuple[str, str]:
+async def probe(
+    target: Target,
+    limit: float,
+    connect: Connect = open_stream,
+    question: Content = QUESTION,
+    endpoint: Endpoint = "chat",
+) -> tuple[str, str]:
     """Finds out what the server understands.
 
     Returns:
@@ -172,10 +200,11 @@ async def probe(target: Target, limit: float, connect: Connect = open_stream, qu
     """
     refusal = ""
     for name, extra in DIALECTS.items():
-        sample = await ask(target, question, 2, extra, limit, connect)
+        sample = await ask(target, question, 2, extra, limit, connect, endpoint=endpoint)
         if sample.error is None:
             usage = {key: value for key, value in extra.items() if key != "ignore_eos"}
-            answer = await ask(replace(target, body={}), question, 32, usage, limit, connect)  # as anyone would ask
+            plain = replace(target, body={})  # as anyone would ask
+            answer = await ask(plain, question, 32, usage, limit, connect, endpoint=endpoint)
             if answer.error is not None:
                 raise BenchError(f"{target.label} does not answer: {answer.error}")
             return name, answer.text

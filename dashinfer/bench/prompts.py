@@ -1,14 +1,14 @@
 """Prompts of a wanted length in tokens, different from their first words on, and the same ones for the same seed.
 
-No two prompts begin with the same few words, so a prefix cache has nothing to give beyond the chat template's own text. The
-words are common English ones, which nearly every vocabulary holds as one token each, so that prompts of as many words have
-nearly the same length; what the length really was is read from the server's `usage`.
+No two prompts begin with the same few words, so a prefix cache has nothing to give beyond the chat template's own text, unless
+they are given a prefix to share. The words are common English ones, which nearly every vocabulary holds as one token each, so
+that prompts of as many words have nearly the same length; what the length really was is read from the server's `usage`.
 """
 
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
-from bench.serve.target import BenchError
+from dashinfer.errors import BenchError
 
 # Common one-token nouns, verbs and adjectives; no names, no digits.
 WORDS = (  # noqa: SIM905 (twelve lines rather than three hundred)
@@ -29,12 +29,16 @@ WORDS = (  # noqa: SIM905 (twelve lines rather than three hundred)
 CLOSING = "Write a long story in which each of these words comes up."
 
 
-def make_prompt(seed: str, words: int) -> str:
-    """`words` words drawn by `seed`, then what to do with them."""
-    return " ".join(random.Random(seed).choices(WORDS, k=words)) + ". " + CLOSING
+def draw_words(seed: str, count: int) -> list[str]:
+    return random.Random(seed).choices(WORDS, k=count)
 
 
-async def calibrate(count_tokens: Callable[[str], Awaitable[int | None]], tokens: int) -> int:
+def make_prompt(seed: str, words: int, prefix: Sequence[str] = ()) -> str:
+    """`words` words, then what to do with them: first those of `prefix`, and at least one drawn by `seed`."""
+    return " ".join([*prefix, *draw_words(seed, max(words - len(prefix), 1))]) + ". " + CLOSING
+
+
+async def calibrate(count_tokens: Callable[[str], Awaitable[int | None]], tokens: int) -> tuple[int, float]:
     """How many words make a prompt of `tokens` tokens, chat template included.
 
     Args:
@@ -42,18 +46,26 @@ async def calibrate(count_tokens: Callable[[str], Awaitable[int | None]], tokens
         tokens: the wanted length.
 
     Returns:
-        The number of words. Where the server does not count, one word is taken for one token.
+        The number of words, and how many tokens one more of them is. Where the server does not count, one word is taken for one
+        token.
 
     Raises:
         BenchError: the template alone is longer.
     """
-    words = max(tokens, 1)
-    for attempt in range(4):
+    words, slope = max(tokens, 1), 1.0
+    known: tuple[int, int] | None = None  # words and tokens of the prompt before
+    for attempt in range(5):
         counted = await count_tokens(make_prompt(f"calibrate {attempt}", words))
-        if counted is None or counted == tokens:
+        if counted is None:
             break
-        around = counted - words  # the chat template and CLOSING
-        if around >= tokens:
-            raise BenchError(f"a prompt cannot be as short as {tokens} tokens: the chat template and the task take {around}")
-        words = tokens - around
-    return words
+        if known is not None and known[0] != words:
+            slope = max((counted - known[1]) / (words - known[0]), 0.1)
+        if counted == tokens:
+            break
+        known, wanted = (words, counted), words + round((tokens - counted) / slope)
+        if wanted < 1 and words == 1:
+            raise BenchError(
+                f"a prompt cannot be as short as {tokens} tokens: the chat template and the task take {counted - 1}"
+            )
+        words = max(wanted, 1)
+    return words, slope
