@@ -122,7 +122,7 @@ class Run:
             # without the project's own options: a GPU machine may lack plugins that they speak of
             command = [sys.executable, "-m", "pytest", "-q", *test_files(ROOT / "tests")]
             command += ["-p", "bench.gpu.selection", "-p", "no:cacheprovider"]
-            command += ["-o", "addopts=", "-o", "filterwarnings=default"]
+            command += ["-o", "addopts=", "-o", "filterwarnings=default", "--features", str(self._path("features.json"))]
             if dry_run:
                 command.append("--collect-only")
             elif importlib.util.find_spec("xdist") is not None:

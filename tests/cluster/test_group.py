@@ -15,6 +15,8 @@ from tests.worker.test_supervisor import all_children, is_alive, plans
 
 from .machines import KEY, Group, Wire, background, configs, make_agent, make_hub, make_rank
 
+pytestmark = pytest.mark.feature("Parallelism and recovery", "Several machines")
+
 
 async def send_plans(group: Group, count: int) -> None:
     for plan, _ in zip(plans(), range(count), strict=False):

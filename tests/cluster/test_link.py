@@ -15,6 +15,8 @@ from dashinfer.errors import ConfigurationError, DashInferError, LinkLost
 
 from .machines import KEY, background, make_agent, make_hub
 
+pytestmark = pytest.mark.feature("Parallelism and recovery", "Several machines")
+
 
 def stream_pair() -> tuple[trio.SocketStream, trio.SocketStream]:
     one, other = (trio.SocketStream(trio.socket.from_stdlib_socket(sock)) for sock in socket.socketpair())

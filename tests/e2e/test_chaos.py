@@ -15,6 +15,8 @@ import trio
 from tests.e2e.conftest import ServerProcess
 from tests.e2e.prompts import PROMPTS
 
+pytestmark = pytest.mark.feature("Parallelism and recovery", "Streams outlive dead and hanging workers")
+
 STREAMS = 16
 INTERVAL = 3.0  # seconds from one fault to the next
 DURATION = 60.0  # seconds of faults

@@ -18,6 +18,8 @@ import pytest
 
 from tests.serving.process import Process, running
 
+pytestmark = pytest.mark.feature("Parallelism and recovery", "Several machines")
+
 SECRET = "only for this test"
 HEARTBEAT_TIMEOUT = 3.0  # seconds
 TOKENS = 150  # of an answer

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from dashinfer.sources import ModelSource
 
 SCRIPT = """
@@ -22,6 +24,7 @@ print(json.dumps([[chat.choices[0].message.content for chat in chats], text.choi
 """
 
 
+@pytest.mark.feature("Clients", "Python without a server")
 def test_a_script(demo: ModelSource) -> None:
     result = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=90)
 

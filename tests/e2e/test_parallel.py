@@ -6,6 +6,8 @@ import pytest
 from tests.e2e.conftest import ServerProcess
 from tests.e2e.prompts import PROMPTS
 
+SPLIT = pytest.mark.feature("Parallelism and recovery", "Layers split over ranks")
+DEALT = pytest.mark.feature("Parallelism and recovery", "Layers dealt over stages")
 CHOSEN = (0, 5, 7, 12, 20)  # of the prompts
 
 
@@ -43,10 +45,10 @@ def alone(demo) -> list[dict]:
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--tensor-parallel", "2"),
-        ("--tensor-parallel", "4"),
-        ("--pipeline-parallel", "2"),
-        ("--tensor-parallel", "2", "--pipeline-parallel", "2"),
+        pytest.param(("--tensor-parallel", "2"), marks=SPLIT),
+        pytest.param(("--tensor-parallel", "4"), marks=SPLIT),
+        pytest.param(("--pipeline-parallel", "2"), marks=DEALT),
+        pytest.param(("--tensor-parallel", "2", "--pipeline-parallel", "2"), marks=[SPLIT, DEALT]),
     ],
     ids=" ".join,
 )

@@ -20,6 +20,12 @@ from dashinfer.worker.supervisor import one_error
 from .conftest import Text
 from .prompts import PROMPTS
 
+pytestmark = [
+    pytest.mark.feature("Models", "Llama, Mistral"),
+    pytest.mark.feature("Models", "GGUF, with weights of 4 to 32 bits"),
+    pytest.mark.feature("Parallelism and recovery", "Continuous batching, prefix cache, preemption"),
+]
+
 MAX_TOKENS = 24
 
 

@@ -21,7 +21,13 @@ def ask(client: openai.OpenAI, question: str) -> str:
 
 @pytest.mark.parametrize(
     ("mode", "layer_bits"),
-    [("a16w8", 8), ("a16w4", 5), ("a8w8", 8), ("fp8", 8)],  # a16w4: the file's own weights, in groups of 32
+    [
+        pytest.param("a16w8", 8, marks=pytest.mark.feature("Quantisation", "Weights of 8 or 4 bits")),
+        # the file's own weights, in groups of 32
+        pytest.param("a16w4", 5, marks=pytest.mark.feature("Quantisation", "Weights of 8 or 4 bits")),
+        pytest.param("a8w8", 8, marks=pytest.mark.feature("Quantisation", "Weights and activations of 8 bits")),
+        pytest.param("fp8", 8, marks=pytest.mark.feature("Quantisation", "Float8")),
+    ],
 )
 def test_answers_truly_and_keeps_no_16_bit_copy(mode, layer_bits):
     server = ServerProcess.start("--model", "demo", "--kv-cache-memory", "32MiB", "--max-length", "512", "--quant-type", mode)

@@ -7,8 +7,11 @@ import threading
 import time
 
 import httpx
+import pytest
 
 from .conftest import ServerProcess
+
+pytestmark = pytest.mark.feature("Parallelism and recovery", "Streams outlive dead and hanging workers")
 
 PATIENCE = 60.0  # seconds
 REQUESTS = [

@@ -33,6 +33,7 @@ def rss_megabytes(pid: int) -> float:
     return int(status.split("VmRSS:")[1].split()[0]) / 1024
 
 
+@pytest.mark.feature("Endpoints", "Chat completions, whole or streamed")
 def test_the_documented_curl_call(server):
     curl = shutil.which("curl")
     if curl is None:
@@ -50,6 +51,8 @@ def test_the_documented_curl_call(server):
     assert completion["object"] == "chat.completion"
 
 
+@pytest.mark.feature("Endpoints", "Chat completions, whole or streamed")
+@pytest.mark.feature("Clients", "OpenAI's for Python")
 def test_the_python_client(client):
     response = client.chat.completions.create(model=NAME, messages=QUESTION, temperature=0, max_tokens=512)
 
@@ -58,6 +61,8 @@ def test_the_python_client(client):
     assert response.usage.total_tokens == response.usage.prompt_tokens + response.usage.completion_tokens
 
 
+@pytest.mark.feature("Endpoints", "Chat completions, whole or streamed")
+@pytest.mark.feature("Clients", "OpenAI's for Python")
 def test_the_python_client_streaming(client):
     stream = client.chat.completions.create(
         model=NAME, messages=QUESTION, temperature=0, stream=True, stream_options={"include_usage": True}
@@ -72,6 +77,7 @@ def test_the_python_client_streaming(client):
     assert chunks[-1].usage.completion_tokens > 0
 
 
+@pytest.mark.feature("Sampling", "Choices, seeds, stops, lengths")
 def test_a_seed_repeats_an_answer_and_another_changes_it(client):
     def ask(seed: int) -> str:
         response = client.chat.completions.create(
@@ -85,6 +91,7 @@ def test_a_seed_repeats_an_answer_and_another_changes_it(client):
     assert ask(1) != ask(2)
 
 
+@pytest.mark.feature("Parallelism and recovery", "Continuous batching, prefix cache, preemption")
 def test_the_second_turn_reuses_the_first(client):
     messages = [{"role": "user", "content": "Count slowly from one to forty, please, with every number in words. " * 4}]
     first = client.chat.completions.create(model=NAME, messages=messages, max_tokens=8, temperature=0)
@@ -94,6 +101,7 @@ def test_the_second_turn_reuses_the_first(client):
     assert again.choices[0].message.content == first.choices[0].message.content
 
 
+@pytest.mark.feature("Sampling", "Choices, seeds, stops, lengths")
 def test_stop_strings_length_and_choices(client):
     messages = [{"role": "user", "content": "Count from one to ten in digits, separated by commas: 1, 2, 3,"}]
     cut = client.chat.completions.create(model=NAME, messages=messages, temperature=0, max_tokens=60, stop=["5"])
@@ -107,6 +115,7 @@ def test_stop_strings_length_and_choices(client):
     assert short.usage.completion_tokens == 9
 
 
+@pytest.mark.feature("Sampling", "Log-probabilities")
 def test_logprobs_rank_the_greedy_token_first(client):
     response = client.chat.completions.create(
         model=NAME, messages=QUESTION, temperature=0, max_tokens=5, logprobs=True, top_logprobs=3
@@ -137,6 +146,8 @@ def test_the_worker_holds_weights_cache_and_little_else(server):
     assert rss_megabytes(server.worker_pids[0]) < weights + cache + 700
 
 
+@pytest.mark.feature("Endpoints", "Chat completions, whole or streamed")
+@pytest.mark.feature("Parallelism and recovery", "Continuous batching, prefix cache, preemption")
 def test_mixed_load_is_answered_completely(server):
     """Sixteen streams and short calls at once, of different lengths; each gets exactly what it asked for."""
     results: dict[int, tuple[int, str]] = {}
@@ -172,6 +183,7 @@ LONG_STREAM = {
 }
 
 
+@pytest.mark.feature("Operations", "Requests finish before an end")
 def test_sigterm_lets_a_stream_finish():
     server = ServerProcess.start("--model", "demo", "--kv-cache-memory", "256MiB")
     worker = server.worker_pids[0]

@@ -44,6 +44,7 @@ def client(server):
         yield client
 
 
+@pytest.mark.feature("Structured output", "JSON, JSON Schema")
 def test_the_clients_parse_gives_a_model(client):
     completion = client.chat.completions.parse(
         model=NAME, messages=MESSAGES, response_format=Person, temperature=0, max_tokens=200
@@ -53,6 +54,7 @@ def test_the_clients_parse_gives_a_model(client):
     assert isinstance(completion.choices[0].message.parsed, Person)
 
 
+@pytest.mark.feature("Structured output", "JSON, JSON Schema")
 def test_every_choice_of_a_stream_is_of_the_schema(client):
     texts, finishes = ["", ""], ["", ""]
     stream = client.chat.completions.create(
@@ -69,6 +71,8 @@ def test_every_choice_of_a_stream_is_of_the_schema(client):
         assert 1 <= Person.model_validate_json(text).age <= 99
 
 
+@pytest.mark.feature("Structured output", "JSON, JSON Schema")
+@pytest.mark.feature("Structured output", "Regular expressions, choices, grammars")
 def test_constrained_requests_share_steps_with_others(client):
     formats = {
         "regex": {"type": "regex", "regex": "[A-Z][a-z]{2,8}, [0-9]{2}"},

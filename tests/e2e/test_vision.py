@@ -17,6 +17,8 @@ from dashinfer.sources.resolve import resolve
 
 from .conftest import ServerProcess
 
+pytestmark = [pytest.mark.feature("Vision", "Images"), pytest.mark.feature("Models", "Qwen2-VL, Qwen2.5-VL")]
+
 NAME = "demo-vlm"
 MAX_TOKENS = 16
 Part = str | Image.Image

@@ -22,6 +22,8 @@ from dashinfer.worker.supervisor import one_error
 from .fake_rank import continuation, show
 from .fake_workers import Chaos
 
+pytestmark = pytest.mark.feature("Parallelism and recovery", "Streams outlive dead and hanging workers")
+
 FILES = ModelFiles("fake", "safetensors", (), {})
 MAX_LENGTH = 28
 SHARED = [0, 1, 2, 3] * 2  # most prompts begin alike

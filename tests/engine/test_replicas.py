@@ -24,6 +24,8 @@ from dashinfer.worker.supervisor import one_error
 
 from .fake_rank import FakeRank, continuation, show
 
+pytestmark = pytest.mark.feature("Parallelism and recovery", "Copies that share the requests")
+
 FILES = ModelFiles("fake", "safetensors", (), {})
 READY = Ready("F", "vlm", "cpu", "float32", 100, 64, 32, 4, 64, 0, 0, media_cache_bytes=64, media_token_bytes=1)
 PROMPT = list(range(1, 18))  # four blocks and one token

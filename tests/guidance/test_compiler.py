@@ -67,6 +67,8 @@ async def test_what_is_drawn_is_of_the_schema(compiler, tokenizer):
         assert type(value["a"]) is int and value["b"] in ("x", "y") and len(value) == 2
 
 
+@pytest.mark.feature("Structured output", "JSON, JSON Schema")
+@pytest.mark.feature("Structured output", "Regular expressions, choices, grammars")
 @pytest.mark.parametrize(
     ("constraint", "yes", "no"),
     [

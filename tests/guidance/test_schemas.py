@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 import jsonschema
+import pytest
 import referencing.exceptions
 import trio
 
@@ -23,6 +24,8 @@ from dashinfer.types import ModelFiles, SamplingParams
 
 from .random_workers import RandomWorkers
 from .schemas import Schemas
+
+pytestmark = pytest.mark.feature("Structured output", "JSON, JSON Schema")
 
 COUNT = int(os.environ.get("GUIDANCE_SCHEMAS", "60"))
 SUITE = os.environ.get("GUIDANCE_SUITE")

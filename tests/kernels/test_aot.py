@@ -1,10 +1,14 @@
 """Kernels compile for GPUs that are not here: no spills, shared memory that fits, the instructions that make them fast."""
 
+import re
+
 import aot
 import aot_variants
 import pytest
 from aot import Compiled
 from aot_variants import Variant
+
+from tests.features.catalogue import CATALOGUE
 
 pytest.importorskip("triton")
 VARIANTS = aot_variants.load()
@@ -17,12 +21,25 @@ def compiled(request: pytest.FixtureRequest) -> dict[tuple[str, str], "Compiled 
     return aot.compile_all((call.params["name"], call.params["target"]) for call in jobs if call and "target" in call.params)
 
 
-@pytest.mark.parametrize(("name", "target"), [(name, target) for name in VARIANTS for target in VARIANTS[name].targets])
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        pytest.param(name, target, marks=pytest.mark.compiles(name, target))
+        for name in VARIANTS
+        for target in VARIANTS[name].targets
+    ],
+)
 def test_compiles_well(name: str, target: str, compiled: dict[tuple[str, str], "Compiled | str"]) -> None:
     result = compiled[name, target]
 
     assert isinstance(result, Compiled), result
     assert aot.faults(VARIANTS[name], target, result) == []
+
+
+def test_the_table_of_features_names_kernels_that_there_are() -> None:
+    named = {kernel for features in CATALOGUE.values() for feature in features for kernel in feature.kernels or ()}
+
+    assert {kernel for kernel in named if not any(re.search(kernel, name) for name in VARIANTS)} == set()
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,13 @@ def test_launch_parameters_of_the_heuristic(head_dim: int, block_size: int, trit
 
 
 @pytest.mark.parametrize("has_float8", [True, False])
-@pytest.mark.parametrize("cache_dtype", [INT8, FLOAT8])
+@pytest.mark.parametrize(
+    "cache_dtype",
+    [
+        pytest.param(INT8, marks=pytest.mark.feature("Quantisation", "KV cache of 8-bit integers")),
+        pytest.param(FLOAT8, marks=pytest.mark.feature("Quantisation", "KV cache of float8")),
+    ],
+)
 @pytest.mark.parametrize(
     ("dtype", "query_len", "window", "softcap"), [(torch.float16, 1, None, None), (torch.float32, 2, 20, 2.0)]
 )

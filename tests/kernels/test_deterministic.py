@@ -34,6 +34,8 @@ from dashinfer_kernels.attention import reference as attention_reference
 from dashinfer_kernels.attention.cpu_invariant import KEY_TILE, query_tile
 from dashinfer_kernels.norm import reference as norm_reference
 
+pytestmark = pytest.mark.feature("Parallelism and recovery", "Same bits in any company")
+
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 ROWS = 75

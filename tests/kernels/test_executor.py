@@ -78,6 +78,8 @@ def expected() -> list[list[int]]:
         return generate(load())
 
 
+@pytest.mark.feature("Models", "Qwen3")
+@pytest.mark.feature("Parallelism and recovery", "Continuous batching, prefix cache, preemption")
 @pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
 def test_tokens_are_those_of_the_cpu(triton_path: str, expected: list[list[int]], graphs: bool) -> None:
     runner = load(device=triton_path)
@@ -92,6 +94,7 @@ def test_tokens_are_those_of_the_cpu(triton_path: str, expected: list[list[int]]
         assert calls.padded > 0
 
 
+@pytest.mark.feature("Parallelism and recovery", "Continuous batching, prefix cache, preemption")
 def test_preempted_sequences_go_on(triton_path: str, expected: list[list[int]]) -> None:
     runner = load(device=triton_path)
     runner._executor.use_graphs(PaddedGraphs)
@@ -99,7 +102,13 @@ def test_preempted_sequences_go_on(triton_path: str, expected: list[list[int]]) 
     assert generate(runner, num_blocks=10, max_step_tokens=16) == expected
 
 
-@pytest.mark.parametrize("quant_type", ["a8w8", "fp8"])
+@pytest.mark.parametrize(
+    "quant_type",
+    [
+        pytest.param("a8w8", marks=pytest.mark.feature("Quantisation", "Weights and activations of 8 bits")),
+        pytest.param("fp8", marks=pytest.mark.feature("Quantisation", "Float8")),
+    ],
+)
 def test_quantised_models_hand_over_quantised_rows(triton_path: str, monkeypatch: pytest.MonkeyPatch, quant_type: str) -> None:
     """Close to the CPU's results, where int8 next to a tie is rounded the other way now and then, and inputs are not float8."""
     if quant_type == "fp8" and triton_path == "cuda" and torch.cuda.get_device_capability() < (8, 9):
@@ -123,6 +132,7 @@ def test_quantised_models_hand_over_quantised_rows(triton_path: str, monkeypatch
     assert (hidden[1] - hidden[0]).norm() < {"a8w8": 0.02, "fp8": 0.3}[quant_type] * hidden[0].norm()
 
 
+@pytest.mark.feature("Quantisation", "KV cache of 8-bit integers")
 @pytest.mark.parametrize("num_blocks", [40, 10])
 def test_a_quantised_cache(triton_path: str, monkeypatch: pytest.MonkeyPatch, num_blocks: int) -> None:
     """int8: Triton's interpreter rounds to float8 wrongly."""

@@ -54,6 +54,7 @@ def test_keeps_no_reference_to_the_weight_it_packed() -> None:
     torch.testing.assert_close(layer(torch.ones(1, 6)), expected)
 
 
+@pytest.mark.feature("Parallelism and recovery", "Same bits in any company")
 @pytest.mark.parametrize(("out_features", "in_features", "biased"), [(70, 100, True), (64, 64, False)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_invariant_rows_have_the_same_bits_in_any_company(

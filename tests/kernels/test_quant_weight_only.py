@@ -17,6 +17,8 @@ from dashinfer_kernels.quant_matmul.launch import UnpackedLinear
 from dashinfer_kernels.quant_matmul.weight import FLOAT8, RANGES
 from dashinfer_kernels.quant_matmul.weight_only import WeightOnlyLinear, choose_config, pack_words
 
+pytestmark = pytest.mark.feature("Quantisation", "Weights of 8 or 4 bits")
+
 SMALL = {"BLOCK_ROWS": 16, "BLOCK_OUT": 64, "BLOCK_WORDS": 64, "GROUP_ROWS": 2, "SPLITS": 1, "SCALE": "sums"}
 SMALL |= {"num_warps": 4, "num_stages": 2, "UNPACK": False}
 SHAPE = (70, 400)  # outputs and inputs of which neither fills a tile

@@ -9,6 +9,8 @@ from dashinfer_kernels import SamplingBatch, SamplingState, sample, warm_up_samp
 from dashinfer_kernels.sampling import launch, reference
 from dashinfer_kernels.sampling.state import IN_PROMPT, MAX_COUNT, Needs
 
+pytestmark = pytest.mark.feature("Sampling", "Temperature, cuts, penalties, biases")
+
 VOCAB_SIZE = 4500  # two tiles and a part of one
 PROMPT, OUTPUT = [3, 5, 5, 8], [8, 11, 11, 11]
 POSITION = len(PROMPT) + len(OUTPUT)
@@ -173,6 +175,8 @@ def test_needs_beyond_the_rows_change_nothing(path: str) -> None:
     assert wide.tokens.tolist() == agree(logits, CASES[:4], path).tolist()
 
 
+@pytest.mark.feature("Structured output", "JSON, JSON Schema")
+@pytest.mark.feature("Structured output", "Regular expressions, choices, grammars")
 def test_masks_apply_to_chosen_rows(path: str) -> None:
     allowed = torch.rand(2, VOCAB_SIZE) < 0.01
     padded = torch.nn.functional.pad(allowed, (0, -VOCAB_SIZE % 32)).view(2, -1, 32).long()
@@ -269,6 +273,7 @@ def test_a_slot_is_taken_over_cleanly(path: str) -> None:
     assert counts.count_nonzero() == 2
 
 
+@pytest.mark.feature("Sampling", "Log-probabilities")
 def test_likeliest_tokens_of_equal_logits_come_in_order(triton_path: str) -> None:
     state, batch = entered([{"logprobs": 4, "temperature": 0.0}], triton_path)
     logits = torch.zeros(1, VOCAB_SIZE)

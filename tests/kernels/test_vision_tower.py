@@ -11,6 +11,8 @@ from dashinfer.models.vision_shapes import tower_shapes
 from dashinfer.models.weights import DummySource, WeightReader
 from dashinfer_kernels import dispatch
 
+pytestmark = pytest.mark.feature("Vision", "Tower in our own kernels or the model's")
+
 SIZES = {"depth": 2, "num_heads": 2, "patch_size": 4}
 CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen2VL": {"embed_dim": 48, "hidden_size": 40},

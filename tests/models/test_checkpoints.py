@@ -47,7 +47,13 @@ def as_defined(weight, bias=None, *, dtype, activations=None, wide_copy=False):
     return UnpackedLinear(weight, bias, dtype, activations)
 
 
-@pytest.mark.parametrize("name", NAMES)
+def row(name: str) -> pytest.MarkDecorator:
+    """Of README's table."""
+    rows = {"gptq": "GPTQ and AWQ checkpoints", "awq": "GPTQ and AWQ checkpoints", "fp8": "Float8 checkpoints"}
+    return pytest.mark.feature("Quantisation", rows.get(name.partition("-")[0], "compressed-tensors checkpoints"))
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=row(name)) for name in NAMES])
 def test_logits_and_tokens_equal_those_of_the_library(name, monkeypatch):
     if name in ROUNDED_INPUTS and name != "int8":  # a CPU rounds no inputs to float8
         monkeypatch.setattr(linears, "pack_quantized", as_defined)

@@ -84,6 +84,7 @@ def open_gguf():
         source.close()
 
 
+@pytest.mark.feature("Models", "GGUF, with weights of 4 to 32 bits")
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_every_type_reads_bit_for_bit_as_gguf_does(kind, tmp_path, open_gguf):
     data = encoded(kind)
@@ -170,6 +171,7 @@ def gguf_of(reference, path, architecture: str) -> str:
     return write(path, tensors, architecture)
 
 
+@pytest.mark.feature("Models", "GGUF, with weights of 4 to 32 bits")
 @pytest.mark.parametrize(
     ("architecture", "settings", "gguf_name"),
     [
@@ -250,6 +252,7 @@ def test_a_file_that_is_not_there(tmp_path):
         GGUFSource((str(tmp_path / "none.gguf"),), head_dim=16)
 
 
+@pytest.mark.feature("Models", "GGUF, with weights of 4 to 32 bits")
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_codes_stand_for_what_the_file_holds(kind, tmp_path, open_gguf):
     data = encoded(kind)

@@ -28,7 +28,13 @@ def test_a_quantised_cache_has_a_scale_for_each_token_and_head(name):
 
 
 @pytest.mark.parametrize("data_type", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("name", "allowed"), [("int8", 0.02), ("fp8", 0.05)])
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [
+        pytest.param("int8", 0.02, marks=pytest.mark.feature("Quantisation", "KV cache of 8-bit integers")),
+        pytest.param("fp8", 0.05, marks=pytest.mark.feature("Quantisation", "KV cache of float8")),
+    ],
+)
 def test_logits_stay_near_those_of_an_unquantised_cache(name, allowed, data_type):
     """Prefill, a second chunk and decoding; as a share of the logits' own size."""
     model = toy.load(toy.worker_config((), CONFIG, load_format="dummy", data_type=data_type))

@@ -68,7 +68,13 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+def row(architecture: str) -> pytest.MarkDecorator:
+    """Of README's table."""
+    name = {"Qwen2ForCausalLM": "Qwen2, Qwen2.5", "Qwen3ForCausalLM": "Qwen3"}.get(architecture, "Llama, Mistral")
+    return pytest.mark.feature("Models", name)
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=row(architecture)) for case, (architecture, _) in CASES.items()])
 def test_logits_equal_those_of_transformers(case, tmp_path):
     architecture, settings = CASES[case]
     reference = toy.hf_model(architecture, **settings)
@@ -100,6 +106,7 @@ def test_dynamic_rope_beyond_its_length_is_that_of_a_prompt_of_the_length_served
     torch.testing.assert_close(toy.Session(model, 96).run(PROMPT), expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.feature("Models", "From Hugging Face or a directory")
 def test_sharded_safetensors_give_the_same_model(tmp_path):
     reference = toy.hf_model("Qwen2ForCausalLM")
     reference.save_pretrained(tmp_path, max_shard_size="60KB")

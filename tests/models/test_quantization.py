@@ -64,6 +64,7 @@ def test_weight_only_modes_compute_with_the_rounded_weights(model, quant_type, g
     assert 1e-4 < error < {"a16w8": 0.1, "a16w4": 1.0, "fp8": 0.4}[quant_type]
 
 
+@pytest.mark.feature("Quantisation", "Weights and activations of 8 bits")
 def test_a8w8_rounds_what_goes_into_layers_too(model):
     folder, config = model
     files = toy.weight_files(folder)

@@ -24,7 +24,7 @@ CLIP = Medium("video", (3, 4, 6), seconds_per_step=0.75)
 PARTS = (5, WIDE, 3, CLIP, SMALL, 1, TALL, 7)
 
 
-@pytest.fixture(scope="module", params=vision_toy.FAMILIES)
+@pytest.fixture(scope="module", params=vision_toy.MARKED_FAMILIES)
 def models(request, tmp_path_factory) -> Models:
     return vision_toy.make(request.param, tmp_path_factory.mktemp(request.param))
 

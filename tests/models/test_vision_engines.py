@@ -28,6 +28,7 @@ from . import toy, vision_toy
 from .fake_tensorrt import FakeTensorRT, Stream
 from .vision_toy import PIXEL_VALUES, Models
 
+TOWER = pytest.mark.feature("Vision", "Tower in our own kernels or the model's")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SIZES = [
     [(1, 2, 2)],
@@ -94,7 +95,7 @@ def assert_equal(output: VisionOutput, models: Models, patches: torch.Tensor, gr
     assert expected.pooler_output.std() > 0.1, "embeddings that say nothing"
 
 
-@pytest.mark.parametrize("engine", ["native", "transformers", "tensorrt"])
+@pytest.mark.parametrize("engine", [pytest.param("native", marks=TOWER), pytest.param("transformers", marks=TOWER), "tensorrt"])
 def test_engines_see_what_transformers_sees(models, engine, trt, monkeypatch):
     monkeypatch.setattr(vision_batches, "_LONGEST", (16, 40))  # the tensorrt engine runs five images in three buckets
     tower = load(models, engine)
@@ -261,6 +262,7 @@ def test_a_gpu_that_cannot_be_used(qwen2, trt):
         load(qwen2, "tensorrt")
 
 
+@pytest.mark.feature("Vision", "Tower in TensorRT")
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_tensorrt_itself(models, tmp_path, monkeypatch):

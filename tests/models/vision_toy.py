@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -67,6 +68,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         },
     ),
 }
+ROWS = {family: "Qwen3-VL" if family == "qwen3-vl" else "Qwen2-VL, Qwen2.5-VL" for family in FAMILIES}  # of README's table
+MARKED_FAMILIES = [pytest.param(family, marks=pytest.mark.feature("Models", row)) for family, row in ROWS.items()]
 # What a byte becomes; each channel has its own.
 PIXEL_VALUES = torch.linspace(-1.5, 1.5, 256) * torch.tensor([[1.0], [0.8], [1.1]]) + torch.tensor([[0.1], [0.0], [-0.2]])
 

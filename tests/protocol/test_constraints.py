@@ -21,6 +21,8 @@ def formatted(kind: str, **fields: Any) -> dict[str, Any]:
     return {"response_format": {"type": kind, **fields}}
 
 
+@pytest.mark.feature("Structured output", "JSON, JSON Schema")
+@pytest.mark.feature("Structured output", "Regular expressions, choices, grammars")
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [

@@ -14,6 +14,8 @@ from dashinfer.protocol.parse import parse_request
 from dashinfer.protocol.responses import ResponsesRequest
 from dashinfer.protocol.tokens import DetokenizeRequest, TokenizeRequest
 
+pytestmark = pytest.mark.feature("Endpoints", "API as a document")
+
 
 def references(value: Any) -> Iterator[str]:
     if isinstance(value, dict):

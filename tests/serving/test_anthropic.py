@@ -16,6 +16,8 @@ from dashinfer.text.tools.formats import ToolFormat
 from .conftest import Running, RunServer
 from .test_tools import CALL, WEATHER, make_model
 
+pytestmark = pytest.mark.feature("Endpoints", "Anthropic's Messages")
+
 TOOL = {
     "name": "weather",
     "description": WEATHER["function"]["description"],
@@ -199,6 +201,7 @@ async def test_counting(run_server: RunServer) -> None:
     assert TokenCount.model_validate_json(answer.content).input_tokens == len("system: be kinduser: hello") + 1
 
 
+@pytest.mark.feature("Clients", "Anthropic's for Python")
 async def test_the_anthropic_client(run_server: RunServer, model: TextModel) -> None:
     async with run_server(model=model, api_keys=("sk-1",)) as server:
 

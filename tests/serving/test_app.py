@@ -24,6 +24,7 @@ def error_of(response: httpx.Response) -> dict:
     return ErrorResponse.model_validate_json(response.content, strict=True).error.model_dump()
 
 
+@pytest.mark.feature("Endpoints", "API as a document")
 def test_every_route_is_documented() -> None:
     service = Service(ServerConfig(model="demo"), version="0")
     document = openapi_document(title="t", version="1", api_keys=False, model="demo")
@@ -38,6 +39,7 @@ def test_every_route_is_documented() -> None:
     assert documented <= routes
 
 
+@pytest.mark.feature("Endpoints", "Models, version, probes")
 async def test_health_and_models(run_server: RunServer) -> None:
     async with run_server() as server:
         health = await server.client.get("/health")
@@ -81,6 +83,7 @@ async def test_a_failed_engine_shows_at_once(run_server: RunServer) -> None:
     assert answer.status_code == 503
 
 
+@pytest.mark.feature("Endpoints", "Chat completions, whole or streamed")
 async def test_completion(run_server: RunServer) -> None:
     async with run_server() as server:
         answer = await server.chat("say The capital of France is Paris.")
@@ -285,6 +288,7 @@ async def test_a_bug_is_a_500_without_details(run_server: RunServer, stream: boo
     assert answer.headers["x-request-id"] in caplog.text
 
 
+@pytest.mark.feature("Operations", "Structured logs, request ids")
 async def test_request_ids(run_server: RunServer) -> None:
     async with run_server() as server:
         own = await server.client.get("/health", headers={"x-request-id": "abc-123"})
@@ -296,6 +300,7 @@ async def test_request_ids(run_server: RunServer) -> None:
     assert len(set(none)) == 2
 
 
+@pytest.mark.feature("Endpoints", "API as a document")
 async def test_docs_need_nothing_from_elsewhere(run_server: RunServer) -> None:
     async with run_server(api_keys=("sk-1",), served_model_name="mine") as server:
         page = await server.client.get("/docs")
@@ -315,6 +320,7 @@ async def test_docs_need_nothing_from_elsewhere(run_server: RunServer) -> None:
     assert outside.status_code in (401, 404)
 
 
+@pytest.mark.feature("Operations", "TLS, HTTP/2, proxies, sockets, CORS")
 async def test_http2(run_server: RunServer) -> None:
     """With prior knowledge, as `curl --http2-prior-knowledge` does."""
     from h2.config import H2Configuration

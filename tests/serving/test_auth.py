@@ -5,6 +5,8 @@ import trio
 
 from .conftest import RunServer
 
+pytestmark = pytest.mark.feature("Security", "Keys with limits of their own")
+
 KEYS = ("sk-key1", "sk-key2")
 
 

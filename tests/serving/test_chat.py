@@ -28,6 +28,7 @@ def chunks_of(text: str) -> list[ChatCompletionChunk]:
     return [ChatCompletionChunk.model_validate_json(chunk) for chunk in chunks]
 
 
+@pytest.mark.feature("Endpoints", "Chat completions, whole or streamed")
 async def test_stream(run_server: RunServer) -> None:
     async with run_server() as server:
         answer = await server.chat("say Grüße 👋🏽!", stream=True, stream_options={"include_usage": True})
@@ -53,6 +54,7 @@ async def test_what_is_ready_together_goes_out_together(run_server: RunServer) -
     assert [chunk.choices[0].delta.content for chunk in chunks_of(answer.text)] == ["", "abcdef", None]
 
 
+@pytest.mark.feature("Sampling", "Choices, seeds, stops, lengths")
 @pytest.mark.parametrize("at_once", [1, 3, 100])
 @pytest.mark.parametrize("stream", [False, True])
 async def test_stop_string(run_server: RunServer, at_once: int, stream: bool) -> None:
@@ -77,6 +79,7 @@ async def test_stop_string(run_server: RunServer, at_once: int, stream: bool) ->
     assert sorted(line for line in server.engine.record if line.startswith("stop")) == ["stop 0", "stop 1"]
 
 
+@pytest.mark.feature("Sampling", "Choices, seeds, stops, lengths")
 @pytest.mark.parametrize("stream", [False, True])
 async def test_length(run_server: RunServer, stream: bool) -> None:
     async with run_server() as server:
@@ -92,6 +95,7 @@ async def test_length(run_server: RunServer, stream: bool) -> None:
         assert answer.json()["usage"]["completion_tokens"] == 5
 
 
+@pytest.mark.feature("Sampling", "Log-probabilities")
 @pytest.mark.parametrize("at_once", [1, 100])
 async def test_logprobs(run_server: RunServer, at_once: int) -> None:
     async with run_server() as server:

@@ -15,6 +15,8 @@ from .browser import Page, browse, find
 from .conftest import RunServer
 from .fake_engine import END, FakeEngine, SeeingEngine
 
+pytestmark = pytest.mark.feature("Clients", "Chat page")
+
 chromium = find()
 needs_browser = pytest.mark.skipif(chromium is None, reason="no Chromium on this machine")
 
@@ -224,6 +226,7 @@ async def test_phones_and_the_dark(run_server: RunServer, page: Page) -> None:
     assert colours == ["rgb(255, 255, 255)", "rgb(20, 22, 26)"]
 
 
+@pytest.mark.feature("Endpoints", "API as a document")
 @needs_browser
 async def test_docs(run_server: RunServer, page: Page) -> None:
     async with run_server() as server:

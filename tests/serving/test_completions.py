@@ -16,6 +16,8 @@ from dashinfer.protocol.completions import Completion
 from .conftest import Running, RunServer
 from .fake_engine import END, FakeGeneration
 
+pytestmark = pytest.mark.feature("Endpoints", "Completions, likelihoods of prompts")
+
 
 async def ask(server: Running, prompt: Any, **fields: Any) -> httpx.Response:
     return await server.client.post("/v1/completions", json={"model": "demo", "prompt": prompt, **fields})
@@ -273,6 +275,7 @@ async def test_a_stream_that_fails_says_so(run_server: RunServer) -> None:
     assert "[DONE]" not in answer.text
 
 
+@pytest.mark.feature("Clients", "OpenAI's for Python")
 async def test_the_openai_client(run_server: RunServer) -> None:
     async with run_server() as server:
 

@@ -17,6 +17,8 @@ from dashinfer.protocol.embeddings import EmbeddingList
 from .conftest import RunServer
 from .fake_engine import FakeGeneration
 
+pytestmark = pytest.mark.feature("Endpoints", "Embeddings")
+
 
 def vector(tokens: int, dimensions: int = 3) -> list[float]:
     values = [3.0, 4.0, float(tokens)][:dimensions]
@@ -73,6 +75,7 @@ async def test_what_is_refused(run_server: RunServer, fields: dict[str, Any], pa
     assert answer.json()["error"]["param"] == param
 
 
+@pytest.mark.feature("Clients", "OpenAI's for Python")
 async def test_the_openai_client(run_server: RunServer) -> None:
     async with run_server() as server:
 

@@ -14,6 +14,8 @@ from dashinfer.serving.limits import Limiter, Limits, duration
 from .conftest import RunServer
 from .process import PATIENCE, running, server_command
 
+pytestmark = pytest.mark.feature("Security", "Keys with limits of their own")
+
 
 class Clock:
     now = 1000.0

@@ -14,6 +14,8 @@ from dashinfer.serving.metrics import Histogram
 
 from .conftest import Running, RunServer
 
+pytestmark = pytest.mark.feature("Operations", "Metrics for Prometheus and Grafana")
+
 
 class Scrape:
     def __init__(self, text: str) -> None:

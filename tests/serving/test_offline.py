@@ -18,6 +18,8 @@ from dashinfer.serving.service import Service
 
 from .fake_engine import FakeBackend, FakeEngine
 
+pytestmark = pytest.mark.feature("Clients", "Python without a server")
+
 
 class Backend(FakeBackend):
     """Keeps its engine."""

@@ -6,6 +6,8 @@ import trio
 
 from .conftest import Running, RunServer
 
+pytestmark = pytest.mark.feature("Clients", "OpenAI's for Python")
+
 MESSAGES = [{"role": "user", "content": "say The capital of France is Paris."}]
 
 

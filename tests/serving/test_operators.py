@@ -39,6 +39,7 @@ def certificate(authority: trustme.CA, tmp_path: Path) -> dict[str, Path]:
     return paths
 
 
+@pytest.mark.feature("Operations", "TLS, HTTP/2, proxies, sockets, CORS")
 @pytest.mark.parametrize("http2", [False, True])
 async def test_tls(run_server: RunServer, authority: trustme.CA, certificate: dict[str, Path], http2: bool) -> None:
     context = ssl.create_default_context()
@@ -69,6 +70,7 @@ def test_certificates_that_cannot_be_used(certificate: dict[str, Path], tmp_path
         ServerConfig(model="demo", ssl_certfile=certificate["ssl_certfile"])
 
 
+@pytest.mark.feature("Operations", "TLS, HTTP/2, proxies, sockets, CORS")
 @pytest.mark.parametrize("prefix", ["/api/llm", ""])
 async def test_below_a_proxys_path(run_server: RunServer, prefix: str) -> None:
     """Whether the proxy takes it off or not."""
@@ -94,6 +96,7 @@ async def test_a_prefix_opens_nothing(run_server: RunServer, target: str) -> Non
     assert answer.status_code == 401
 
 
+@pytest.mark.feature("Operations", "TLS, HTTP/2, proxies, sockets, CORS")
 @pytest.mark.parametrize(
     ("allowed", "answered"),
     [
@@ -124,6 +127,7 @@ async def test_cors(run_server: RunServer, allowed: tuple[str, ...], answered: s
     assert preflight.headers["access-control-allow-headers"] == PREFLIGHT["access-control-request-headers"]
 
 
+@pytest.mark.feature("Operations", "Structured logs, request ids")
 async def test_request_ids_are_logged(run_server: RunServer, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="dashinfer.access")
     async with run_server() as server:
@@ -135,6 +139,7 @@ async def test_request_ids_are_logged(run_server: RunServer, caplog: pytest.LogC
     assert line.endswith(" mine-1")
 
 
+@pytest.mark.feature("Operations", "Structured logs, request ids")
 @pytest.mark.parametrize("asked", [False, True])
 async def test_prompts_are_logged_on_demand_only(run_server: RunServer, caplog: pytest.LogCaptureFixture, asked: bool) -> None:
     caplog.set_level("DEBUG", logger="dashinfer")
@@ -145,6 +150,8 @@ async def test_prompts_are_logged_on_demand_only(run_server: RunServer, caplog: 
     assert lines == (["request mine-2 prompt: 'user: say whisper<|end|>'"] if asked else [])
 
 
+@pytest.mark.feature("Operations", "TLS, HTTP/2, proxies, sockets, CORS")
+@pytest.mark.feature("Operations", "Structured logs, request ids")
 def test_a_unix_socket_and_json_logs(tmp_path: Path) -> None:
     path = tmp_path / "socket"
     flags = ["--uds", str(path), "--log-format", "json", "--log-prompts", "--root-path", "/api"]

@@ -21,6 +21,8 @@ from dashinfer.text.tools.formats import ToolFormat
 from .conftest import Running, RunServer
 from .test_tools import CALL, WEATHER, make_model
 
+pytestmark = pytest.mark.feature("Endpoints", "Responses, kept and gone on with")
+
 TOOL = {"type": "function", **WEATHER["function"]}
 
 
@@ -232,6 +234,7 @@ async def test_a_stream_that_fails(run_server: RunServer) -> None:
     assert last["response"]["error"]["message"] == "the engine lost this request"
 
 
+@pytest.mark.feature("Clients", "OpenAI's for Python")
 async def test_the_openai_client(run_server: RunServer, model: TextModel) -> None:
     async with run_server(model=model) as server:
 

@@ -26,6 +26,7 @@ def test_start_and_clean_end(tmp_path: Path) -> None:
     assert "Traceback" not in shown
 
 
+@pytest.mark.feature("Operations", "Requests finish before an end")
 def test_running_requests_finish_and_new_ones_find_the_port_closed(tmp_path: Path) -> None:
     with running(server_command(tmp_path, "--drain-timeout", "20")) as server:
         server.wait_ready()

@@ -7,6 +7,8 @@ from dashinfer.protocol.status import Version
 
 from .conftest import RunServer
 
+pytestmark = pytest.mark.feature("Endpoints", "Models, version, probes")
+
 STATES = {  # of the engine: what /health/live and /health/ready answer
     "loading": (200, 503),
     "ready": (200, 200),

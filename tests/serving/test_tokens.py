@@ -9,6 +9,8 @@ from dashinfer.protocol.tokens import DetokenizeResponse, TokenizeResponse, Toke
 from .conftest import RunServer
 from .fake_engine import END
 
+pytestmark = pytest.mark.feature("Endpoints", "Tokens")
+
 
 async def test_a_prompt(run_server: RunServer) -> None:
     async with run_server() as server:

@@ -24,6 +24,8 @@ from .conftest import Running, RunServer
 from .fake_engine import INFO, FakeEngine, write_tokenizer
 from .test_chat import chunks_of
 
+pytestmark = pytest.mark.feature("Tools", "Calls of tools, whole or streamed")
+
 TEMPLATE = """\
 {%- if tools %}{{ tools | tojson }}
 {% endif %}
@@ -121,6 +123,7 @@ async def answers(run_server: RunServer, model: TextModel, text: str, at_once: i
     return ChatCompletion.model_validate_json(whole.content), streamed.text, server
 
 
+@pytest.mark.feature("Reasoning", "Thinking apart from the answer")
 @pytest.mark.parametrize("at_once", [1, 7, 1000])
 @pytest.mark.parametrize(
     ("text", "content", "reasoning", "calls"),
@@ -240,6 +243,7 @@ async def test_history_reaches_the_template(run_server: RunServer, model: TextMo
     assert shown == "user: Paris?\nassistant: (Hm)[weather Paris]\ntool weather: mild\nuser: say Good.<|end|>"
 
 
+@pytest.mark.feature("Reasoning", "Thinking switched and bounded")
 @pytest.mark.parametrize(
     ("fields", "end", "reasoning"),
     [
@@ -326,6 +330,7 @@ async def test_models_without_tools_and_thinking(run_server: RunServer, text: Te
         assert words in answer.json()["error"]["message"]
 
 
+@pytest.mark.feature("Clients", "OpenAI's for Python")
 async def test_the_openai_client_runs_a_tool(run_server: RunServer, model: TextModel) -> None:
     """A turn with a call, streamed, then one with its result."""
 

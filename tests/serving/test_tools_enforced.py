@@ -19,6 +19,8 @@ from tests.guidance.random_workers import RandomWorkers
 from .conftest import Running, RunServer
 from .test_tools import joined, make_model
 
+pytestmark = pytest.mark.feature("Tools", "Calls that validate")
+
 FILES = ModelFiles("random", "safetensors", (), {})
 SCHEMAS: dict[str, dict[str, Any]] = {
     "weather": {
@@ -123,6 +125,7 @@ async def test_an_answer_of_a_form_or_calls(run_server: RunServer, tmp_path: Pat
             check(*call)
 
 
+@pytest.mark.feature("Reasoning", "Thinking switched and bounded")
 async def test_thinking_is_free_and_bounded(run_server: RunServer, tmp_path: Path) -> None:
     model = make_model(tmp_path, ToolFormat("hermes"))
     fields = {

@@ -138,6 +138,7 @@ def positions_of(media: PromptMedia) -> np.ndarray:
     return np.frombuffer(media.positions, "<i4").reshape(3, -1)
 
 
+@pytest.mark.feature("Vision", "Images")
 @pytest.mark.parametrize("family", FAMILIES)
 async def test_images_are_those_of_transformers(
     run_server: RunServer, folders: dict[str, Path], web: MediaServer, family: str
@@ -204,6 +205,7 @@ def upright(content: bytes) -> Any:
     return Image.open(io.BytesIO(content))
 
 
+@pytest.mark.feature("Vision", "Videos")
 @pytest.mark.parametrize("family", FAMILIES)
 async def test_videos_are_those_of_transformers(
     run_server: RunServer, folders: dict[str, Path], web: MediaServer, family: str
@@ -258,6 +260,7 @@ async def test_videos_are_those_of_transformers(
     assert (details["image_tokens"], details["video_tokens"]) == (still.tokens, first.tokens + second.tokens)
 
 
+@pytest.mark.feature("Vision", "Images")
 async def test_pixels_within_bounds(run_server: RunServer, seeing: TextModel, web: MediaServer) -> None:
     large = data_uri(encode(picture(600, 900)))
     fields = [
@@ -284,6 +287,7 @@ async def test_pixels_within_bounds(run_server: RunServer, seeing: TextModel, we
     assert "must be in order and within 3136 to 78400" in plain["message"]
 
 
+@pytest.mark.feature("Vision", "Images")
 async def test_low_detail(run_server: RunServer, tmp_path: Path) -> None:
     model = make_text(write_model(tmp_path, min_pixels=3136, max_pixels=28 * 28 * 4000))
     large = data_uri(encode(picture(900, 900), "JPEG"))
@@ -325,6 +329,7 @@ async def test_a_bad_medium_is_named(
     assert server.engine.submitted == []
 
 
+@pytest.mark.feature("Security", "Media from public addresses alone")
 async def test_private_addresses_are_refused(run_server: RunServer, seeing: TextModel, web: MediaServer) -> None:
     web.asked.clear()
     async with run_server(engine_type=SeeingEngine, model=seeing) as server:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.feature("Models", "From Hugging Face or a directory")
+
 SHA = "0123456789abcdef0123456789abcdef01234567"
 SMALL = {"config.json": b'{"model_type": "llama"}', "tokenizer.json": b"{}", "onnx/config.json": b"{}"}
 QUANTISED = {"quantize_config.json": b'{"bits": 4}'}

@@ -8,6 +8,8 @@ from dashinfer.errors import ModelNotFound, UnsupportedModel
 from dashinfer.sources import ModelSource, ReportProgress
 from dashinfer.sources.resolve import resolve
 
+pytestmark = pytest.mark.feature("Models", "From Hugging Face or a directory")
+
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:

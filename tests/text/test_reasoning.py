@@ -9,6 +9,8 @@ from dashinfer.text.reasoning import REASONING_FORMATS, ReasoningFormat, Reasoni
 from dashinfer.text.tools.events import Content, Reasoning
 from dashinfer.text.tools.hermes import HermesParser
 
+pytestmark = pytest.mark.feature("Reasoning", "Thinking apart from the answer")
+
 QWEN = REASONING_FORMATS["qwen3"]
 
 

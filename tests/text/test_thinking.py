@@ -10,6 +10,8 @@ from dashinfer.text.thinking import thinking_rules, whole_output
 from dashinfer.text.tokenizer import byte_alphabet
 from dashinfer.text.tools.grammar import Function, call_grammar
 
+pytestmark = pytest.mark.feature("Reasoning", "Thinking switched and bounded")
+
 llguidance = pytest.importorskip("llguidance")
 
 QWEN = REASONING_FORMATS["qwen3"]

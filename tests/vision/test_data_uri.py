@@ -10,6 +10,8 @@ from dashinfer.errors import MediaError
 from dashinfer.vision.fetch import fetch
 from dashinfer.vision.policy import MediaPolicy
 
+pytestmark = pytest.mark.feature("Vision", "Images")
+
 PICTURE = bytes(range(256)) * 8
 
 

@@ -33,6 +33,8 @@ from tests.vision.fake_internet import (
     says_forever,
 )
 
+pytestmark = pytest.mark.feature("Security", "Media from public addresses alone")
+
 PICTURE = bytes(range(256)) * 8
 POLICY = MediaPolicy(timeout=5, max_bytes=4096)
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(PICTURE)

@@ -11,6 +11,8 @@ from dashinfer.vision.fetch import fetch
 from dashinfer.vision.local_file import _open_beneath, read_file
 from dashinfer.vision.policy import MediaPolicy
 
+pytestmark = pytest.mark.feature("Vision", "Images")
+
 PICTURE = bytes(range(256)) * 8
 
 

@@ -16,6 +16,8 @@ from dashinfer.vision.video import VideoLimits, cut_frames, decode_video, probe_
 from .oracle import oracle, video_module
 from .pictures import Image, encode, picture
 
+pytestmark = pytest.mark.feature("Vision", "Videos")
+
 QWEN2 = VideoProcessor.from_hf({}, model_type="qwen2_5_vl")
 QWEN3 = VideoProcessor.from_hf(
     {"size": {"longest_edge": 25165824, "shortest_edge": 4096}, "video_processor_type": "Qwen3VLVideoProcessor"}, model_type=""

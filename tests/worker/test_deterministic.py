@@ -15,6 +15,8 @@ from dashinfer.types import ModelFiles, SamplingParams, TokenLogprobs, WorkerCon
 from dashinfer.worker.runner import Runner
 from dashinfer_kernels import dispatch
 
+pytestmark = pytest.mark.feature("Parallelism and recovery", "Same bits in any company")
+
 # Sizes that fill no vector, and many inputs of the MLP's second layer: one row is summed otherwise than several there.
 MODEL = {
     "architectures": ["Qwen3ForCausalLM"],

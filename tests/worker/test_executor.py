@@ -114,6 +114,7 @@ def assert_as_alone(runner: Runner, run: Run, requests: list[Request]) -> None:
                 assert one.top_tokens == other.top_tokens
 
 
+@pytest.mark.feature("Parallelism and recovery", "Continuous batching, prefix cache, preemption")
 def test_random_arrivals_aborts_preemptions_and_cached_prefixes_change_no_token(runner):
     runs = []
     for seed in range(8):

@@ -43,6 +43,7 @@ def test_what_is_on_the_host_is_downloaded_already():
     assert Download([tensor]).wait()[0].tolist() == [0, 1, 2]
 
 
+@pytest.mark.feature("Parallelism and recovery", "CUDA graphs")
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_graphs_replay_what_was_recorded():

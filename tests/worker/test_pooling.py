@@ -12,6 +12,8 @@ from dashinfer.worker.runner import Runner
 
 from .toy import PaddedGraphs, greedy, load, prompt
 
+pytestmark = pytest.mark.feature("Endpoints", "Embeddings")
+
 
 @pytest.fixture(scope="module", params=["plain", "graphs"])
 def runner(request: pytest.FixtureRequest) -> Runner:

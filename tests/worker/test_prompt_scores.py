@@ -10,6 +10,8 @@ from dashinfer.worker.runner import Runner
 
 from .toy import PaddedGraphs, greedy, load, prompt
 
+pytestmark = pytest.mark.feature("Endpoints", "Completions, likelihoods of prompts")
+
 LENGTH = 40
 
 

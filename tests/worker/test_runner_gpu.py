@@ -76,6 +76,8 @@ def graphs() -> Runner:
     return load()
 
 
+@pytest.mark.feature("Models", "Qwen3")
+@pytest.mark.feature("Parallelism and recovery", "CUDA graphs")
 @pytest.mark.parametrize(
     "changes",
     [{}, {"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.9, "top_k": 50}, {"frequency_penalty": 0.5}, {"logprobs": 3}],
@@ -88,6 +90,7 @@ def test_graphs_and_eager_steps_give_the_tokens_of_the_cpu(graphs, changes):
     assert eager == generate(load(device="cpu"), params(**changes))
 
 
+@pytest.mark.feature("Parallelism and recovery", "Continuous batching, prefix cache, preemption")
 def test_preempted_sequences_go_on(graphs):
     assert generate(graphs, params(), num_blocks=40) == generate(graphs, params())
 

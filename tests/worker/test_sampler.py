@@ -11,6 +11,8 @@ from dashinfer.worker.executor import LaunchedStep, enter_slot
 from dashinfer_kernels import SamplingBatch, SamplingState
 from dashinfer_kernels import sample as sample_op
 
+pytestmark = pytest.mark.feature("Sampling", "Temperature, cuts, penalties, biases")
+
 VOCAB_SIZE = 1500
 
 
@@ -68,6 +70,7 @@ def test_a_row_does_not_depend_on_its_neighbours(logits):
     assert together == alone
 
 
+@pytest.mark.feature("Sampling", "Choices, seeds, stops, lengths")
 def test_the_seed_and_the_position_decide_the_draw(logits):
     row = logits[:1]
     first = sample(row, [params(seed=5)])[0]
@@ -179,6 +182,7 @@ def test_logit_bias_bans_and_forces(logits):
     assert tokens[1] == 7
 
 
+@pytest.mark.feature("Sampling", "Choices, seeds, stops, lengths")
 def test_stop_tokens_wait_for_min_tokens():
     row = torch.tensor([[0.0, 5.0, 1.0]])
     one = params(temperature=0.0, min_tokens=2, stop_token_ids=(1,))
@@ -188,6 +192,7 @@ def test_stop_tokens_wait_for_min_tokens():
     assert sample(row, [one], outputs=[[2, 2]])[0] == [1]
 
 
+@pytest.mark.feature("Sampling", "Log-probabilities")
 def test_logprobs_are_those_of_the_model(logits):
     each = [params(temperature=0.0), params(temperature=0.5, logprobs=3, logit_bias={3: 50.0}), params(logprobs=0)]
     tokens, logprobs = sample(logits[:3], each)

@@ -151,6 +151,7 @@ def logprobs(results: list[StepResult]) -> list[tuple[float, ...]]:
     return [(one.chosen, *one.top_logprobs) for one in each]
 
 
+@pytest.mark.feature("Parallelism and recovery", "Layers split over ranks")
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("name", [*FAMILIES, "deterministic"])
 def test_ranks_answer_as_one(name: str, world_size: int, alone, together) -> None:
@@ -165,6 +166,7 @@ def test_ranks_answer_as_one(name: str, world_size: int, alone, together) -> Non
         assert not any(result.tokens for result in other.results)
 
 
+@pytest.mark.feature("Parallelism and recovery", "Layers dealt over stages")
 @pytest.mark.parametrize(("name", "stages", "world_size"), [(*each, size) for each, sizes in STAGES.items() for size in sizes])
 def test_stages_answer_as_one(name: str, stages: int, world_size: int, alone, together) -> None:
     one = alone[f"{name} in {stages}"]

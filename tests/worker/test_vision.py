@@ -49,7 +49,7 @@ PARTS = (5, WIDE, 3, CLIP, SMALL, 1, TALL, 7)
 COUNT = 10  # tokens that are produced
 
 
-@pytest.fixture(scope="module", params=vision_toy.FAMILIES)
+@pytest.fixture(scope="module", params=vision_toy.MARKED_FAMILIES)
 def models(request, tmp_path_factory) -> Models:
     return vision_toy.make(request.param, tmp_path_factory.mktemp(request.param))
 

@@ -12,6 +12,8 @@ from dashinfer.text.chat_template import ChatTemplate
 from dashinfer.text.tools.events import Arguments, CallBegin, merged
 from dashinfer.text.tools.formats import ToolFormat, tool_format
 
+pytestmark = pytest.mark.feature("Tools", "Calls of tools, whole or streamed")
+
 # Qwen2.5 and 3: tools in the system message, results in one user message, thinking of the last turn alone.
 QWEN = """\
 {%- if tools %}

@@ -12,6 +12,8 @@ from dashinfer.text.tools.events import Arguments, CallBegin, Content
 from dashinfer.text.tools.formats import TOOL_PARSERS, ToolFormat
 from dashinfer.text.tools.grammar import Function, call_grammar
 
+pytestmark = pytest.mark.feature("Tools", "Calls that validate")
+
 llguidance = pytest.importorskip("llguidance")
 
 WEATHER = {

@@ -15,6 +15,8 @@ from dashinfer.text.tools.parser import ToolParser
 from dashinfer.text.tools.pythonic import PythonicParser
 from dashinfer.text.tools.qwen_xml import QwenXmlParser
 
+pytestmark = pytest.mark.feature("Tools", "Calls of tools, whole or streamed")
+
 TOOLS: dict[str, dict[str, Any]] = {
     "weather": {
         "type": "object",
