@@ -34,7 +34,7 @@ def _schema_or_text(value: Any) -> Any:
     return _schema(value)
 
 
-_KINDS = [{"type": "object"}, {"type": "boolean"}]
+_KINDS = [{"type": "object"}, {"type": "boolean"}, {"type": "null"}]
 Schema = Annotated[Any, BeforeValidator(_schema), WithJsonSchema({"anyOf": _KINDS})]
 SchemaOrText = Annotated[
     Any,
@@ -51,7 +51,7 @@ def _name(value: str) -> str:
 
 
 class JsonSchemaFormat(RequestModel):
-    name: Annotated[str, AfterValidator(_name)]
+    name: Annotated[str, AfterValidator(_name), WithJsonSchema({"type": "string", "pattern": f"^{_NAME.pattern}$"})]
     description: str | None = Field(default=None, description="ignored")
     json_schema: Schema = Field(default=None, alias="schema", description="default: any object")
     strict: bool | None = Field(default=None, description="refuse a schema that has what cannot be enforced")

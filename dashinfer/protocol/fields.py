@@ -14,7 +14,7 @@ MAX_CHOICES = 16
 MAX_BIASES = 1024
 LEAST_REPETITION_PENALTY, GREATEST_REPETITION_PENALTY = 0.01, 100.0  # beyond them float32 logits overflow
 
-_TOKEN_ID = re.compile(r"\d{1,10}")
+_TOKEN_ID = re.compile("[0-9]{1,10}")
 
 
 def _listed(value: Any) -> Any:
@@ -33,26 +33,27 @@ def _biases(value: Any) -> Any:
     return {int(key): bias for key, bias in value.items()}
 
 
+_STOP_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 StopStrings = Annotated[
     list[StopString],
     Field(max_length=MAX_STOP_STRINGS),
     Field(fail_fast=True),
     BeforeValidator(_listed),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string", "minLength": 1},
-                {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": MAX_STOP_STRINGS},
-            ]
-        }
-    ),
+    WithJsonSchema({"anyOf": [_STOP_SCHEMA, {"type": "array", "items": _STOP_SCHEMA, "maxItems": MAX_STOP_STRINGS}]}),
 ]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Biases = Annotated[
     dict[int, Bias],
     BeforeValidator(_biases),
-    WithJsonSchema({"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}}),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "propertyNames": {"pattern": "^[0-9]{1,10}$"},
+            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+            "maxProperties": MAX_BIASES,
+        }
+    ),
 ]
 TokenId = Annotated[int, Field(ge=0)]
 

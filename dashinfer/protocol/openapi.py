@@ -58,7 +58,8 @@ class _Route:
 
     Attributes:
         responses: status to what it means and its model, or the media type of what is no JSON.
-        events: the model of the events of a streamed answer.
+        events: the model of the data of a streamed answer's events.
+        closed: a streamed answer ends with `[DONE]`, or with an ErrorResponse among its events.
         errors: statuses that come with an ErrorResponse, 401 aside.
         parameters: of the path, name to description.
         query: the parameters of the query string.
@@ -74,6 +75,7 @@ class _Route:
     request: type[BaseModel] | None = None
     example: dict[str, Any] | None = None
     events: type[BaseModel] | None = None
+    closed: bool = False
     errors: tuple[int, ...] = ()
     parameters: dict[str, str] = field(default_factory=dict)
     query: type[BaseModel] | None = None
@@ -107,6 +109,7 @@ _ROUTES = (
             "max_tokens": 256,
         },
         events=ChatCompletionChunk,
+        closed=True,
         errors=_WORK,
     ),
     _Route(
@@ -119,6 +122,7 @@ _ROUTES = (
         request=CompletionRequest,
         example={"prompt": "The capital of France is", "max_tokens": 16, "temperature": 0},
         events=Completion,
+        closed=True,
         errors=_WORK,
     ),
     _Route(
@@ -288,6 +292,15 @@ def _content(kind: type[BaseModel] | str, **more: Any) -> dict[str, Any]:
     return {"application/json": {"schema": _reference(kind), **more}}
 
 
+def _event(kind: type[BaseModel], *, closed: bool) -> dict[str, Any]:
+    """A schema of each event, by the fields that it has in the stream."""
+    data: dict[str, Any] = {"type": "string", "contentMediaType": "application/json", "contentSchema": _reference(kind)}
+    if closed:
+        data["contentSchema"] = {"anyOf": [_reference(kind), _reference(ErrorResponse)]}
+        data = {"anyOf": [{"const": "[DONE]"}, data]}
+    return {"type": "object", "properties": {"event": {"type": "string"}, "data": data}, "required": ["data"]}
+
+
 def _operation(route: _Route, *, api_keys: bool, model: str) -> dict[str, Any]:
     closed = api_keys and not route.open
     errors = sorted({*route.errors, 401} if closed else route.errors)
@@ -295,7 +308,7 @@ def _operation(route: _Route, *, api_keys: bool, model: str) -> dict[str, Any]:
     for status in errors:
         responses[status] = {"description": _ERRORS[status], "content": _content(route.error)}
     if route.events is not None:
-        responses[200]["content"]["text/event-stream"] = {"schema": _reference(route.events)}
+        responses[200]["content"]["text/event-stream"] = {"schema": _event(route.events, closed=route.closed)}
     operation: dict[str, Any] = {
         "operationId": route.id,
         "summary": route.summary,
@@ -321,6 +334,20 @@ def _operation(route: _Route, *, api_keys: bool, model: str) -> dict[str, Any]:
     return operation
 
 
+def _nullable(schema: dict[str, Any]) -> None:
+    """A null is a field that is left out, where a request itself has it."""
+    words = ("title", "description", "default")
+    for name, described in schema["properties"].items():
+        value = {key: said for key, said in described.items() if key not in words}
+        if name in schema.get("required", ()) or not value or {"type": "null"} in value.get("anyOf", ()):
+            continue
+        kinds = value["anyOf"] if value.keys() == {"anyOf"} else [value]
+        schema["properties"][name] = {
+            "anyOf": [*kinds, {"type": "null"}],
+            **{key: described[key] for key in words if key in described},
+        }
+
+
 def openapi_document(*, title: str, version: str, api_keys: bool, model: str) -> dict[str, Any]:
     """The document as JSON types.
 
@@ -340,6 +367,8 @@ def openapi_document(*, title: str, version: str, api_keys: bool, model: str) ->
         ],
         ref_template="#/components/schemas/{model}",
     )
+    for kind in requests:
+        _nullable(definitions["$defs"][kind.__name__])
     paths: dict[str, dict[str, Any]] = {}
     for route in _ROUTES:
         paths.setdefault(route.path, {})[route.method] = _operation(route, api_keys=api_keys, model=model)

@@ -32,10 +32,13 @@ _RANGES: dict[str, Callable[[float], bool]] = {
 
 
 def no_room(max_length: int, size: str, param: str = "messages") -> ContextLengthExceeded:
-    """The refusal of a prompt that does not fit into `max_length` tokens; `size` is how long it is, with the unit."""
+    """The refusal of a prompt that does not fit into `max_length` tokens; `size` is how long it is, with the unit.
+
+    Clients tell it from others by its words: LangChain by the first, LiteLLM by the next.
+    """
     have, them = ("the messages have", "them") if param == "messages" else (f"`{param}` has", "it")
     return ContextLengthExceeded(
-        f"the context holds {max_length} tokens, and {have} {size}: "
+        f"prompt is too long: this model's maximum context length is {max_length} tokens, and {have} {size}: "
         f"shorten {them}, or start the server with a larger --max-length",
         param=param,
     )

@@ -94,3 +94,22 @@ def test_every_field_is_described(document: dict[str, Any]) -> None:
 
     assert properties.keys() == ChatCompletionRequest.model_fields.keys()
     assert properties["temperature"]["anyOf"][0] == {"type": "number", "minimum": 0, "maximum": 2}
+
+
+@pytest.mark.parametrize("name", ["ChatCompletionRequest", "CompletionRequest", "ResponsesRequest", "MessagesRequest"])
+def test_a_field_that_may_be_left_out_may_be_null(document: dict[str, Any], name: str) -> None:
+    schema = document["components"]["schemas"][name]
+    words = {"title", "description", "default"}
+    fields = {field: said for field, said in schema["properties"].items() if said.keys() - words}
+
+    assert {field for field, said in fields.items() if {"type": "null"} not in said.get("anyOf", ())} == set(schema["required"])
+
+
+def test_events_are_described_by_their_fields(document: dict[str, Any]) -> None:
+    def data(path: str) -> dict[str, Any]:
+        return document["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"]["schema"]["properties"][
+            "data"
+        ]
+
+    assert data("/v1/messages")["contentSchema"] == {"$ref": "#/components/schemas/MessagesEvent"}
+    assert data("/v1/chat/completions")["anyOf"][0] == {"const": "[DONE]"}

@@ -89,6 +89,7 @@ def test_nulls_are_fields_left_out() -> None:
         ({"frequency_penalty": -2.5}, "frequency_penalty", "at least -2"),
         ({"logit_bias": {"a": 1}}, "logit_bias", "'a', which is no token id"),
         ({"logit_bias": {"-1": 1}}, "logit_bias", "no token id"),
+        ({"logit_bias": {"\u0665": 1}}, "logit_bias", "no token id"),
         ({"logit_bias": {"5": 101}}, "logit_bias.5", "at most 100"),
         ({"logit_bias": [5]}, "logit_bias", "an object, not an array"),
         ({"logit_bias": {str(i): 0 for i in range(MAX_BIASES + 1)}}, "logit_bias", "more than 1024 items"),

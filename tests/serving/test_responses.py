@@ -264,6 +264,7 @@ async def test_structured_output_and_reasoning_reach_the_chat(run_server: RunSer
         ({"tool_choice": "required"}, "tool_choice"),
         ({"text": {"format": {"type": "xml"}}}, "text"),
         ({"background": True, "store": False}, "background"),
+        ({"background": "later"}, "background"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"temperature": 3}, "temperature"),
         ({"max_output_tokens": 0}, "max_output_tokens"),

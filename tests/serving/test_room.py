@@ -45,7 +45,9 @@ async def test_long_texts(
 
     assert answer.status_code == 400
     error = answer.json()["error"]
-    assert error["message"].startswith(f"the context holds {INFO.max_length} tokens, and ")
+    assert error["message"].startswith(
+        f"prompt is too long: this model's maximum context length is {INFO.max_length} tokens, and "
+    )
     assert " characters: shorten " in error["message"]
     assert error.get("param") == param
     assert max(tokenised, default=0) < 100

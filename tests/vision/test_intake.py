@@ -142,7 +142,7 @@ async def test_tokens_are_counted_before_anything_is_decoded(internet: FakeInter
     monkeypatch.setattr(intakes, "decode_picture", None)
     requests = images("http://2.example/")
 
-    with pytest.raises(ContextLengthExceeded, match="the context holds 18 tokens, and the images and videos become 18 or more"):
+    with pytest.raises(ContextLengthExceeded, match="is 18 tokens, and the images and videos become 18 or more"):
         await take(intake(internet), requests, max_tokens=18)
 
 
