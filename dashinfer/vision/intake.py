@@ -235,8 +235,9 @@ class _Passage:
         self._tokens += processor.tokens_of(grid)
         if self._tokens >= self._max_tokens:
             raise ContextLengthExceeded(
-                f"prompt is too long: this model's maximum context length is {self._max_tokens} tokens, and the images and videos "
-                f"become {self._tokens} or more: give fewer or smaller ones (max_pixels, detail, fps), or start the server with a larger --max-length",
+                f"prompt is too long: this model's maximum context length is {self._max_tokens} tokens, and the images and "
+                f"videos become {self._tokens} or more: give fewer or smaller ones (max_pixels, detail, fps), or start the "
+                "server with a larger --max-length",
                 param="messages",
             )
         if (size := math.prod(grid) * processor.patch_dim) > MAX_MEDIUM_BYTES:
