@@ -18,6 +18,8 @@ from dashinfer.bench.command import without_secrets
 from dashinfer.bench.target import Target
 from dashinfer.errors import BenchError
 
+pytestmark = pytest.mark.feature("Operations", "A load generator")
+
 ROOT = Path(__file__).parents[2]
 WARM_UP = 6  # requests before a round with --concurrency 2: two to probe, two to calibrate, two to warm up
 

@@ -7,6 +7,8 @@ import pytest
 
 from .conftest import Report, needs
 
+pytestmark = pytest.mark.feature("Clients", "LangChain")
+
 CLIENTS = ("langchain_openai", "langchain_anthropic")
 
 

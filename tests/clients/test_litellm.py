@@ -10,6 +10,8 @@ import pytest
 
 from .conftest import Report, needs
 
+pytestmark = pytest.mark.feature("Clients", "LiteLLM")
+
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> str:

@@ -14,6 +14,8 @@ from tests.e2e.conftest import ServerProcess
 
 from .conftest import HERE, KEY, Report, needs, run
 
+pytestmark = pytest.mark.feature("Clients", "LM Evaluation Harness")
+
 TASKS = HERE / "tasks"
 DOCUMENTS = [json.loads(line) for line in (TASKS / "capitals.jsonl").read_text().splitlines()]
 ACCURACY = 1e-3  # of log-likelihoods in float32, whatever is computed together

@@ -10,6 +10,8 @@ from tests.e2e.conftest import ServerProcess
 
 from .conftest import HERE, KEY, Report, run
 
+pytestmark = pytest.mark.feature("Clients", "OpenAI's for Node")
+
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:

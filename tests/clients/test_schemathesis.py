@@ -15,6 +15,8 @@ from tests.serving.fake_engine import write_tokenizer
 
 from .conftest import HERE, KEY, needs, run
 
+pytestmark = pytest.mark.feature("Endpoints", "API as a document")
+
 CHECKS = (
     *("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_headers_conformance"),
     *("response_schema_conformance", "negative_data_rejection", "unsupported_method", "ignored_auth", "use_after_free"),

@@ -14,12 +14,14 @@ MASK = (r"^sampling-penalise$",)
 class Feature:
     """A row's cells. `kernels` are regular expressions for the names of the kernel variants that it needs on a GPU.
 
-    None: it is the same whatever the device is; empty: it is not, but needs no kernel of its own.
+    None: it is the same whatever the device is; empty: it is not, but needs no kernel of its own. `needs` is what a machine may
+    lack, where all of the row's tests are skipped without it.
     """
 
     name: str
     how: str
     kernels: tuple[str, ...] | None = None
+    needs: str = ""
 
 
 CATALOGUE: dict[str, tuple[Feature, ...]] = {
@@ -27,6 +29,7 @@ CATALOGUE: dict[str, tuple[Feature, ...]] = {
         Feature("Chat completions, whole or streamed", "`POST /v1/chat/completions`"),
         Feature("Completions, likelihoods of prompts", "`POST /v1/completions`, `echo`"),
         Feature("Responses, kept and gone on with", "`POST /v1/responses`, `previous_response_id`"),
+        Feature("Responses in the background", "`background`, `GET /v1/responses/{id}?stream=true`"),
         Feature("Anthropic's Messages", "`POST /v1/messages`, `count_tokens`"),
         Feature("Embeddings", "`POST /v1/embeddings`"),
         Feature("Tokens", "`POST /tokenize`, `/detokenize`"),
@@ -35,7 +38,11 @@ CATALOGUE: dict[str, tuple[Feature, ...]] = {
     ),
     "Clients": (
         Feature("OpenAI's for Python", "`base_url=\"http://.../v1\"`"),
+        Feature("OpenAI's for Node", "`baseURL: \"http://.../v1\"`", needs="Node and npm's registry"),
         Feature("Anthropic's for Python", "`base_url=\"http://...\"`"),
+        Feature("LangChain", "`ChatOpenAI(base_url=...)`, `ChatAnthropic(base_url=...)`"),
+        Feature("LiteLLM", "`openai/`, `hosted_vllm/`, `anthropic/`", needs="Python's registry"),
+        Feature("LM Evaluation Harness", "`--model local-completions`, `local-chat-completions`"),
         Feature("Chat page", "`/`"),
         Feature("Python without a server", "`from dashinfer import LLM`"),
     ),
@@ -97,10 +104,12 @@ CATALOGUE: dict[str, tuple[Feature, ...]] = {
     ),
     "Operations": (
         Feature("Metrics for Prometheus and Grafana", "`GET /metrics`"),
+        Feature("OpenTelemetry traces", "`--otlp-traces-endpoint`, `traceparent`"),
         Feature("Structured logs, request ids", "`--log-format json`, `x-request-id`"),
         Feature("TLS, HTTP/2, proxies, sockets, CORS",
                 "`--ssl-certfile`, `--root-path`, `--uds`, `--cors-origins`"),
         Feature("Requests finish before an end", "SIGTERM, `--drain-timeout`"),
+        Feature("A load generator", "`dashinfer_bench`"),
     ),
     "Security": (
         Feature("Keys with limits of their own", "`--api-keys`, `--api-keys-file`, `--rate-limit-...`"),

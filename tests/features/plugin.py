@@ -18,7 +18,8 @@ from .catalogue import CATALOGUE, Feature
 from .run import Proof, Run, stored_gpu_runs, write
 
 COMMANDS = "python -m pytest --features features.json, then python -m tests.features README.md features.json"
-NARROWING = ("keyword", "markexpr", "lf", "ignore", "ignore_glob", "deselect", "stepwise", "collectonly", "setupplan")
+NARROWING = ("keyword", "lf", "ignore", "ignore_glob", "deselect", "stepwise", "collectonly", "setupplan")
+LONGER = "clients"  # the marker of tests that a run leaves out, unless it is asked for them
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -56,8 +57,8 @@ class Recorder:
                 if marker.args not in self._order or marker.kwargs:
                     raise pytest.UsageError(f"{item.nodeid}: no row of tests/features/catalogue.py is {marker.args}")
 
-    def pytest_deselected(self) -> None:
-        self._deselected = True
+    def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
+        self._deselected |= any(item.get_closest_marker(LONGER) is None for item in items)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item) -> Iterator[None]:
@@ -114,6 +115,8 @@ class Recorder:
         root = config.rootpath
         if self._deselected or any(getattr(config.option, name, None) for name in NARROWING):
             return False
+        if config.option.markexpr not in ("", f"not {LONGER}"):
+            return False
         asked = {(config.invocation_params.dir / argument).resolve() for argument in config.args}
         if asked != {(root / path).resolve() for path in config.getini("testpaths")}:
             return False
@@ -131,7 +134,12 @@ class Recorder:
             self._complaints.append(str(error))
             return
         proven = table.rows(self._catalogue, run, [*gpu_runs, run])
-        self._complaints += [f"claims what this run did not prove: {name}" for name in table.excess(claimed, proven)]
+        untried = table.untried(self._catalogue, run)
+        for name in table.excess(claimed, proven):
+            if name in untried:
+                self._notes.append(f"claims what needs {untried[name]}, which this run did not have: {name}")
+            else:
+                self._complaints.append(f"claims what this run did not prove: {name}")
         if claimed:
             self._notes += [f"leaves out what this run proved: {name}" for name in table.excess(proven, claimed)]
 

@@ -140,6 +140,18 @@ def parse_lines(lines: Iterable[str]) -> Iterator[Row]:
         yield Row(area, *cells[2:6])
 
 
+def untried(catalogue: Mapping[str, Sequence[Feature]], run: Run) -> dict[str, str]:
+    """Names of rows whose tests were all skipped, as they may be where there is not what they need, with what that is."""
+    proofs = {(proof.area, proof.feature): proof for proof in run.features}
+    found = {}
+    for area, features in catalogue.items():
+        for feature in features:
+            proof = proofs.get((area, feature.name))
+            if feature.needs and proof is not None and proof.skipped and not proof.passed and not proof.failed:
+                found[f"{area}: {feature.name}"] = feature.needs
+    return found
+
+
 def excess(claimed: Iterable[Row], proven: Iterable[Row]) -> list[str]:
     """Names of rows that claim more than the proven ones of their names, with what that is."""
     known = {row.name: row.claims() for row in proven}

@@ -7,7 +7,12 @@ from .catalogue import Feature
 from .run import Proof, Run, read, write
 
 CATALOGUE = {
-    "Area": (Feature("One", "`one`"), Feature("Two", "`two`"), Feature("Graphs", "always", ("^kernel$",))),
+    "Area": (
+        Feature("One", "`one`"),
+        Feature("Two", "`two`"),
+        Feature("Graphs", "always", ("^kernel$",)),
+        Feature("Node", "`node`", needs="Node"),
+    ),
 }
 CONFTEST = """
     from tests.features import plugin
@@ -20,9 +25,11 @@ CONFTEST = """
 SETTINGS = """
     [pytest]
     testpaths = checks
-    addopts = --strict-markers -p no:hypothesispytest
+    addopts = --strict-markers -p no:hypothesispytest -m 'not clients'
     filterwarnings = error
-    markers = gpu: needs one
+    markers =
+        gpu: needs one
+        clients: the longer part
 """
 HEAD = """
 import pytest
@@ -197,6 +204,38 @@ def test_a_whole_run_fails_where_readme_claims_more(
         result.stdout.fnmatch_lines([f"claims what this run did not prove: {claim}", f"It is written by: {plugin.COMMANDS}"])
 
 
+@pytest.mark.parametrize(
+    ("test", "complains"),
+    [
+        ("@skipped\ndef test_node(): pass", False),
+        ("@skipped\ndef test_node(): pass\n@node\ndef test_more(): assert False", True),
+        ("@pytest.mark.clients\ndef test_node(): pass", True),
+        ("def test_node(): pass", False),
+    ],
+)
+def test_what_a_machine_lacks_is_only_told(project: Project, test: str, complains: bool) -> None:
+    project.claim(("Node", "`node`", "tested", ""))
+    project.write(ONE, "node = pytest.mark.feature('Area', 'Node')\n@node\n" + test)
+    result = project.run()
+
+    assert result.ret == (pytest.ExitCode.TESTS_FAILED if complains else pytest.ExitCode.OK)
+    told = "claims what needs Node, which this run did not have: Area: Node"
+    if "skipped" in test and not complains:
+        result.stdout.fnmatch_lines([told])
+    else:
+        result.stdout.no_fnmatch_line(told)
+
+
+def test_the_longer_part_may_be_left_out(project: Project) -> None:
+    project.claim(ROW_ONE)
+    project.write(TWO, "@one\n@pytest.mark.clients\ndef test_one(): pass")
+    result = project.run()
+
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.assert_outcomes(passed=1, deselected=1)
+    result.stdout.fnmatch_lines(["claims what this run did not prove: Area: One"])
+
+
 def test_a_red_run_names_the_rows_too(project: Project) -> None:
     project.claim(ROW_ONE)
     project.write("@one\ndef test_one(): assert False")
@@ -221,6 +260,7 @@ def test_what_is_proven_and_not_claimed_is_told(project: Project) -> None:
         ("-k", "two"),
         ("-k", "test"),
         ("-m", "not gpu"),
+        ("-m", "clients or not clients"),
         ("checks/test_a.py",),
         ("--deselect", "checks/test_a.py::test_one"),
         ("--ignore", "checks/test_b.py"),

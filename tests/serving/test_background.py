@@ -17,6 +17,8 @@ from dashinfer.text.detokenizer import IncrementalDetokenizer
 from .conftest import Running, RunServer
 from .process import PATIENCE, running, server_command
 
+pytestmark = pytest.mark.feature("Endpoints", "Responses in the background")
+
 PATH = "/v1/responses"
 ENDED = ("completed", "incomplete", "failed", "cancelled")
 

@@ -29,6 +29,8 @@ from .conftest import Running, RunServer
 from .fake_engine import FakeBackend, FullEngine
 from .process import PATIENCE, free_port, running, server_command
 
+pytestmark = pytest.mark.feature("Operations", "OpenTelemetry traces")
+
 MESSAGES = [{"role": "user", "content": "say hello"}]
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 ENDPOINTS = {
