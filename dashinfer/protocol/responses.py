@@ -24,7 +24,18 @@ MAX_ITEMS = 4096
 MAX_METADATA = 16
 MAX_METADATA_KEY, MAX_METADATA_VALUE = 64, 512  # characters
 MAX_TOLD = 2**20  # bytes of a request in the background that every state of its response repeats
+_DEEPER = 200  # levels that there must be room for: a response is encoded further down the stack than its request is read
 _encode = msgspec.json.Encoder().encode
+
+
+def encode_to_repeat(value: Any) -> bytes:
+    """A part of a request as JSON. Raises InvalidRequest where it is nested too deeply to be encoded or decoded again."""
+    for _ in range(_DEEPER):
+        value = [value]
+    try:
+        return _encode(value)[_DEEPER:-_DEEPER]
+    except RecursionError:
+        raise InvalidRequest("the body is nested too deeply") from None
 
 
 def _few(value: Any) -> Any:
@@ -87,8 +98,10 @@ class ResponsesRequest(RequestModel):
         )
 
     def check_told(self) -> None:
-        """Raises InvalidRequest where that is too much to keep of a response that runs by itself."""
-        if self.background and (size := len(_encode(self.told()))) > MAX_TOLD:
+        """Raises InvalidRequest where that is nested too deeply to be repeated, or too much to keep of a response that runs by
+        itself."""
+        size = len(encode_to_repeat(self.told()))
+        if self.background and size > MAX_TOLD:
             raise InvalidRequest(
                 f"the response would repeat {size} bytes of the request, beside its input; in the background {MAX_TOLD} may be",
                 param="background",

@@ -55,20 +55,22 @@ class Application:
             await send({"type": "lifespan.startup.failed", "message": str(error)})
             return
         log.configure(settings.log_level, settings.log_format, libraries=False)
-        async with trio.open_nursery() as nursery:
-            if settings.api_keys_file is not None:
-                await nursery.start(self._reload_keys, service)
-            await nursery.start(service.background.run)
-            nursery.start_soon(self._keep_engine, service)
-            await send({"type": "lifespan.startup.complete"})
-            message = await receive()
-            assert message["type"] == "lifespan.shutdown", "the second event of a lifespan"
-            service.begin_drain()
-            # The server has waited for its own requests by now, as long as its settings say: this is for the background.
-            with trio.move_on_after(settings.drain_timeout):
-                await service.idle()
-            nursery.cancel_scope.cancel()
-        await service.close_tracing()
+        try:
+            async with trio.open_nursery() as nursery:
+                if settings.api_keys_file is not None:
+                    await nursery.start(self._reload_keys, service)
+                await nursery.start(service.background.run)
+                nursery.start_soon(self._keep_engine, service)
+                await send({"type": "lifespan.startup.complete"})
+                message = await receive()
+                assert message["type"] == "lifespan.shutdown", "the second event of a lifespan"
+                service.begin_drain()
+                # The server has waited for its own requests by now, as long as its settings say: this is for the background.
+                with trio.move_on_after(settings.drain_timeout):
+                    await service.idle()
+                nursery.cancel_scope.cancel()
+        finally:
+            await service.close_tracing()
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _reload_keys(self, service: Service, *, task_status: trio.TaskStatus[None]) -> None:

@@ -4,11 +4,14 @@ Every other request is bound to its handler's scope. What runs here is bound to 
 the server drains, and cut off as other requests are.
 """
 
+import logging
 from collections.abc import Awaitable, Callable
 
 import trio
 
 from dashinfer.errors import QueueFull
+
+logger = logging.getLogger(__name__)
 
 
 class Background:
@@ -34,7 +37,7 @@ class Background:
             raise QueueFull(f"{self.running} of at most {self._most} requests run in the background already; try again later")
 
     def start(self, task: Callable[[], Awaitable[None]]) -> None:
-        """Run a task, which raises nothing. Raises QueueFull."""
+        """Run a task; what it raises is logged, and ends nothing else. Raises QueueFull."""
         assert self._nursery is not None, "it is started before requests are"
         self.check()
         self.running += 1
@@ -43,5 +46,7 @@ class Background:
     async def _run(self, task: Callable[[], Awaitable[None]]) -> None:
         try:
             await task()
+        except Exception as error:
+            logger.error("a task in the background failed", exc_info=error)
         finally:
             self.running -= 1

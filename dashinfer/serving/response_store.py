@@ -83,6 +83,7 @@ class ResponseStore:
     def __init__(self, *, most: int = MAX_KEPT, most_bytes: int = MAX_KEPT_BYTES) -> None:
         self._most, self._most_bytes = most, most_bytes
         self._shelves: dict[bytes, _Shelf] = {}
+        self._owners: set[bytes] | None = None  # of the last `keep`
         self._lock = threading.Lock()
 
     @property
@@ -91,13 +92,15 @@ class ResponseStore:
         return sum(shelf.size for shelf in self._shelves.values())
 
     def put(self, owner: bytes, id: str, kept: Kept) -> None:
-        """Keep one. What is larger than one may be is kept without its events, or not at all."""
+        """Keep one. What is larger than one may be is kept without its events, or not at all; so is that of a forgotten key."""
         if kept.size > self._most_bytes // SHARE:
             kept = replace(kept, events=None)
         if kept.size > self._most_bytes // SHARE:
             return
         share = 1 if owner == NOBODY else SHARE
         with self._lock:
+            if self._owners is not None and owner not in self._owners:
+                return
             own = self._shelves.setdefault(owner, _Shelf())
             own.kept[id] = kept
             own.size += kept.size
@@ -118,8 +121,9 @@ class ResponseStore:
         return found
 
     def keep(self, owners: set[bytes]) -> None:
-        """Forget the responses of other keys."""
+        """Forget the responses of other keys, those that are still to come too."""
         with self._lock:
+            self._owners = owners
             self._shelves = {owner: shelf for owner, shelf in self._shelves.items() if owner in owners}
 
     def delete(self, owner: bytes, id: str) -> None:

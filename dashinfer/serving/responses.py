@@ -263,7 +263,7 @@ class Responses:
             if (owner, previous) in self._running:
                 raise InvalidRequest("the response to go on from has not ended", param="previous_response_id")
             before = self.store.get(owner, previous, param="previous_response_id").conversation
-        return _Turn(request, before, _encode(protocol.identified(request.items(), _new_id)))
+        return _Turn(request, before, protocol.encode_to_repeat(protocol.identified(request.items(), _new_id)))
 
     async def get(self, id: str) -> bytes:
         """A response as JSON. Raises NotFound."""

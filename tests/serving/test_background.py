@@ -9,9 +9,11 @@ import httpx
 import openai
 import pytest
 import trio
+import trio.testing
 
 from dashinfer.errors import InternalError
 from dashinfer.protocol.responses import ResponseObject
+from dashinfer.serving.background import Background
 from dashinfer.text.detokenizer import IncrementalDetokenizer
 
 from .conftest import Running, RunServer
@@ -89,6 +91,44 @@ async def test_other_ends(run_server: RunServer, monkeypatch: pytest.MonkeyPatch
     assert bug["id"] in bug["error"]["message"]
     assert "secret" not in json.dumps(bug)
     assert after["status"] == "completed"
+
+
+@pytest.mark.parametrize("background", [True, False])
+async def test_one_that_is_nested_too_deeply_to_be_repeated(run_server: RunServer, background: bool) -> None:
+    def body(depth: int) -> str:
+        large = " " * 8192  # is read in a thread, whose stack is short
+        fields = {"model": "demo", "input": "say hi", "background": background}
+        return json.dumps(fields)[:-1] + f', "reasoning": {{"x": {"[" * depth + "]" * depth}}}}}{large}'
+
+    def item(depth: int) -> str:
+        given = f'[{{"role": "user", "content": "say hi", "x": {"[" * depth + "]" * depth}}}]'
+        return json.dumps({"model": "demo", "input": "?", "background": background}).replace('"?"', given)
+
+    async with run_server() as server:
+        deep = [await server.client.post(PATH, content=body(depth)) for depth in (900, 940, 960, 980)]
+        deep.append(await server.client.post(PATH, content=item(980) + " " * 8192))
+        fine = [await server.client.post(PATH, content=content) for content in (body(400), item(400))]
+        await server.service.idle()
+
+    assert [answer.status_code for answer in deep] == [400] * 5
+    assert deep[0].json()["error"]["message"] == "the body is nested too deeply"
+    assert [answer.status_code for answer in fine] == [200, 200]
+
+
+async def test_a_bug_in_a_task_ends_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    async def broken() -> None:
+        raise AssertionError("a bug")
+
+    background = Background(2)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(background.run)
+        background.start(broken)
+        await trio.testing.wait_all_tasks_blocked()
+        after = background.running
+        nursery.cancel_scope.cancel()
+
+    assert after == 0
+    assert "a bug" in caplog.text
 
 
 async def test_cancelling_and_deleting(run_server: RunServer) -> None:
@@ -234,14 +274,23 @@ async def test_a_key_that_is_gone_takes_its_responses_along(run_server: RunServe
         kept = (await ask(server, background=False)).json()["id"]
         running = (await ask(server, "wait abc")).json()["id"]
         await server.engine.until_waiting()
-        keys.write_text("sk-2\n")
-        server.service.reload_keys()
-        await server.engine.until(lambda: server.engine.running == 0)
+        bound: list[str] = []  # to its connection, so that it goes on
+
+        async def ask_and_wait() -> None:
+            bound.append((await ask(server, "wait abc", background=False)).json()["id"])
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask_and_wait)
+            await server.engine.until_waiting(2)
+            keys.write_text("sk-2\n")
+            server.service.reload_keys()
+            await server.engine.until(lambda: server.engine.running == 1)
+            server.engine.release.set()
         keys.write_text("sk-1\nsk-2\n")
         server.service.reload_keys()
-        found = [await get(server, id) for id in (kept, running)]
+        found = [await get(server, id) for id in (kept, running, *bound)]
 
-    assert [answer.status_code for answer in found] == [404, 404]
+    assert [answer.status_code for answer in found] == [404, 404, 404]
 
 
 async def test_the_openai_client(run_server: RunServer) -> None:
