@@ -1,18 +1,25 @@
 """What compiled loops are written with, see `loops`: threads, pointers, bfloat16 and an exponential that becomes vector code.
 
-Numba looks at a loop's own file for changes, not at this one: after a change here, remove the `*.nb?` files.
+Numba keeps compiled code, and looks at a loop's own file alone for changes; `_sources` has it look at what loops call, too.
 """
 
 import ctypes
 import struct
 from array import array as numbers
 from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core.caching import FunctionCache
+from numba.core.ccallback import CFunc
+from numba.core.sigutils import normalize_signature
 from numba.extending import intrinsic
 
 from dashinfer_kernels import threads
@@ -24,6 +31,26 @@ _SPINS = 1 << 10  # then whoever a thread waits for may want its core
 _FLAGS = {"contract", "reassoc", "nsz", "arcp"}
 
 
+@cache
+def _sources() -> str:
+    """A hash of all that loops are compiled from."""
+    here = Path(__file__).parent
+    files = [here / "compiled.py", *sorted(here.glob("*/*loop.py")), *sorted(here.glob("*/tile_product.py"))]
+    return sha256(b"".join(file.read_bytes() for file in files if file.exists())).hexdigest()
+
+
+class _Kept(FunctionCache):
+    def _index_key(self, *arguments: Any) -> tuple[Any, ...]:
+        return (*super()._index_key(*arguments), _sources())
+
+
+class _Compiled(CFunc):
+    _pyfunc: Any
+
+    def enable_caching(self) -> None:
+        self._cache = _Kept(self._pyfunc)
+
+
 class Loop:
     """A compiled function that does tasks until none is left, on as many threads as torch has.
 
@@ -33,10 +60,10 @@ class Loop:
 
     def __init__(self, function: Callable[[int], None]) -> None:
         options = {"fastmath": _FLAGS, "error_model": "numpy"}
-        try:
-            self._compiled = numba.cfunc("void(int64)", cache=True, **options)(function)
-        except RuntimeError:  # there is no folder to keep it in
-            self._compiled = numba.cfunc("void(int64)", **options)(function)
+        self._compiled: Any = _Compiled(function, normalize_signature("void(int64)"), {}, options)
+        with suppress(RuntimeError):  # there is no folder to keep it in
+            self._compiled.enable_caching()
+        self._compiled.compile()
         self._address = self._compiled.address
         self._alone = ctypes.CFUNCTYPE(None, ctypes.c_int64)(self._address)
 

@@ -2,6 +2,8 @@
 
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 import pytest
@@ -204,3 +206,17 @@ def test_warming_up_compiles_for_bfloat16_alone() -> None:
     assert not any(name.endswith(".cpu_loop") for name in sys.modules)
     warm_up_loops(torch.bfloat16)
     assert sum(name.endswith(".cpu_loop") for name in sys.modules) == 5
+
+
+def test_code_is_kept_until_any_file_of_loops_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dashinfer_kernels import compiled
+
+    file = tmp_path / "nothing.py"
+    file.write_text("from dashinfer_kernels.compiled import Loop\n\n\n@Loop\ndef nothing(work):\n    pass\n")
+
+    def hits() -> int:
+        return run_path(str(file))["nothing"]._compiled.cache_hits
+
+    assert [hits(), hits()] == [0, 1]
+    monkeypatch.setattr(compiled, "_sources", lambda: "other functions that it calls")
+    assert [hits(), hits()] == [0, 1]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_quant_cpu import random_weight
 
-from dashinfer_kernels import QuantizedWeight, dispatch, loops, pack_linear, pack_quantized
+from dashinfer_kernels import QuantizedWeight, dispatch, loops, pack_linear, pack_quantized, threads
 from dashinfer_kernels.quant_matmul import cpu_tiles
 from dashinfer_kernels.quant_matmul.cpu import BesideCopy, NibbleLinear, RowLinear
 from dashinfer_kernels.quant_matmul.cpu_tiles import TileLinear
@@ -81,12 +81,14 @@ def test_sums_are_those_of_float32(bits: int) -> None:
     torch.testing.assert_close(packed(weight).wide(x), quantized_linear(x.double(), weight, None).float(), rtol=1e-4, atol=2e-3)
 
 
-def test_a_row_has_the_same_bits_in_any_company() -> None:
-    layer, x = packed(WEIGHTS["4 bits, 32"]()), torch.randn(21, 96).bfloat16()
-    whole = layer(x)
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_blocks_of_four_rows_have_the_same_bits_in_any_company(name: str) -> None:
+    weight = WEIGHTS[name]()
+    layer, x = packed(weight), torch.randn(21, weight.in_features).bfloat16()
+    whole = layer.wide(x)
 
-    for count in (1, 2, 4, 5, 20):
-        assert torch.equal(layer(x[1 : 1 + count]), whole[1 : 1 + count])
+    for start, count in ((0, 4), (4, 4), (8, 8), (0, 20), (20, 1)):
+        assert torch.equal(layer.wide(x[start : start + count]), whole[start : start + count])
 
 
 @pytest.mark.parametrize(("bits", "group_size", "bytes_a_group"), [(4, 32, 16 + 4), (8, 64, 64 + 4), (8, 256, 256 + 4)])
@@ -117,6 +119,9 @@ def test_other_layers_serve_what_there_are_no_loops_for(monkeypatch: pytest.Monk
     monkeypatch.setattr(loops, "enabled", False)
     assert isinstance(pack_quantized(whole, dtype=torch.bfloat16), RowLinear)
     monkeypatch.setattr(loops, "enabled", True)
+    monkeypatch.setattr(threads, "parallel", None)  # loops would have one thread for what torch has all for
+    assert isinstance(pack_quantized(whole, dtype=torch.bfloat16), RowLinear)
+    monkeypatch.undo()
     monkeypatch.setattr(cpu_tiles, "_loop", lambda: None)  # another processor
     assert isinstance(pack_quantized(whole, dtype=torch.bfloat16), RowLinear)
 

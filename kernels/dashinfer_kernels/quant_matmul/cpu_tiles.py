@@ -1,7 +1,8 @@
 """Linear layers over 4- and 8-bit codes on CPUs that multiply bfloat16 (AVX512-BF16), by compiled loops.
 
-Codes become bfloat16 exactly, and products are summed in float32, each row's in the same order in any company. Many rows are
-multiplied with blocks of weights that a loop unpacks, as in `cpu.py`.
+Codes become bfloat16 exactly, and products are summed in float32. A row is summed in one order in a block of four rows and in
+another by itself, so in other company its last bit may differ; deterministic mode has no tiles. Many rows are multiplied with
+blocks of weights that a loop unpacks, as in `cpu.py`.
 """
 
 import warnings
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dashinfer_kernels import dispatch, loops
+from dashinfer_kernels import loops
 from dashinfer_kernels.quant_matmul.cpu_blocks import CpuLinear, block_outputs, centred, workspace
 from dashinfer_kernels.quant_matmul.weight import FLOAT8, QuantizedWeight
 
@@ -27,7 +28,7 @@ def fits(weight: QuantizedWeight, dtype: torch.dtype) -> bool:
     if weight.codes.dtype == FLOAT8 or weight.in_features % weight.group_size:
         return False
     whole = weight.group_size % (8 if weight.bits <= 4 else 4) == 0
-    return whole and not dispatch.deterministic and loops.take(dtype, 1) and _loop() is not None
+    return whole and loops.take(dtype, max(ROWS.values())) and _loop() is not None
 
 
 class TileLinear(CpuLinear):
@@ -57,7 +58,7 @@ class TileLinear(CpuLinear):
         return self(x).float()
 
     def _product(self, rows: Tensor) -> Tensor:
-        if dispatch.deterministic or len(rows) <= self.most_rows:
+        if len(rows) <= self.most_rows:
             return self._few(rows, torch.bfloat16)
         return self._many(rows)
 
