@@ -194,6 +194,8 @@ class Media:
             except BaseException:
                 self._begin_anew(batch.pieces)
                 raise
+            if self._parts:  # which may have to be begun anew at their end, and then for the last time if batches stay small
+                return
             self._good += 1
             if self._good % GOOD_BATCHES == 0:
                 self._batch_patches = min(2 * self._batch_patches, self._most_patches)

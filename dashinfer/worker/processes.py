@@ -8,6 +8,7 @@ ranks are started as programs.
 Knows processes and descriptors; knows nothing of what ranks are told.
 """
 
+import errno
 import io
 import logging
 import os
@@ -128,6 +129,9 @@ class Forked:
             with trio.move_on_after(STATUS_TIMEOUT):
                 data, _ = await _receive(self._report)
                 self._status = NUMBER.unpack(data)[0] if data else None
+            if self._status is None:  # the template, which ends what it has started, is gone or stopped
+                with suppress(ProcessLookupError, PermissionError):
+                    os.killpg(self.pid, signal.SIGKILL)
             self._ended = True
         return self._status
 
@@ -246,6 +250,7 @@ class Template:
 
     async def _fork(self, connection: socket.socket) -> Forked:
         assert self._socket is not None
+        template = self._process
         with ExitStack() as unless_forked:
             report, theirs = _sockets()
             unless_forked.enter_context(report)
@@ -259,12 +264,16 @@ class Template:
             with trio.move_on_after(FORK_TIMEOUT, shield=True):  # a rank that is there is ended as one
                 answer, received = await _receive(report)
             if not answer:
-                trouble = self._trouble() if self._process is not None else "is gone"
-                self._end()
+                trouble = "is gone"
+                if self._process is template:  # nobody else has noticed, and begun another one
+                    trouble = self._trouble()
+                    self._end()
                 raise errors.WorkerError(f"the template of ranks {trouble}")
             (pid,) = NUMBER.unpack(answer)
             if pid < 0:
                 raise OSError(-pid, os.strerror(-pid))
+            if not received:  # there was no room for the descriptor; the end of the report ends the rank
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             unless_forked.pop_all()
         return Forked(pid, received[0], report, trio.lowlevel.FdStream(reading))
 

@@ -92,6 +92,7 @@ class _Template:
     def serve(self) -> int:
         with open(os.devnull, "r+b", buffering=0) as nothing:
             _write_to(nothing.fileno())
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if whoever started the server ignores it, nothing could be waited for
         try:
             self._parent.send(NUMBER.pack(_is_alone_after_fork()))
         except OSError:

@@ -74,7 +74,7 @@ def test_length() -> None:
 
 @pytest.mark.parametrize("prompt_tokens", [100, 101])
 def test_a_prompt_that_leaves_no_room(prompt_tokens: int) -> None:
-    with pytest.raises(ContextLengthExceeded, match=f"length is 100 tokens, and `messages` has {prompt_tokens}") as caught:
+    with pytest.raises(ContextLengthExceeded, match=f"length is 100 tokens, and the messages have {prompt_tokens}") as caught:
         made(prompt_tokens=prompt_tokens)
 
     assert caught.value.code == "context_length_exceeded"

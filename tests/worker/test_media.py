@@ -166,6 +166,27 @@ def test_memory_that_runs_out_at_the_end_of_a_batch_costs_nothing(monkeypatch):
     assert media.take_failed() == {}
 
 
+def test_a_long_video_that_there_is_no_memory_for_as_a_whole_is_given_up(monkeypatch):
+    media = make(FakeTower())
+    joined = media._joined
+
+    def join(parts):
+        if sum(len(part.embeddings) for part in parts) > 50:
+            raise MemoryError
+        return joined(parts)
+
+    monkeypatch.setattr(media, "_joined", join)
+    media.ask(image(10, (100, 2, 2), "video"))
+    media.ask(image(1))
+    for _ in range(2000):
+        if media.pending:
+            media.advance(0)
+
+    assert not media.pending
+    assert media.take_new() == [b"1"]
+    assert list(media.take_failed()) == [b"video"]
+
+
 def test_alone_where_company_would_change_the_bits():
     tower = FakeTower()
     media = make(tower, together=False)

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import signal
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,14 +12,13 @@ from pathlib import Path
 import pytest
 import trio
 
-from dashinfer.errors import WorkerError
+from dashinfer.errors import StartupError, WorkerError
 from dashinfer.worker import processes
 from dashinfer.worker.processes import Template
 from dashinfer.worker.supervisor import one_error
 
 from .test_supervisor import (
     Recorder,
-    all_children,
     any_left,
     children_of,
     command,
@@ -29,6 +29,8 @@ from .test_supervisor import (
     run_steps,
     templates,
 )
+
+FILES_OF_TEMPLATE = 4  # standard ones and its socket, however many ranks it has forked
 
 
 @asynccontextmanager
@@ -74,24 +76,26 @@ async def test_a_forked_rank_is_born_as_a_program_is(caplog, monkeypatch):
     assert first == second == third == fourth == program
 
 
-async def test_groups_have_one_template_which_ends_with_its_last_user_and_leaves_nothing():
+async def test_groups_have_one_template_which_ends_with_its_last_user_and_leaves_nothing(children):
     files = len(os.listdir("/proc/self/fd"))
     with Template(command("named")) as template:
         seen = set()
         with template:
             for _ in range(2):
                 async with ready("good", 2, template=template) as recorder:
-                    assert sorted(pids(recorder.group)) == all_children()
+                    assert sorted(pids(recorder.group)) == children()
                     seen |= {*templates()}
         (pid,) = seen
         assert is_alive(pid)
-        files_of_template = len(os.listdir(f"/proc/{pid}/fd"))
-        async with ready("good", 2, template=template):
-            pass
-        assert len(os.listdir(f"/proc/{pid}/fd")) == files_of_template
+        for _ in range(2):
+            with trio.fail_after(2):
+                while len(os.listdir(f"/proc/{pid}/fd")) > FILES_OF_TEMPLATE:  # it tells of an end before it closes
+                    await trio.sleep(0.01)
+            async with ready("good", 2, template=template):
+                pass
 
     assert pid not in children_of("self")
-    assert all_children() == []
+    assert children() == []
     assert len(os.listdir("/proc/self/fd")) <= files + 1  # trio's own, which comes with its first thread
 
 
@@ -142,7 +146,7 @@ async def test_ranks_outlive_their_template_and_the_next_ones_have_another(numbe
 @pytest.mark.parametrize(
     ("mode", "trouble"), [("broken", "was killed by SIGKILL; its last words: the fake template's"), ("stuck", "hangs")]
 )
-async def test_a_template_that_does_not_come_about_is_told_of(mode, trouble, monkeypatch):
+async def test_a_template_that_does_not_come_about_is_told_of(mode, trouble, monkeypatch, children):
     monkeypatch.setattr(processes, "LOADING_SILENCE", 2.0)
     with (
         trio.fail_after(30),
@@ -151,7 +155,7 @@ async def test_a_template_that_does_not_come_about_is_told_of(mode, trouble, mon
     ):
         await run_steps("good", template=template)
 
-    assert all_children() == []
+    assert children() == []
 
 
 async def test_where_imports_start_threads_ranks_are_programs(caplog):
@@ -164,7 +168,7 @@ async def test_where_imports_start_threads_ranks_are_programs(caplog):
     assert sum("are started as programs" in text for text in caplog.messages) == 1
 
 
-async def test_a_start_that_is_cancelled_leaves_no_template_half_started():
+async def test_a_start_that_is_cancelled_leaves_no_template_half_started(children):
     with Template(command("named")) as template:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(run_steps_with, template)
@@ -172,10 +176,73 @@ async def test_a_start_that_is_cancelled_leaves_no_template_half_started():
                 await trio.sleep(0.001)
             nursery.cancel_scope.cancel()
 
-        assert all_children() == templates() == []
+        assert children() == templates() == []
         async with ready("good", template=template) as recorder:
             await results(recorder, 1)
 
 
 async def run_steps_with(template: Template) -> None:
     await run_steps("good", template=template)
+
+
+async def test_a_template_waits_for_its_children_even_if_whoever_started_the_server_ignores_theirs():
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        with Template(command("named")) as template:
+            async with ready("good", template=template) as recorder:
+                await results(recorder, 1)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+async def test_what_a_rank_has_started_ends_with_it_when_its_template_is_gone(caplog):
+    caplog.set_level("INFO", logger="dashinfer.worker")
+    with Template(command("named")) as template, pytest.raises(WorkerError, match="rank 0 ended"):
+        async with ready("mother", template=template) as recorder:
+            (pid,) = templates()
+            os.kill(pid, signal.SIGKILL)
+            await results(recorder, 3)
+    (child,) = (int(text.rpartition(" ")[2]) for text in caplog.messages if "child" in text)
+
+    assert any_left([child]) == []
+
+
+async def test_a_rank_that_there_is_no_descriptor_left_for_cannot_be_started(monkeypatch, children):
+    receive = processes._receive
+
+    async def truncated(sock):
+        data, descriptors = await receive(sock)
+        for each in descriptors:
+            os.close(each)
+        return data, []
+
+    with Template(command("named")) as template:
+        monkeypatch.setattr(processes, "_receive", truncated)
+        with pytest.raises(StartupError, match="Too many open files"):
+            await run_steps("good", template=template)
+
+        assert any_left(children()) == []
+
+
+async def test_the_end_of_a_template_leaves_the_next_one_alone(monkeypatch):
+    monkeypatch.setattr(processes, "FORK_TIMEOUT", 0.5)
+    with Template(command("named")) as template, trio.fail_after(20):
+        async with ready("good", template=template):
+            pass
+        os.kill(*templates(), signal.SIGSTOP)
+
+        async def start(again: bool) -> None:
+            ours, theirs = socket.socketpair()
+            with ours, theirs:
+                with pytest.raises(WorkerError, match="the template of ranks"):
+                    await template.start(theirs)
+                if again:
+                    process = await template.start(theirs)
+                    process.kill()
+                    await process.wait()
+                    await process.aclose()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(start, True)
+            await trio.sleep(0.1)
+            nursery.start_soon(start, False)

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -540,13 +540,6 @@ def running(program: str, new_session: bool, directory: Path):
             yield process
         finally:
             process.kill()
-
-
-@pytest.fixture
-def children() -> Callable[[], list[int]]:
-    """Process ids of the living children that this process got since the test began."""
-    before = set(all_children())
-    return lambda: [pid for pid in all_children() if pid not in before]
 
 
 def all_children() -> list[int]:
