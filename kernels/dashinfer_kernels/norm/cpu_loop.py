@@ -5,10 +5,10 @@ import torch
 from numba import float32, uint16
 from torch import Tensor
 
-from dashinfer_kernels.compiled import Loop, array, as_float, float_bits, given, narrow, shared, take, widen
+from dashinfer_kernels.compiled import Loop, array, as_float, float_bits, given, inlined, narrow, take, widen
 
 
-@shared
+@inlined
 def add_rms_norm_row(x, residual, weight, eps, out):
     """Of arrays of one row."""
     hidden = len(weight)
