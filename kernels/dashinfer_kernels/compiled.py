@@ -190,16 +190,6 @@ def widen(bits):
     return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
 
 
-@intrinsic
-def widen_half(context, bits):
-    """float32 of float16 bits."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
-
-    return types.float32(types.uint16), generate
-
-
 @inlined
 def narrow(value):
     """bfloat16 bits of float32, rounded to the nearest even."""

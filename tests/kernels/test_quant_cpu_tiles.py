@@ -67,15 +67,15 @@ def test_weights_are_those_of_the_definition_rounded_to_bfloat16(name: str, path
     actual = packed(weight)(torch.eye(weight.in_features).bfloat16()).T.double()
 
     expected = weight.dequantize().double()
-    bound = 2**-8 * expected.abs() + 2**-10 * expected.abs().amax(-1, keepdim=True)
+    bound = 2**-8 * expected.abs() + 1.5 * 2**-8 * expected.abs().amax(-1, keepdim=True)
     assert ((actual - expected).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_sums_are_those_of_float32(bits: int) -> None:
-    """Of scales that float16 holds; the inputs' mean, which codes around 128 are multiplied with too, is far from 0."""
+    """Of scales that bfloat16 holds; the inputs' mean, which codes around 128 are multiplied with too, is far from 0."""
     weight = random_weight(48, 1536, bits=bits, group_size=64)
-    weight = replace(weight, scales=weight.scales.half().float())
+    weight = replace(weight, scales=weight.scales.bfloat16().float())
     x = (torch.randn(5, 1536) + 3).bfloat16()
 
     torch.testing.assert_close(packed(weight).wide(x), quantized_linear(x.double(), weight, None).float(), rtol=1e-4, atol=2e-3)

@@ -5,8 +5,8 @@ import torch
 from numba import float32, uint16, uint32
 from torch import Tensor
 
-from dashinfer_kernels.compiled import Loop, array, given, narrow, shared, take, widen, widen_half
-from dashinfer_kernels.quant_matmul.tile_product import TILE, UNIT, multiply_tile
+from dashinfer_kernels.compiled import Loop, array, given, narrow, shared, take, widen
+from dashinfer_kernels.quant_matmul.tile_product import TILE, multiply_tile
 
 _RUN = 1 << 18  # bytes of codes that a thread takes at a time, as a rule
 
@@ -101,7 +101,7 @@ def _unpack(work):
     header = array(codes_ptr, (tiles, groups, vectors + 1, 2, TILE), uint16)
     out = array(out_ptr, (inputs, tiles, TILE), uint16)
     bits, middle, pairs = 4 * planes, np.float32(8 if planes == 1 else 128), 4 // planes
-    mask, unit = np.uint32((1 << bits) - 1), np.float32(1 / UNIT)
+    mask = np.uint32((1 << bits) - 1)
     task = take(work)
     while task < tasks:
         tile, group = task // groups, task % groups
@@ -112,8 +112,8 @@ def _unpack(work):
                     shift = np.uint32(pair * bits + side * 16)
                     for j in range(TILE):
                         code = np.float32(np.int32((codes[tile, group, vector + 1, j] >> shift) & mask))
-                        scale, zero = widen_half(header[tile, group, 0, 0, j]), widen_half(header[tile, group, 0, 1, j])
-                        out[at, tile, j] = narrow(((code - middle) * scale + zero) * unit)
+                        scale, zero = widen(header[tile, group, 0, 0, j]), widen(header[tile, group, 0, 1, j])
+                        out[at, tile, j] = narrow((code - middle) * scale + zero)
         task = take(work)
 
 

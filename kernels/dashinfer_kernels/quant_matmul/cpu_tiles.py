@@ -18,8 +18,6 @@ from dashinfer_kernels.quant_matmul.cpu_blocks import CpuLinear, block_outputs, 
 from dashinfer_kernels.quant_matmul.weight import FLOAT8, QuantizedWeight
 
 TILE = 16  # outputs, see `tile_product`
-UNIT = 256.0  # of scales and offsets, as there
-MOST = 65504 / UNIT  # that can be kept of them
 
 # The most rows that the loops multiply faster than blocks do, and than a packed 16-bit copy does, by planes.
 ROWS, ROWS_BESIDE_COPY = {1: 128, 2: 80}, {1: 8, 2: 6}
@@ -30,8 +28,7 @@ def fits(weight: QuantizedWeight, dtype: torch.dtype) -> bool:
     if weight.codes.dtype == FLOAT8 or weight.in_features % weight.group_size:
         return False
     whole = weight.group_size % (8 if weight.bits <= 4 else 4) == 0
-    small = weight.scales.abs().amax() * 2**weight.bits < MOST
-    return bool(whole and small) and loops.take(dtype, max(ROWS.values())) and _loop() is not None
+    return whole and loops.take(dtype, max(ROWS.values())) and _loop() is not None
 
 
 class TileLinear(CpuLinear):
@@ -96,7 +93,7 @@ def _pack(codes: Tensor, scales: Tensor, offsets: Tensor, planes: int) -> Tensor
         codes = (low | high << 4).flatten(3)
     # of an output's word, the lower half has every other input, the upper half the others
     words = codes.unflatten(3, (2, 2)).transpose(3, 4).permute(0, 2, 1, 3, 4).reshape(len(codes), groups, -1)
-    heads = [F.pad(each * UNIT, (0, 0, 0, padding)).half().view(-1, TILE, groups).mT for each in (scales, offsets)]
+    heads = [F.pad(each, (0, 0, 0, padding)).to(torch.bfloat16).view(-1, TILE, groups).mT for each in (scales, offsets)]
     return torch.cat((*(each.contiguous().view(torch.uint8) for each in heads), words), 2)
 
 

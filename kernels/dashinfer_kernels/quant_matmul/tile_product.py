@@ -1,10 +1,9 @@
 """One tile of outputs times some rows, in instructions that Numba's own loops do not become: bfloat16 pairs, AVX512-BF16.
 
-A tile is 16 outputs. For each group of inputs it has 16 scales and 16 offsets (what the middle code stands for), `UNIT` times
-as large in float16, which has room for all bits of what files have, then vectors of 16 words of 32 bits, a word an output, with
-the codes of 8 inputs of 4 bits or of 4 inputs of 8. A code's four bits below the exponent of 128 are the bfloat16 number 128 +
-code, so a shift, a mask and one instruction multiply two inputs of each output; what that is too much is 128 times the sum of
-the inputs. Eight bits are two codes of four, of the same inputs.
+A tile is 16 outputs. For each group of inputs it has 16 scales and 16 offsets in bfloat16 (what the middle code stands for),
+then vectors of 16 words of 32 bits, a word an output, with the codes of 8 inputs of 4 bits or of 4 inputs of 8. A code's four
+bits below the exponent of 128 are the bfloat16 number 128 + code, so a shift, a mask and one instruction multiply two inputs of
+each output; what that is too much is 128 times the sum of the inputs. Eight bits are two codes of four, of the same inputs.
 """
 
 from llvmlite import binding, ir
@@ -14,10 +13,9 @@ from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 TILE = 16  # outputs
-UNIT = 256.0  # of scales and offsets, so that small ones keep their bits
 _FLOATS = ir.VectorType(ir.FloatType(), TILE)
 _WORDS = ir.VectorType(ir.IntType(32), TILE)
-_HALVES = ir.VectorType(ir.HalfType(), TILE)
+_HALVES = ir.VectorType(ir.IntType(16), TILE)
 _DOT = ir.InlineAsm(ir.FunctionType(_FLOATS, [_FLOATS, _WORDS, _WORDS]), "vdpbf16ps $3, $2, $0", "=v,0,v,v")
 
 
@@ -64,7 +62,8 @@ def multiply_tile(context, codes, x, stride, sums, groups, vectors, out, rows, p
             return ir.Constant(_FLOATS, [value] * TILE)
 
         def widened(address):
-            return builder.fpext(load(address, _HALVES), _FLOATS)
+            wide = builder.zext(load(address, _HALVES), _WORDS)
+            return builder.bitcast(builder.shl(wide, words(16)), _FLOATS)
 
         def multiply_add(a, b, c):
             return builder.fadd(builder.fmul(a, b, flags=("contract",)), c, flags=("contract",))
@@ -116,7 +115,7 @@ def multiply_tile(context, codes, x, stride, sums, groups, vectors, out, rows, p
                 builder.store(multiply_add(scales, product, total), totals[row])
         for row, total in enumerate(totals):
             place = builder.inttoptr(builder.add(out, integer(4 * TILE * row)), _FLOATS.as_pointer())
-            builder.store(builder.fmul(builder.load(total), floats(1.0 / UNIT)), place, align=4)
+            builder.store(builder.load(total), place, align=4)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 7, rows, planes), generate
