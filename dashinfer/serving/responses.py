@@ -20,6 +20,7 @@ from dashinfer.errors import InternalError, InvalidRequest, NotFound, RequestErr
 from dashinfer.protocol import responses as protocol
 from dashinfer.protocol.chat import ChatCompletionRequest, ChoiceFinish
 from dashinfer.protocol.parse import parse_request
+from dashinfer.protocol.response_encoder import ResponseEncoder, Status, status_of, usage_of
 from dashinfer.serving import chat
 from dashinfer.serving.context import key_name, lease, request_id, trace, trace_failure
 from dashinfer.serving.event_log import EventLog
@@ -70,10 +71,10 @@ class ResponseAnswer:
         """`keep`: called with id and `kept`, where that is to be kept."""
         self.id = _new_id("resp_")
         self.request = completion.request
-        self.status: protocol.Status | Literal["cut off"] = "cut off"
+        self.status: Status | Literal["cut off"] = "cut off"
         self.kept: Kept | None = None
         self._completion, self._turn, self._keep = completion, turn, keep
-        self._encoder = protocol.ResponseEncoder(
+        self._encoder = ResponseEncoder(
             turn.request, id=self.id, created=int(time.time()), model=service.config.model_name, new_id=_new_id
         )
 
@@ -113,7 +114,7 @@ class ResponseAnswer:
             return
         yield self._complete()
 
-    def end(self, status: protocol.Status, usage: dict[str, Any] | None = None, error: RequestError | None = None) -> bytes:
+    def end(self, status: Status, usage: dict[str, Any] | None = None, error: RequestError | None = None) -> bytes:
         """The last events of a response that ends so."""
         self.status = status
         last = self._encoder.end(status, usage, error)
@@ -127,8 +128,8 @@ class ResponseAnswer:
     def _complete(self) -> bytes:
         completion = self._completion
         finish, _, tokens = completion.outcome
-        usage = protocol.usage(completion.prompt_tokens, completion.cached_tokens, tokens, completion.reasoning_tokens)
-        return self.end(protocol.status_of(finish), usage)
+        usage = usage_of(completion.prompt_tokens, completion.cached_tokens, tokens, completion.reasoning_tokens)
+        return self.end(status_of(finish), usage)
 
     def _encode(self, events: list[Any]) -> bytes:
         new_id = self._completion.new_call_id

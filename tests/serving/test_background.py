@@ -12,7 +12,7 @@ import trio
 import trio.testing
 
 from dashinfer.errors import InternalError
-from dashinfer.protocol.responses import ResponseObject
+from dashinfer.protocol.response_encoder import ResponseObject
 from dashinfer.serving.background import Background
 from dashinfer.text.detokenizer import IncrementalDetokenizer
 

@@ -13,7 +13,8 @@ import trio
 import trio.testing
 
 from dashinfer.errors import InternalError, NotFound
-from dashinfer.protocol.responses import DeletedResponse, ItemList, Page, ResponseEvent, ResponseObject
+from dashinfer.protocol.response_encoder import ResponseEvent, ResponseObject
+from dashinfer.protocol.responses import DeletedResponse, ItemList, Page
 from dashinfer.serving.auth import NOBODY
 from dashinfer.serving.event_log import EventLog
 from dashinfer.serving.response_store import SHARE, Kept, ResponseStore
