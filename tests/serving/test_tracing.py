@@ -17,10 +17,11 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from dashinfer.config import ServerConfig, from_environment
+from dashinfer.config import ServerConfig
 from dashinfer.errors import ConfigurationError, InternalError
 from dashinfer.serving import chat, log, tracing
 from dashinfer.serving.asgi import Application
+from dashinfer.serving.environment import from_environment
 from dashinfer.serving.service import Service
 from dashinfer.serving.tracing import Tracing, open_tracing
 
