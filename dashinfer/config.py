@@ -1,20 +1,20 @@
 """The server's settings: one frozen dataclass, made once from flags or from `DASHINFER_*` environment variables.
 
 Knows every setting's name, default, choices and meaning; knows nothing of what they lead to. The command line
-(`serving/cli.py`) and the environment reader are both made from the fields below, so they cannot drift apart.
+(`serving/cli.py`) and the reader of the environment (`serving/environment.py`) are both made from the fields below, so they
+cannot drift apart.
 """
 
 import dataclasses
 import difflib
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
-from urllib.parse import urlsplit
 
+from dashinfer import setting_values as values
 from dashinfer.errors import ConfigurationError
 from dashinfer.types import DataType, KVCacheDtype, QuantType, VisionEngine
 
@@ -25,142 +25,6 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
 LoadFormat = Literal["auto", "dummy"]
 Device = Literal["auto", "cuda", "cpu"]
-
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as `4GiB`, `800M` or `1048576`. Units are powers of 1024, with or without the `i`."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise ValueError(f"{text!r} is not a size; write for example 4GiB or 512MiB")
-    return int(float(match[1]) * 1024 ** " kmgt".index(match[2].lower() or " "))
-
-
-def _whole(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"{text!r} is not a whole number") from None
-
-
-def _positive(text: str) -> int:
-    value = _whole(text)
-    if value < 1:
-        raise ValueError(f"{value} is not at least 1")
-    return value
-
-
-def _not_negative(text: str) -> int:
-    value = _whole(text)
-    if value < 0:
-        raise ValueError(f"{value} is less than 0")
-    return value
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise ValueError(f"{text!r} is not a number") from None
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{text} is not a number of seconds above 0")
-    return value
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise ValueError(f"{text!r} is not a number") from None
-    if not 0 < value <= 1:
-        raise ValueError(f"{text} is not a share above 0 and up to 1")
-    return value
-
-
-def _port(text: str) -> int:
-    value = _whole(text)
-    if not 0 <= value <= 65535:
-        raise ValueError(f"{value} is not a port number (0 to 65535)")
-    return value
-
-
-def _positive_size(text: str) -> int:
-    size = parse_size(text)
-    if size < 1:
-        raise ValueError(f"{text} is not at least 1 byte")
-    return size
-
-
-def _directory(text: str) -> Path:
-    path = Path(text).expanduser()
-    if not path.is_dir():
-        raise ValueError(f"{text!r} is not a directory")
-    return path.absolute()
-
-
-def _file(text: str) -> Path:
-    path = Path(text).expanduser()
-    if not path.is_file():
-        raise ValueError(f"{text!r} is not a file")
-    return path.absolute()
-
-
-def _collector(text: str) -> str:
-    try:
-        url = urlsplit(text)
-        usable = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0 and not re.search(r"[\s?#]", text)
-    except ValueError:
-        usable = False
-    if usable and "@" in url.netloc:
-        raise ValueError("credentials do not belong into this URL; set OTEL_EXPORTER_OTLP_HEADERS")
-    if not usable:
-        raise ValueError("not a URL of OTLP over HTTP; write for example http://localhost:4318/v1/traces")
-    return text if url.path.strip("/") else text.rstrip("/") + "/v1/traces"
-
-
-_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[A-Za-z0-9.\[\]:_-]+")
-
-
-def _origins(text: str) -> tuple[str, ...]:
-    origins = tuple(origin.strip() for origin in text.split(",") if origin.strip())
-    if not origins:
-        raise ValueError("no origin given")
-    for origin in origins:
-        if not _ORIGIN.fullmatch(origin):
-            raise ValueError(f"{origin!r} is not an origin; write https://example.com, without a path, or *")
-    return origins
-
-
-def _root_path(text: str) -> str:
-    path = text.rstrip("/")
-    if path and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", path):
-        raise ValueError(f"{text!r} is not a path; write for example /api")
-    return path
-
-
-_DOMAIN = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
-
-
-def _domains(text: str) -> tuple[str, ...]:
-    domains = tuple(domain.strip().lower().removesuffix(".") for domain in text.split(",") if domain.strip())
-    if not domains:
-        raise ValueError("no domain given")
-    for domain in domains:
-        if not _DOMAIN.fullmatch(domain):
-            raise ValueError(
-                f"{domain!r} is not a domain; write example.com, which includes subdomains, in ASCII, without scheme and port"
-            )
-    return domains
-
-
-def _keys(text: str) -> tuple[str, ...]:
-    keys = tuple(key.strip() for key in text.split(",") if key.strip())
-    if not keys:
-        raise ValueError("no key given")
-    if any(not key.isascii() for key in keys):
-        raise ValueError("a key has a character that does not fit into an HTTP header")
-    return keys
 
 
 def _setting(
@@ -191,20 +55,20 @@ class ServerConfig:
     )
     mode: Mode = _setting("auto", "what to serve the model as; auto detects it, llm serves a vision-language model's text side")
     host: str = _setting("0.0.0.0", "address to bind", parse=str)
-    port: int = _setting(8000, "port to bind; 0 picks a free one", parse=_port)
-    tensor_parallel: int = _setting(1, "number of GPUs to split every layer over", parse=_positive, metavar="N")
-    max_batch: int = _setting(32, "most sequences that run at once", parse=_positive, metavar="N")
+    port: int = _setting(8000, "port to bind; 0 picks a free one", parse=values.port)
+    tensor_parallel: int = _setting(1, "number of GPUs to split every layer over", parse=values.positive, metavar="N")
+    max_batch: int = _setting(32, "most sequences that run at once", parse=values.positive, metavar="N")
     max_length: int | None = _setting(
         None,
         "longest sequence, prompt and output, in tokens (default: 8192, or the model's own limit where that is less)",
-        parse=_positive,
+        parse=values.positive,
         metavar="N",
     )
     data_type: DataType = _setting("bfloat16", "type of weights and activations")
     api_keys: tuple[str, ...] = _setting(
         (),
         "comma-separated keys; requests must carry one, but for probes, the documentation and the chat page",
-        parse=_keys,
+        parse=values.keys,
         metavar="KEYS",
     )
     log_level: LogLevel = _setting("info", "how much to log")
@@ -216,41 +80,41 @@ class ServerConfig:
         3136,
         "least image size in pixels; unless it is set, the model's own where that is more",
         group=_VLM,
-        parse=_positive,
+        parse=values.positive,
         metavar="N",
     )
     max_pixels: int = _setting(
         12845056,
         "greatest image size in pixels; unless it is set, the model's own where that is less",
         group=_VLM,
-        parse=_positive,
+        parse=values.positive,
         metavar="N",
     )
     allowed_media_path: Path | None = _setting(
-        None, "directory whose files requests may name by file: URLs", group=_VLM, parse=_directory, metavar="DIRECTORY"
+        None, "directory whose files requests may name by file: URLs", group=_VLM, parse=values.directory, metavar="DIRECTORY"
     )
     allowed_media_domains: tuple[str, ...] = _setting(
         (),
         "comma-separated domains, each with its subdomains, that media may come from; without it, all",
         group=_VLM,
-        parse=_domains,
+        parse=values.domains,
         metavar="DOMAINS",
     )
     allow_private_media: bool = _setting(
         False, "fetch media from private, loopback and other addresses that are not public too", group=_VLM
     )
     media_timeout: float = _setting(
-        20.0, "seconds that fetching one medium may take", group=_VLM, parse=_seconds, metavar="SECONDS"
+        20.0, "seconds that fetching one medium may take", group=_VLM, parse=values.seconds, metavar="SECONDS"
     )
     max_media_bytes: int = _setting(
-        67108864, "greatest size of one medium in bytes, such as 64MiB", group=_VLM, parse=_positive_size, metavar="SIZE"
+        67108864, "greatest size of one medium in bytes, such as 64MiB", group=_VLM, parse=values.positive_size, metavar="SIZE"
     )
     media_cache_memory: int | None = _setting(
         None,
         "memory of a rank for embeddings of images and videos, such as 512MiB "
         "(default: what is free, a twentieth at most, up to 256MiB on a CPU and 1GiB on a GPU)",
         group=_VLM,
-        parse=_positive_size,
+        parse=values.positive_size,
         metavar="SIZE",
     )
 
@@ -258,20 +122,24 @@ class ServerConfig:
         None, "name in the API (default: last part of --model)", group=_SERVER, parse=str, metavar="NAME"
     )
     max_queue: int = _setting(
-        256, "most requests that may wait for a place to run; one more gets a 429", group=_SERVER, parse=_positive, metavar="N"
+        256,
+        "most requests that may wait for a place to run; one more gets a 429",
+        group=_SERVER,
+        parse=values.positive,
+        metavar="N",
     )
     drain_timeout: float = _setting(
         30.0,
         "seconds that running requests may take to finish after SIGINT or SIGTERM",
         group=_SERVER,
-        parse=_seconds,
+        parse=values.seconds,
         metavar="SECONDS",
     )
     step_timeout: float = _setting(
         300.0,
         "seconds after which a step that gives no result counts as a hang",
         group=_SERVER,
-        parse=_seconds,
+        parse=values.seconds,
         metavar="SECONDS",
     )
     tool_call_parser: ToolParserName = _setting(
@@ -288,40 +156,44 @@ class ServerConfig:
         (),
         "comma-separated origins whose pages may use the API, such as https://example.com; * for all",
         group=_SERVER,
-        parse=_origins,
+        parse=values.origins,
         metavar="ORIGINS",
     )
     ssl_certfile: Path | None = _setting(
-        None, "certificate chain in PEM, to serve HTTPS; needs --ssl-keyfile", group=_SERVER, parse=_file, metavar="FILE"
+        None, "certificate chain in PEM, to serve HTTPS; needs --ssl-keyfile", group=_SERVER, parse=values.file, metavar="FILE"
     )
-    ssl_keyfile: Path | None = _setting(None, "its private key in PEM", group=_SERVER, parse=_file, metavar="FILE")
+    ssl_keyfile: Path | None = _setting(None, "its private key in PEM", group=_SERVER, parse=values.file, metavar="FILE")
     root_path: str = _setting(
         "",
         "path that a proxy has the API under, such as /api, whether it takes it off or not (default: none)",
         group=_SERVER,
-        parse=_root_path,
+        parse=values.root_path,
         metavar="PATH",
     )
     uds: Path | None = _setting(
         None, "Unix socket to listen on, in place of --host and --port", group=_SERVER, parse=Path, metavar="PATH"
     )
     api_keys_file: Path | None = _setting(
-        None, "file with a key a line, besides --api-keys; read again on SIGHUP", group=_SERVER, parse=_file, metavar="FILE"
+        None,
+        "file with a key a line, besides --api-keys; read again on SIGHUP",
+        group=_SERVER,
+        parse=values.file,
+        metavar="FILE",
     )
     rate_limit_requests: int | None = _setting(
-        None, "requests a minute of a key, or of all together without keys", group=_SERVER, parse=_positive, metavar="N"
+        None, "requests a minute of a key, or of all together without keys", group=_SERVER, parse=values.positive, metavar="N"
     )
     rate_limit_tokens: int | None = _setting(
-        None, "tokens a minute of a key, in prompts and answers", group=_SERVER, parse=_positive, metavar="N"
+        None, "tokens a minute of a key, in prompts and answers", group=_SERVER, parse=values.positive, metavar="N"
     )
     rate_limit_concurrent: int | None = _setting(
-        None, "sequences of a key that are computed at a time", group=_SERVER, parse=_positive, metavar="N"
+        None, "sequences of a key that are computed at a time", group=_SERVER, parse=values.positive, metavar="N"
     )
     otlp_traces_endpoint: str | None = _setting(
         None,
         "URL that OpenTelemetry traces are sent to, by OTLP over HTTP, such as http://localhost:4318/v1/traces",
         group=_SERVER,
-        parse=_collector,
+        parse=values.collector,
         metavar="URL",
     )
 
@@ -336,7 +208,7 @@ class ServerConfig:
         None,
         "weights that share a scale: 32, 64 or 128 (default: 128 in a16w4, all of an output's in a16w8)",
         group=_ENGINE,
-        parse=_whole,
+        parse=values.whole,
         metavar="N",
     )
     quantize_head: bool = _setting(False, "quantise the output layer too, which else stays in 16 bits", group=_ENGINE)
@@ -345,7 +217,7 @@ class ServerConfig:
         None,
         "memory of the KV cache per rank, such as 4GiB (default: what is free, up to what --max-batch sequences can use)",
         group=_ENGINE,
-        parse=parse_size,
+        parse=values.size,
         metavar="SIZE",
     )
     kv_cache_dtype: KVCacheDtype = _setting(
@@ -358,17 +230,21 @@ class ServerConfig:
         None,
         "tokens in a KV cache block, a power of two (default: chosen for the device)",
         group=_ENGINE,
-        parse=_positive,
+        parse=values.positive,
         metavar="N",
     )
     max_step_tokens: int | None = _setting(
-        None, "most tokens computed in one step (default: chosen for the device)", group=_ENGINE, parse=_positive, metavar="N"
+        None,
+        "most tokens computed in one step (default: chosen for the device)",
+        group=_ENGINE,
+        parse=values.positive,
+        metavar="N",
     )
     gpu_memory_utilization: float = _setting(
         0.9,
         "share of the GPU's memory to use, for weights, KV cache and everything else",
         group=_ENGINE,
-        parse=_share,
+        parse=values.share,
         metavar="SHARE",
     )
     enforce_eager: bool = _setting(False, "record no CUDA graphs: slower, starts sooner", group=_ENGINE)
@@ -379,24 +255,24 @@ class ServerConfig:
         1,
         "number of stages to split the layers over, each of --tensor-parallel GPUs",
         group=_PARALLEL,
-        parse=_positive,
+        parse=values.positive,
         metavar="M",
     )
     data_parallel: int = _setting(
-        1, "number of copies of the model, which share the requests", group=_PARALLEL, parse=_positive, metavar="R"
+        1, "number of copies of the model, which share the requests", group=_PARALLEL, parse=values.positive, metavar="R"
     )
     nnodes: int = _setting(
         1,
         "number of machines; the same command runs on each, but for --node-rank",
         group=_PARALLEL,
-        parse=_positive,
+        parse=values.positive,
         metavar="N",
     )
     node_rank: int = _setting(
-        0, "which of them this is; 0 takes the requests", group=_PARALLEL, parse=_not_negative, metavar="I"
+        0, "which of them this is; 0 takes the requests", group=_PARALLEL, parse=values.not_negative, metavar="I"
     )
     master_addr: str = _setting("127.0.0.1", "address of machine 0", group=_PARALLEL, parse=str, metavar="ADDRESS")
-    master_port: int = _setting(29500, "port of machine 0 for the others", group=_PARALLEL, parse=_port)
+    master_port: int = _setting(29500, "port of machine 0 for the others", group=_PARALLEL, parse=values.port)
     cluster_secret: str | None = _setting(
         None,
         "what machines prove to each other that they belong together with; better given as DASHINFER_CLUSTER_SECRET "
@@ -417,17 +293,17 @@ class ServerConfig:
         "failures of workers within --restart-window after which one more fails the requests that are being computed, rather "
         "than have them repeated; and failures in a row without a step between them after which one more ends the server",
         group=_PARALLEL,
-        parse=_not_negative,
+        parse=values.not_negative,
         metavar="N",
     )
     restart_window: float = _setting(
-        300.0, "seconds that a failure of workers counts", group=_PARALLEL, parse=_seconds, metavar="SECONDS"
+        300.0, "seconds that a failure of workers counts", group=_PARALLEL, parse=values.seconds, metavar="SECONDS"
     )
     heartbeat_timeout: float = _setting(
         10.0,
         "seconds without a sign of life after which a worker counts as dead",
         group=_PARALLEL,
-        parse=_seconds,
+        parse=values.seconds,
         metavar="SECONDS",
     )
 
@@ -524,69 +400,3 @@ def parse_setting(field: dataclasses.Field, text: str) -> Any:
             raise ValueError(f"{text!r} is neither true nor false")
         return known[text.lower()]
     return field.metadata["parse"](text)
-
-
-_PREFIX = "DASHINFER_"
-_RESERVED = {"DASHINFER_CACHE"}  # where downloads are kept; read by sources
-# What Kubernetes tells each container of services named `dashinfer` or `dashinfer-...`.
-_OF_KUBERNETES = re.compile(r"DASHINFER_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
-_ADDRESS = re.compile(r"(tcp|udp|sctp)://.*")
-
-
-def environment_settings(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Settings that `DASHINFER_MODEL`, `DASHINFER_MAX_BATCH` and so on give, by their names in `ServerConfig`.
-
-    Raises:
-        ConfigurationError: a `DASHINFER_` name that is no setting, or a bad value.
-    """
-    fields = {_PREFIX + field.name.upper(): field for field in dataclasses.fields(ServerConfig)}
-    values: dict[str, Any] = {}
-    for name, text in environment.items():
-        if not name.startswith(_PREFIX) or name in _RESERVED or _OF_KUBERNETES.fullmatch(name):
-            continue
-        if name.endswith("_PORT") and _ADDRESS.fullmatch(text):  # Kubernetes again
-            continue
-        if name not in fields:
-            near = did_you_mean(name, fields, most=2)
-            raise ConfigurationError(
-                f"the variable {name} is not a setting" + (near or f"; known are {', '.join(sorted(fields))}")
-            )
-        try:
-            values[fields[name].name] = parse_setting(fields[name], text)
-        except ValueError as error:
-            raise ConfigurationError(f"{name}: {error}") from None
-    return values
-
-
-def torchrun_settings(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Settings that a process finds in its environment if torchrun started it; none in any other process. The port is the one
-    above torchrun's, which it may hold itself.
-
-    Raises:
-        ConfigurationError: a variable is missing or no number.
-    """
-    if "TORCHELASTIC_RUN_ID" not in environment:
-        return {}
-    try:
-        return {
-            "nnodes": _positive(environment["GROUP_WORLD_SIZE"]),
-            "node_rank": _not_negative(environment["GROUP_RANK"]),
-            "master_addr": environment["MASTER_ADDR"],
-            "master_port": _port(str(_port(environment["MASTER_PORT"]) + 1)),
-        }
-    except KeyError as error:
-        raise ConfigurationError(f"torchrun's variable {error.args[0]} is not set") from None
-    except ValueError as error:
-        raise ConfigurationError(f"torchrun's variables: {error}") from None
-
-
-def from_environment(environment: Mapping[str, str] = os.environ) -> ServerConfig:
-    """All settings from the environment.
-
-    Raises:
-        ConfigurationError: an unknown name, a bad value, or no model.
-    """
-    values = environment_settings(environment)
-    if "model" not in values:
-        raise ConfigurationError("DASHINFER_MODEL is not set; try DASHINFER_MODEL=demo")
-    return ServerConfig(**values)

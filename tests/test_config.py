@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from dashinfer.config import ServerConfig, from_environment, torchrun_settings
+from dashinfer.config import ServerConfig
 from dashinfer.errors import ConfigurationError
+from dashinfer.serving.environment import from_environment, torchrun_settings
 
 KUBERNETES = {
     "DASHINFER_SERVICE_HOST": "10.0.0.1",

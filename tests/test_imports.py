@@ -17,7 +17,14 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = (ROOT, ROOT / "kernels")
 
 SHARED = [
-    *("dashinfer", "dashinfer.errors", "dashinfer.types", "dashinfer.config", "dashinfer.gguf_header"),
+    *(
+        "dashinfer",
+        "dashinfer.errors",
+        "dashinfer.types",
+        "dashinfer.setting_values",
+        "dashinfer.config",
+        "dashinfer.gguf_header",
+    ),
     *("dashinfer.worker", "dashinfer.worker.frames", "dashinfer.worker.template"),
     *("dashinfer.sources", "dashinfer.sources.cache"),
     # A model's shape needs no torch, so the parent refuses what cannot be served before its weights are fetched.
@@ -27,7 +34,7 @@ SHARED = [
 # From the bottom to the top; names in one set are one layer, and may import each other.
 PARENT: list[set[str]] = [
     {"dashinfer", "dashinfer.errors"},
-    {"dashinfer.types"},
+    {"dashinfer.types", "dashinfer.setting_values"},
     {"dashinfer.config", "dashinfer.gguf_header"},
     {"dashinfer.models"},
     {
@@ -49,7 +56,14 @@ PARENT: list[set[str]] = [
     {"dashinfer.serving"},
 ]
 CHILD: list[set[str]] = [
-    {"dashinfer", "dashinfer.errors", "dashinfer.types", "dashinfer.config", "dashinfer.gguf_header"},
+    {
+        "dashinfer",
+        "dashinfer.errors",
+        "dashinfer.types",
+        "dashinfer.setting_values",
+        "dashinfer.config",
+        "dashinfer.gguf_header",
+    },
     {"dashinfer.sources", "dashinfer.sources.cache"},
     {"dashinfer_kernels"},
     {"dashinfer.models"},

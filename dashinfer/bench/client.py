@@ -65,15 +65,26 @@ class _Answer:
             return
         if not isinstance(chunk, dict):
             self.error = f"a chunk is not an object: {payload[:80]!r}"
-            return
-        if "error" in chunk:
+        elif "error" in chunk:
             self.error = f"error in the stream: {str(chunk['error'])[:200]}"
-            return
-        self.usage = chunk.get("usage") or self.usage
+        else:
+            try:
+                self._take_chunk(chunk, now)
+            except (AttributeError, TypeError):
+                self.error = f"a chunk has another shape than OpenAI's: {payload[:80]!r}"
+
+    def _take_chunk(self, chunk: dict[str, Any], now: float) -> None:
+        """Raises AttributeError or TypeError where it has another shape than OpenAI's."""
+        usage = chunk.get("usage") or self.usage
+        if not isinstance(usage, dict):
+            raise TypeError
+        self.usage = usage
         for choice in chunk.get("choices") or ():
             delta = choice.get("delta") or {}
             text = choice.get("text") or delta.get("content") or delta.get("reasoning_content") or delta.get("reasoning")
             if text:
+                if not isinstance(text, str):
+                    raise TypeError
                 self.times.append(now)
                 self.pieces.append(text)
             if choice.get("finish_reason"):

@@ -5,6 +5,7 @@
 
 import argparse
 import json
+import os
 import resource
 import shlex
 import signal
@@ -103,6 +104,8 @@ def prepare_out(path: Path | None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BenchError(f"--out {path}: {error.strerror}") from None
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise BenchError(f"--out {path} cannot be written")
 
 
 def allow_connections() -> None:

@@ -112,6 +112,9 @@ class Compiler:
             self._keep(ticket.grammar, found)
         except Exception as error:  # which is every waiting request's
             found = error
+        except BaseException as error:  # such as a panic in Rust, which is no reason for the server's end
+            found = RuntimeError("a grammar could not be compiled")
+            found.__cause__ = error
         self._turns.end(ticket, found)
         self._begin()
 

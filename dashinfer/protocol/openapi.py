@@ -28,15 +28,8 @@ from dashinfer.protocol.chat import (
 )
 from dashinfer.protocol.completions import Completion, CompletionRequest
 from dashinfer.protocol.embeddings import EmbeddingList, EmbeddingRequest
-from dashinfer.protocol.responses import (
-    DeletedResponse,
-    ItemList,
-    Page,
-    ResponseEvent,
-    ResponseObject,
-    ResponsesRequest,
-    StreamQuery,
-)
+from dashinfer.protocol.response_encoder import ResponseEvent, ResponseObject
+from dashinfer.protocol.responses import DeletedResponse, ItemList, Page, ResponsesRequest, StreamQuery
 from dashinfer.protocol.status import Version
 from dashinfer.protocol.tokens import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse, TokenizerInfo
 

@@ -12,13 +12,13 @@ from functools import partial
 
 import trio
 
-from dashinfer import config as configuration
 from dashinfer.errors import ConfigurationError, EngineUnavailable, WorkerError
 from dashinfer.serving import log
 from dashinfer.serving.app import create_app
 from dashinfer.serving.backend import Backend, ModelBackend, RunnableEngine
 from dashinfer.serving.cli import version
 from dashinfer.serving.edge import ASGIApp, Receive, Scope, Send
+from dashinfer.serving.environment import from_environment
 from dashinfer.serving.progress import LogDisplay, report_progress
 from dashinfer.serving.run import LAST_WORDS
 from dashinfer.serving.service import Service, TextModel
@@ -45,7 +45,7 @@ class Application:
         message = await receive()
         assert message["type"] == "lifespan.startup", "the first event of a lifespan"
         try:
-            settings = configuration.from_environment(os.environ)
+            settings = from_environment(os.environ)
             if settings.nnodes > 1:
                 raise ConfigurationError("DASHINFER_NNODES: several machines are served by the command dashinfer_serve alone")
             service = Service(settings, version=version())

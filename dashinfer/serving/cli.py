@@ -16,16 +16,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dashinfer.config import (
-    ServerConfig,
-    choices,
-    did_you_mean,
-    environment_settings,
-    flag,
-    parse_setting,
-    torchrun_settings,
-)
+from dashinfer.config import ServerConfig, choices, did_you_mean, flag, parse_setting
 from dashinfer.errors import ConfigurationError, StartupError
+from dashinfer.serving.environment import environment_settings, torchrun_settings
 
 _HOW_TO_START = (
     "no model given; start with `dashinfer_serve --model demo`, or give a Hugging Face ID, a local directory or a .gguf file"

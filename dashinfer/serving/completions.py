@@ -1,7 +1,7 @@
 """One request for completions, from the body's bytes to the answer's: validate, tokenise, submit, detokenise, encode.
 
 Each prompt is a request of its own to the engine. They compute together, as many as half of its queue holds and the key may
-have at a time; their answers are sent one prompt after another. Counting is as in `chat`, but that log-probabilities include
+have at a time; their answers are sent one prompt after another. Counting is as in `choice`, but that log-probabilities include
 the token that ended a choice, as evaluation harnesses expect, with its place at the end of the text.
 """
 

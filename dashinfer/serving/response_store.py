@@ -4,6 +4,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import msgspec
 
@@ -30,6 +31,7 @@ class Kept:
         output: a JSON array of what the model answered.
         background: it was asked for in the background.
         events: of one that was streamed from there.
+        without: what took too much to be kept, in whose place there is nothing.
     """
 
     body: bytes
@@ -37,6 +39,7 @@ class Kept:
     output: bytes
     background: bool = False
     events: EventLog | None = None
+    without: frozenset[Literal["events", "conversation"]] = frozenset()
 
     @property
     def size(self) -> int:
@@ -46,6 +49,15 @@ class Kept:
     @property
     def conversation(self) -> tuple[bytes, ...]:
         return (*self.given, self.output)
+
+    def fitted(self, most: int) -> "Kept | None":
+        """As much of it as takes up to `most` bytes: events go first, then the conversation; None where the body takes more."""
+        kept = self
+        if kept.size > most and kept.events is not None:
+            kept = replace(kept, events=None, without=kept.without | {"events"})
+        if kept.size > most:
+            kept = replace(kept, given=(), output=b"[]", without=kept.without | {"conversation"})
+        return None if kept.size > most else kept
 
 
 def items_of(turns: Iterable[bytes]) -> list[Item]:
@@ -92,18 +104,16 @@ class ResponseStore:
         return sum(shelf.size for shelf in self._shelves.values())
 
     def put(self, owner: bytes, id: str, kept: Kept) -> None:
-        """Keep one. What is larger than one may be is kept without its events, or not at all; so is that of a forgotten key."""
-        if kept.size > self._most_bytes // SHARE:
-            kept = replace(kept, events=None)
-        if kept.size > self._most_bytes // SHARE:
+        """Keep as much of one as `Kept.fitted` says; nothing where that is nothing, and nothing of a forgotten key."""
+        if (fitted := kept.fitted(self._most_bytes // SHARE)) is None:
             return
         share = 1 if owner == NOBODY else SHARE
         with self._lock:
             if self._owners is not None and owner not in self._owners:
                 return
             own = self._shelves.setdefault(owner, _Shelf())
-            own.kept[id] = kept
-            own.size += kept.size
+            own.kept[id] = fitted
+            own.size += fitted.size
             while own.size > self._most_bytes // share or len(own.kept) > self._most // share:
                 own.take_oldest()
             while self.size > self._most_bytes:

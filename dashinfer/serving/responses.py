@@ -16,10 +16,11 @@ from typing import Any, Literal
 import msgspec
 import trio
 
-from dashinfer.errors import InternalError, InvalidRequest, RequestError
+from dashinfer.errors import InternalError, InvalidRequest, NotFound, RequestError
 from dashinfer.protocol import responses as protocol
 from dashinfer.protocol.chat import ChatCompletionRequest, ChoiceFinish
 from dashinfer.protocol.parse import parse_request
+from dashinfer.protocol.response_encoder import ResponseEncoder, Status, status_of, usage_of
 from dashinfer.serving import chat
 from dashinfer.serving.context import key_name, lease, request_id, trace, trace_failure
 from dashinfer.serving.event_log import EventLog
@@ -70,10 +71,10 @@ class ResponseAnswer:
         """`keep`: called with id and `kept`, where that is to be kept."""
         self.id = _new_id("resp_")
         self.request = completion.request
-        self.status: protocol.Status | Literal["cut off"] = "cut off"
+        self.status: Status | Literal["cut off"] = "cut off"
         self.kept: Kept | None = None
         self._completion, self._turn, self._keep = completion, turn, keep
-        self._encoder = protocol.ResponseEncoder(
+        self._encoder = ResponseEncoder(
             turn.request, id=self.id, created=int(time.time()), model=service.config.model_name, new_id=_new_id
         )
 
@@ -113,7 +114,7 @@ class ResponseAnswer:
             return
         yield self._complete()
 
-    def end(self, status: protocol.Status, usage: dict[str, Any] | None = None, error: RequestError | None = None) -> bytes:
+    def end(self, status: Status, usage: dict[str, Any] | None = None, error: RequestError | None = None) -> bytes:
         """The last events of a response that ends so."""
         self.status = status
         last = self._encoder.end(status, usage, error)
@@ -127,8 +128,8 @@ class ResponseAnswer:
     def _complete(self) -> bytes:
         completion = self._completion
         finish, _, tokens = completion.outcome
-        usage = protocol.usage(completion.prompt_tokens, completion.cached_tokens, tokens, completion.reasoning_tokens)
-        return self.end(protocol.status_of(finish), usage)
+        usage = usage_of(completion.prompt_tokens, completion.cached_tokens, tokens, completion.reasoning_tokens)
+        return self.end(status_of(finish), usage)
 
     def _encode(self, events: list[Any]) -> bytes:
         new_id = self._completion.new_call_id
@@ -262,7 +263,7 @@ class Responses:
         if (previous := request.previous_response_id) is not None:
             if (owner, previous) in self._running:
                 raise InvalidRequest("the response to go on from has not ended", param="previous_response_id")
-            before = self.store.get(owner, previous, param="previous_response_id").conversation
+            before = self._whole(owner, previous, param="previous_response_id").conversation
         return _Turn(request, before, protocol.encode_to_repeat(protocol.identified(request.items(), _new_id)))
 
     async def get(self, id: str) -> bytes:
@@ -274,7 +275,10 @@ class Responses:
     def follow(self, id: str, after: int) -> AsyncIterator[bytes]:
         """Its events beyond the number `after`. Raises NotFound, and InvalidRequest where there are none."""
         running = self._find(id)
-        log = self.store.get(key_name.get(), id).events if running is None else running.log
+        kept = self.store.get(key_name.get(), id) if running is None else None
+        if kept is not None and "events" in kept.without:
+            raise NotFound(f"the events of {id!r} took too much to be kept; the response itself is kept", param="stream")
+        log = running.log if kept is None else kept.events
         if log is None:
             raise InvalidRequest("only what was asked for with `background` and `stream` can be streamed", param="stream")
         return log.follow(after)
@@ -282,7 +286,7 @@ class Responses:
     async def input_items(self, id: str, page: protocol.Page) -> bytes:
         """A page of what it was an answer to, as JSON. Raises NotFound, InvalidRequest."""
         running = self._find(id)
-        given = self.store.get(key_name.get(), id).given if running is None else running.given
+        given = self._whole(key_name.get(), id).given if running is None else running.given
         return await self._service.off_the_loop(sum(map(len, given)), lambda: page.body(raw_items_of(given)))
 
     def delete(self, id: str) -> None:
@@ -316,6 +320,13 @@ class Responses:
 
     def _find(self, id: str) -> BackgroundResponse | None:
         return self._running.get((key_name.get(), id))
+
+    def _whole(self, owner: bytes, id: str, *, param: str | None = None) -> Kept:
+        """One whose conversation is kept. Raises NotFound."""
+        kept = self.store.get(owner, id, param=param)
+        if "conversation" in kept.without:
+            raise NotFound(f"the conversation of {id!r} took too much to be kept; the response itself is kept", param=param)
+        return kept
 
 
 def _new_id(prefix: str) -> str:

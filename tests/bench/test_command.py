@@ -299,6 +299,17 @@ def test_mistakes_are_one_line_and_exit_status_2(
     assert err.count("\n") == 1
 
 
+def test_results_that_cannot_be_written_are_not_measured(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.json"
+    out.mkdir()
+
+    assert main(["--url", server.url, *SMALL, "--out", str(out)]) == 2
+    assert capsys.readouterr().err == f"dashinfer_bench: error: --out {out} cannot be written\n"
+    assert server.seen == []
+
+
 def test_secrets_are_not_shown() -> None:
     command = ["x", "--api-key", "a", "--header=a:b", "--api-key=c", "--body", "d"]
 

@@ -1,6 +1,5 @@
 """`python -m bench.serve`: `dashinfer_bench` with servers that it starts."""
 
-import shlex
 import socket
 import subprocess
 import sys
@@ -11,6 +10,8 @@ import pytest
 from bench.serve.__main__ import make_parser, read_pids
 from dashinfer.bench.target import Target
 from dashinfer.errors import BenchError
+
+from . import small_server
 
 ROOT = Path(__file__).parents[2]
 TARGETS = [Target(label="a", url="http://a/v1")]
@@ -26,26 +27,6 @@ def test_processes_that_cannot_be_are_refused(pid: str, message: str) -> None:
         read_pids(make_parser().parse_args(["--pid", pid]), TARGETS)
 
 
-# Lists a model and answers three requests; each answer is one event. Then it ends its parent.
-SERVER = """
-import http.server, os, signal, sys
-class Handler(http.server.BaseHTTPRequestHandler):
-    left = int(sys.argv[2])
-    def do_POST(self):
-        self.rfile.read(int(self.headers["Content-Length"]))
-        if not Handler.left:
-            os.kill(os.getppid(), signal.SIGTERM)  # in the midst of a request
-            return
-        Handler.left -= 1
-        body = b'data: {"choices": [{"delta": {"content": "Paris"}, "finish_reason": "stop"}]}\\n\\n'
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
-"""
-
-
 @pytest.mark.parametrize(
     ("answered", "said"),
     [
@@ -54,11 +35,9 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
     ],
 )
 def test_sigterm_ends_what_was_started_too(answered: int, said: str, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = shlex.join([sys.executable, "-c", SERVER, str(port), str(answered)])
-    arguments = ["--url", f"http://127.0.0.1:{port}", "--model", "m", "--spawn", f"server={command}", "--concurrency", "1"]
+    port = small_server.free_port()
+    server = ["--spawn", f"server={small_server.command(port, answered)}"]
+    arguments = ["--url", f"http://127.0.0.1:{port}", "--model", "m", *server, "--concurrency", "1"]
 
     result = subprocess.run(
         [sys.executable, "-m", "bench.serve", *arguments, "--out", str(tmp_path / "out.json")],

@@ -1,7 +1,5 @@
 """Servers as processes: a small one, started and ended for real."""
 
-import shlex
-import socket
 import sys
 from pathlib import Path
 
@@ -12,34 +10,17 @@ from bench.serve.servers import read_memory, running
 from dashinfer.bench.target import Target
 from dashinfer.errors import BenchError
 
-# Answers every request with one event, has a child, and dies of SIGTERM without caring for it.
-SERVER = """
-import http.server, subprocess, sys
-child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_POST(self):
-        self.rfile.read(int(self.headers["Content-Length"]))
-        body = b'data: {"choices": [{"delta": {"content": "Paris"}, "finish_reason": "stop"}]}\\n\\n'
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
-"""
+from . import small_server
 
 
 @pytest.fixture
 def target() -> Target:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return Target(label="small", url=f"http://127.0.0.1:{port}", model="m")
+    return Target(label="small", url=f"http://127.0.0.1:{small_server.free_port()}", model="m")
 
 
 async def test_a_server_is_started_timed_and_ended_with_its_children(target: Target, tmp_path: Path) -> None:
     port = target.url.rsplit(":", 1)[1]
-    command = shlex.join([sys.executable, "-c", SERVER, port])
-    async with running(command, target, tmp_path / "log", 60) as (pid, seconds):
+    async with running(small_server.command(port), target, tmp_path / "log", 60) as (pid, seconds):
         memory = read_memory(pid)
         family = [psutil.Process(pid), *psutil.Process(pid).children()]
 

@@ -349,6 +349,22 @@ async def test_what_was_begun_for_a_request_that_is_gone_holds_its_clients_turn_
     assert made == ["0"]
 
 
+async def test_a_panic_ends_its_requests_and_nothing_else(compiler, monkeypatch):
+    class Panic(BaseException):
+        """As Rust's are in Python."""
+
+    def panic(grammar: str, checker: checker_module.Checker) -> None:
+        raise Panic
+
+    constraint = Constraint.from_choice(["a"], "p")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="could not be compiled") as caught:
+        patch.setattr(compiler, "_make", panic)
+        await compiler.compile(constraint)
+
+    assert isinstance(caught.value.__cause__, Panic)
+    await compiler.compile(constraint)
+
+
 async def test_a_model_without_an_end_cannot_be_constrained(byte_level, monkeypatch):
     monkeypatch.setattr(byte_level, "eos_token_ids", ())
     compiler = Compiler(byte_level, byte_level.vocab_size, max_waiting=10)

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from dashinfer.protocol.anthropic import MessageEncoder
-from dashinfer.protocol.responses import ResponseEncoder, ResponsesRequest
+from dashinfer.protocol.response_encoder import ResponseEncoder
+from dashinfer.protocol.responses import ResponsesRequest
 from dashinfer.text.tools.events import Arguments, CallBegin, Content, Event, Reasoning
 
 LONG = "x" * 4_000_000  # to copy it takes many times as long as to encode a token

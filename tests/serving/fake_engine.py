@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 import tokenizers
 import trio
+import trio.testing
 from tokenizers import decoders, models, pre_tokenizers
 
 from dashinfer.config import ServerConfig
@@ -113,7 +114,7 @@ class FakeGeneration:
         return self._engine.queue_time
 
     async def receive(self) -> list[TokenOutput]:
-        await trio.lowlevel.checkpoint()
+        await self._engine.gate.wait()
         if not self._sent:
             return []
         if min(self._sent.values()) >= self._waits_after:
@@ -156,6 +157,7 @@ class FakeEngine:
     submitted: what `submit` was given, in order.
     running: generations whose block has not been left.
     at_once: tokens a choice gets with each receive.
+    gate: what generations wait for before anything is received; open.
     refusal: raised by submit, if set.
     queue_time: of all generations.
     """
@@ -169,6 +171,8 @@ class FakeEngine:
         self.grammars: list[Grammar | None] = []
         self.running = 0
         self.at_once = 1
+        self.gate = trio.Event()
+        self.gate.set()
         self.refusal: Exception | None = None
         self.queue_time: float | None = 0.25
         self.lost: Exception | None = None
@@ -222,6 +226,12 @@ class FakeEngine:
     async def until_waiting(self, count: int = 1) -> None:
         """Returns once `count` generations wait for `release`."""
         await self.until(lambda: self._waiting >= count)
+
+    async def submitted_by_then(self, running: int) -> int:
+        """How many requests there were once so many run, and as many more as come by themselves."""
+        await self.until(lambda: self.running == running)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        return len(self.submitted)
 
     def _notify(self) -> None:
         self._changed.set()

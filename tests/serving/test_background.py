@@ -12,7 +12,7 @@ import trio
 import trio.testing
 
 from dashinfer.errors import InternalError
-from dashinfer.protocol.responses import ResponseObject
+from dashinfer.protocol.response_encoder import ResponseObject
 from dashinfer.serving.background import Background
 from dashinfer.text.detokenizer import IncrementalDetokenizer
 
@@ -356,6 +356,7 @@ def test_a_drain_waits_for_it_and_cuts_it_off(tmp_path: Path) -> None:
         server.wait_ready()
         body = {"model": "demo", "input": "wait ab", "background": True}
         answer = httpx.post(f"{server.url}{PATH}", json=body, timeout=PATIENCE)
+        server.wait_for(f"POST {PATH} 200")  # the request has ended, and the response goes on
         server.signal(signal.SIGTERM)
         server.wait_for("1 requests may finish")
         server.wait_for("1 requests did not finish within 0.3 s and are cut off")

@@ -7,14 +7,12 @@ import httpx
 import openai
 import pytest
 import trio
-import trio.testing
 
-from dashinfer.engine.api import TokenOutput
 from dashinfer.errors import InternalError, QueueFull
 from dashinfer.protocol.completions import Completion
 
 from .conftest import Running, RunServer
-from .fake_engine import END, FakeGeneration
+from .fake_engine import END
 
 pytestmark = pytest.mark.feature("Endpoints", "Completions, likelihoods of prompts")
 
@@ -236,19 +234,11 @@ async def test_log_probabilities_of_prompts_are_bounded(run_server: RunServer, m
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_many_prompts_leave_room_in_the_queue(
-    run_server: RunServer, monkeypatch: pytest.MonkeyPatch, stream: bool
-) -> None:
-    release, receive = trio.Event(), FakeGeneration.receive
-
-    async def wait(generation: FakeGeneration) -> list[TokenOutput]:
-        await release.wait()
-        return await receive(generation)
-
-    monkeypatch.setattr(FakeGeneration, "receive", wait)
+async def test_many_prompts_leave_room_in_the_queue(run_server: RunServer, stream: bool) -> None:
     prompts = [f"say {number}" for number in range(7)]
     answers: list[httpx.Response] = []
     async with run_server(max_queue=4) as server:
+        server.engine.gate = trio.Event()
 
         async def ask_all() -> None:
             options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
@@ -256,10 +246,8 @@ async def test_many_prompts_leave_room_in_the_queue(
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ask_all)
-            await server.engine.until(lambda: server.engine.running == 2)
-            await trio.testing.wait_all_tasks_blocked(0.05)
-            first = len(server.engine.submitted)
-            release.set()
+            first = await server.engine.submitted_by_then(running=2)
+            server.engine.gate.set()
 
     assert first == 2
     found = (streamed if stream else completion)(answers[0])

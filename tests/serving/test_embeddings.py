@@ -9,13 +9,10 @@ import httpx
 import openai
 import pytest
 import trio
-import trio.testing
 
-from dashinfer.engine.api import TokenOutput
 from dashinfer.protocol.embeddings import EmbeddingList
 
 from .conftest import RunServer
-from .fake_engine import FakeGeneration
 
 pytestmark = pytest.mark.feature("Endpoints", "Embeddings")
 
@@ -88,26 +85,18 @@ async def test_the_openai_client(run_server: RunServer) -> None:
     assert [each.embedding for each in found.data] == [pytest.approx(vector(4)), pytest.approx(vector(6))]
 
 
-async def test_a_long_list_leaves_room_in_the_queue(run_server: RunServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    release, receive = trio.Event(), FakeGeneration.receive
-
-    async def wait(generation: FakeGeneration) -> list[TokenOutput]:
-        await release.wait()
-        return await receive(generation)
-
-    monkeypatch.setattr(FakeGeneration, "receive", wait)
+async def test_a_long_list_leaves_room_in_the_queue(run_server: RunServer) -> None:
     answers: list[httpx.Response] = []
     async with run_server(max_queue=4) as server:
+        server.engine.gate = trio.Event()
 
         async def ask() -> None:
             answers.append(await server.client.post("/v1/embeddings", json={"model": "demo", "input": ["a"] * 7}))
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ask)
-            await server.engine.until(lambda: server.engine.running == 2)
-            await trio.testing.wait_all_tasks_blocked(0.05)
-            first = len(server.engine.submitted)
-            release.set()
+            first = await server.engine.submitted_by_then(running=2)
+            server.engine.gate.set()
 
     assert first == 2
     assert [item["index"] for item in answers[0].json()["data"]] == list(range(7))

@@ -6,15 +6,13 @@ from pathlib import Path
 import httpx
 import pytest
 import trio
-import trio.testing
 
-from dashinfer.engine.api import TokenOutput
 from dashinfer.errors import ConfigurationError, RateLimitExceeded
 from dashinfer.serving.auth import KeyRing, read_keys
 from dashinfer.serving.limits import Limiter, Limits, duration
 
 from .conftest import RunServer
-from .fake_engine import FakeGeneration, SeeingEngine
+from .fake_engine import SeeingEngine
 from .process import PATIENCE, running, server_command
 from .seeing import data_uri, encode, picture, write_model
 from .seeing import make_text as make_seeing_text
@@ -191,18 +189,10 @@ def test_lower_limits_leave_what_is_held(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize(("path", "name"), [("/v1/completions", "prompt"), ("/v1/embeddings", "input")])
-async def test_prompts_take_turns_in_the_places_of_a_key(
-    run_server: RunServer, monkeypatch: pytest.MonkeyPatch, path: str, name: str
-) -> None:
-    release, receive = trio.Event(), FakeGeneration.receive
-
-    async def wait(generation: FakeGeneration) -> list[TokenOutput]:
-        await release.wait()
-        return await receive(generation)
-
-    monkeypatch.setattr(FakeGeneration, "receive", wait)
+async def test_prompts_take_turns_in_the_places_of_a_key(run_server: RunServer, path: str, name: str) -> None:
     answers: list[httpx.Response] = []
     async with run_server(rate_limit_concurrent=2) as server:
+        server.engine.gate = trio.Event()
 
         async def ask() -> None:
             texts = ["say a", "say b", "say c", "say d", "say e"]
@@ -210,11 +200,9 @@ async def test_prompts_take_turns_in_the_places_of_a_key(
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ask)
-            await server.engine.until(lambda: server.engine.running == 2)
-            await trio.testing.wait_all_tasks_blocked(0.05)
-            together = len(server.engine.submitted)
+            together = await server.engine.submitted_by_then(running=2)
             await ask()
-            release.set()
+            server.engine.gate.set()
 
     assert together == 2
     assert [answer.status_code for answer in answers] == [429, 200]

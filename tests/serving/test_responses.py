@@ -10,12 +10,14 @@ import httpx
 import openai
 import pytest
 import trio
+import trio.testing
 
 from dashinfer.errors import InternalError, NotFound
-from dashinfer.protocol.responses import DeletedResponse, ItemList, Page, ResponseEvent, ResponseObject
+from dashinfer.protocol.response_encoder import ResponseEvent, ResponseObject
+from dashinfer.protocol.responses import DeletedResponse, ItemList, Page
 from dashinfer.serving.auth import NOBODY
 from dashinfer.serving.event_log import EventLog
-from dashinfer.serving.response_store import Kept, ResponseStore
+from dashinfer.serving.response_store import SHARE, Kept, ResponseStore
 from dashinfer.serving.responses import Responses
 from dashinfer.serving.service import TextModel
 from dashinfer.text.tools.formats import ToolFormat
@@ -187,6 +189,38 @@ def test_events_go_before_their_response_does() -> None:
 
     assert store.get(b"a", "0").events is None
     assert store.size == 1
+
+
+async def test_what_takes_too_much_is_kept_in_part(run_server: RunServer) -> None:
+    given = [{"role": "user", "content": "x" * 2000}, {"role": "user", "content": "say hi"}]
+    body = {"model": "demo", "input": given, "background": True, "stream": True}
+    async with run_server() as server:
+
+        async def kept_of(most: int) -> tuple[Responses, str]:
+            responses = Responses(server.service, ResponseStore(most_bytes=SHARE * most))
+            with ExitStack() as stack:
+                id = (await responses.start(json.dumps(body).encode(), stack)).id
+            await trio.testing.wait_all_tasks_blocked()
+            assert json.loads(await responses.get(id))["status"] == "completed"
+            return responses, id
+
+        all_, id = await kept_of(10**6)
+        whole = all_.store.get(b"", id)
+        without_events = await kept_of(whole.size - whole.events.size // 2)
+        without_conversation = await kept_of(len(whole.body) + 200)
+        for responses, id in (without_events, without_conversation):
+            with pytest.raises(NotFound, match=r"the events of 'resp_.*' took too much to be kept"):
+                responses.follow(id, -1)
+        responses, id = without_events
+        page = json.loads(await responses.input_items(id, Page()))
+        responses, id = without_conversation
+        with pytest.raises(NotFound, match=r"the conversation of 'resp_.*' took too much to be kept"):
+            await responses.input_items(id, Page())
+        with pytest.raises(NotFound, match="the conversation of") as refused:
+            await responses.start(json.dumps({"model": "demo", "input": "a", "previous_response_id": id}).encode(), ExitStack())
+
+    assert len(page["data"]) == 2
+    assert refused.value.param == "previous_response_id"
 
 
 def test_without_keys_all_of_the_store_is_one_share() -> None:

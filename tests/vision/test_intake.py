@@ -1,7 +1,6 @@
 """A request's media on their way: all at once, in order, cancelled together, and paid for."""
 
 import re
-from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,12 +25,11 @@ FILES = [encode(Image.fromarray(picture(56 * (number + 1), 84, number)), "PNG") 
 
 
 @pytest.fixture
-async def internet(nursery: trio.Nursery) -> AsyncIterator[FakeInternet]:
-    internet = FakeInternet(nursery)
+async def internet(internet: FakeInternet) -> FakeInternet:
+    """With a server for each of FILES."""
     for number, content in enumerate(FILES):
         internet.add(f"{number}.example", says(HEAD, content), address=f"8.8.8.{number}")
-    yield internet
-    assert internet.open_lines == set()
+    return internet
 
 
 def vision(architecture: str = "Qwen2VLForConditionalGeneration") -> Any:

@@ -60,7 +60,9 @@ class ToolParser(ABC):
     def push(self, text: str) -> list[Event]:
         """What is certain now."""
         start = self._at if self._mark is None else self._mark
-        self._text = self._text[start:] + text
+        kept, self._text = self._text[start:], ""
+        kept += text  # in place, where it has no other name: what is held back is not copied at each token
+        self._text = kept
         self._at -= start
         if self._mark is not None:
             self._mark = 0
