@@ -1,5 +1,6 @@
 """What the text of a setting stands for. Each raises ValueError, with a message for people, where that is nothing."""
 
+import math
 import re
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -10,9 +11,10 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 def size(text: str) -> int:
     """Bytes of a size such as `4GiB`, `800M` or `1048576`. Units are powers of 1024, with or without the `i`."""
     match = _SIZE.fullmatch(text.strip())
-    if match is None:
+    found = math.inf if match is None else float(match[1]) * 1024 ** " kmgt".index(match[2].lower() or " ")
+    if not math.isfinite(found):
         raise ValueError(f"{text!r} is not a size; write for example 4GiB or 512MiB")
-    return int(float(match[1]) * 1024 ** " kmgt".index(match[2].lower() or " "))
+    return int(found)
 
 
 def whole(text: str) -> int:

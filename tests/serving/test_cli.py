@@ -80,6 +80,7 @@ def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None
         (["--model", "demo", "--data-type", "bfloat"], "did you mean bfloat16?"),
         (["--model", "demo", "--kv-cache-memory", "lots"], "write for example 4GiB"),
         (["--model", "demo", "--block-size", "17"], "not a power of two"),
+        (["--model", "demo", "--kv-cache-memory", "9" * 400], "is not a size"),
         (["--model", "demo", "--api-keys", ","], "no key given"),
         (["--model", "demo", "--allowed-media-path", "/nowhere"], "'/nowhere' is not a directory"),
         (["--model", "demo", "--allowed-media-domains", ","], "no domain given"),
