@@ -158,6 +158,40 @@ async def test_a_template_that_does_not_come_about_is_told_of(mode, trouble, mon
     assert children() == []
 
 
+async def test_a_template_that_fails_later_says_why(children):
+    trouble = r"ended with exit status 1; its last words: Traceback .* \| RuntimeError: something in the template broke"
+    with (
+        trio.fail_after(30),
+        Template(command("falling")) as template,
+        pytest.raises(WorkerError, match=f"^the template of ranks {trouble}$"),
+    ):
+        await run_steps("good", template=template)
+
+    assert children() == []
+
+
+async def test_how_a_template_ended_is_told_when_another_one_starts(caplog):
+    with Template(command("named")) as template:
+        async with ready("good", template=template):
+            (pid,) = templates()
+        os.kill(pid, signal.SIGKILL)
+        while is_alive(pid):
+            await trio.sleep(0.01)
+        async with ready("good", template=template):
+            pass
+
+    assert caplog.messages == ["the template of ranks was killed by SIGKILL; another one starts"]
+
+
+async def test_a_template_that_writes_much_waits_for_nobody_to_read_it(caplog):
+    caplog.set_level("INFO", logger="dashinfer.worker")
+    with Template(command("wordy")) as template:
+        async with ready("good", template=template) as recorder:
+            await results(recorder, 1)
+
+    assert "template of ranks: x" in caplog.messages
+
+
 async def test_where_imports_start_threads_ranks_are_programs(caplog):
     caplog.set_level(logging.INFO, logger="dashinfer.worker")
     with Template(command("threaded,named")) as template:
