@@ -16,19 +16,9 @@ from dashinfer.errors import StartupError, WorkerError
 from dashinfer.worker import processes
 from dashinfer.worker.processes import Template
 from dashinfer.worker.supervisor import one_error
+from tests.process_tree import any_left, children_of, is_alive
 
-from .test_supervisor import (
-    Recorder,
-    any_left,
-    children_of,
-    command,
-    group,
-    is_alive,
-    pids,
-    plans,
-    run_steps,
-    templates,
-)
+from .ranks import Recorder, command, group, pids, plans, run_steps, templates
 
 FILES_OF_TEMPLATE = 4  # standard ones and its socket, however many ranks it has forked
 
