@@ -174,9 +174,8 @@ async def call(stream: trio.SocketStream, key: bytes, node_rank: int) -> Link:
         raise LinkLost("what answers there is not dashinfer_serve")
     if (difference := _difference(theirs)) is not None:
         await _send_all(stream, _version())
-        await _receive_some(
-            stream
-        )  # a connection with something unread is cut rather than closed, and what was sent may be lost
+        # a connection with something unread is cut rather than closed, and what was sent may be lost
+        await _receive_some(stream)
         raise ConfigurationError(f"machine 0 runs another version of dashinfer ({difference})")
     greeting = theirs + await _receive_exactly(stream, _NONCE)
     answer = _version() + _NODE.pack(node_rank) + os.urandom(_NONCE)

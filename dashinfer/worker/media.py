@@ -150,7 +150,7 @@ class Media:
             for key in keys:
                 while key not in self._embeddings:
                     if key in self._given_up:
-                        raise self._given_up[key]
+                        raise InsufficientMemory(str(self._given_up[key]))
                     assert key in self._asked, "a plan needs embeddings that nobody asked for"
                     self._step()
 
@@ -182,7 +182,8 @@ class Media:
             if not self._make_smaller():
                 key = self._waiting[0].message.key
                 self.forget([key])
-                self._given_up[key] = self._failed[key] = error
+                # without its traceback, whose frames have what was allocated until then
+                self._given_up[key] = self._failed[key] = InsufficientMemory(str(error))
 
     def _advance(self, batch: _Batch) -> None:
         try:

@@ -34,7 +34,7 @@ FORK_TIMEOUT = 3.0  # seconds for a template to fork a rank
 STATUS_TIMEOUT = 1.0  # seconds for a template to tell the status of a rank that has ended
 LAST_WORDS = 20  # lines of a process's output that an error carries
 LAST_WORDS_TIMEOUT = 0.5  # seconds that they have to arrive: its children may hold its pipe open
-MOST_SAID = 1 << 16  # bytes of a template's output that are logged
+MOST_SAID = 1 << 16  # bytes of a template's output that are kept, the last ones
 
 # oneDNN, and torch's layer over it, each keep what they prepared for every shape of a product they saw, up to 1,024 of them by
 # default. Steps come in many shapes, so that would grow to hundreds of megabytes; the last few dozen steps' are enough.
@@ -159,6 +159,8 @@ class Template:
         self._starting = trio.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None  # to it
+        self._output: io.FileIO | None = None  # what it writes
+        self._said = b""  # what was read there and not logged yet
 
     def __enter__(self) -> Self:
         self._users += 1
@@ -179,6 +181,7 @@ class Template:
         assert self._users, "used in a `with` block"
         async with self._starting:
             if self._process is not None and self._process.poll() is not None:
+                logger.warning("the template of ranks %s; another one starts", self._trouble())
                 self._end()
             if self._forks and self._process is None:
                 await self._start()
@@ -186,47 +189,60 @@ class Template:
 
     async def _start(self) -> None:
         """Until it can fork, or says that it cannot."""
-        said = b""
-
-        async def read(output: trio.abc.ReceiveStream) -> None:
-            nonlocal said
-            async for data in output:
-                said = (said + data)[-MOST_SAID:]
-
         with ExitStack() as unless_started:
             unless_started.callback(self._end)
             self._socket, theirs = _sockets()
             reading, writing = _pipe()
-            async with trio.lowlevel.FdStream(reading) as output:
-                with theirs, writing:
-                    # in a thread, as trio does it
-                    self._process = await trio.to_thread.run_sync(
-                        partial(
-                            subprocess.Popen,
-                            [*self._command, "--template", str(theirs.fileno())],
-                            pass_fds=[theirs.fileno()],
-                            env=_environment(),
-                            stdin=subprocess.DEVNULL,
-                            stdout=writing,
-                            stderr=subprocess.STDOUT,
-                            process_group=0,
-                        )
+            os.set_blocking(reading, False)
+            self._output = io.FileIO(reading)
+            with theirs, writing:
+                # in a thread, as trio does it
+                self._process = await trio.to_thread.run_sync(
+                    partial(
+                        subprocess.Popen,
+                        [*self._command, "--template", str(theirs.fileno())],
+                        pass_fds=[theirs.fileno()],
+                        env=_environment(),
+                        stdin=subprocess.DEVNULL,
+                        stdout=writing,
+                        stderr=subprocess.STDOUT,
+                        process_group=0,
                     )
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(read, output)
-                    answer = await self._until_ready()
-                    nursery.cancel_scope.deadline = trio.current_time() + LAST_WORDS_TIMEOUT
-            lines = said.decode(errors="replace").splitlines()
-            for line in lines:
-                logger.info("template of ranks: %s", line)
+                )
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._read_all, self._output)
+                answer = await self._until_ready()
+                nursery.cancel_scope.deadline = trio.current_time() + (LAST_WORDS_TIMEOUT if answer is None else 0)
             if answer is None:
-                words = f"; its last words: {' | '.join(lines[-LAST_WORDS:])}" if lines else ""
-                raise errors.WorkerError(f"the template of ranks {self._trouble()}{words}")
+                raise errors.WorkerError(f"the template of ranks {self._trouble()}")
+            self._log_output()
             self._forks = answer
             if self._forks:
                 unless_started.pop_all()
             else:
                 logger.info("ranks are started as programs, since what they import starts threads, which a fork would lack")
+
+    async def _read_all(self, output: io.FileIO) -> None:
+        """Until the end of what a template writes. One that imports may write more than a pipe holds."""
+        while True:
+            await trio.lowlevel.wait_readable(output)
+            if not self._read(output):
+                return
+
+    def _read(self, output: io.FileIO) -> bool:
+        """What is there. False at the end."""
+        while data := output.read(MOST_SAID):
+            self._said = (self._said + data)[-MOST_SAID:]
+        return data is None
+
+    def _log_output(self) -> list[str]:
+        """Log what the template has written since the last time. Returns its lines."""
+        assert self._output is not None
+        self._read(self._output)
+        lines, self._said = self._said.decode(errors="replace").splitlines(), b""
+        for line in lines:
+            logger.info("template of ranks: %s", line)
+        return lines
 
     async def _until_ready(self) -> bool | None:
         """Whether the template can fork; None if it has ended or hangs."""
@@ -242,11 +258,13 @@ class Template:
                 return bool(number)
 
     def _trouble(self) -> str:
-        """What is wrong with a template that says nothing."""
+        """What is wrong with a template that has ended or says nothing, and its last words."""
         assert self._process is not None
+        trouble = "hangs"
         with suppress(subprocess.TimeoutExpired):
-            return describe_exit(self._process.wait(DYING))
-        return "hangs"
+            trouble = describe_exit(self._process.wait(DYING))
+        lines = self._log_output()
+        return f"{trouble}; its last words: {' | '.join(lines[-LAST_WORDS:])}" if lines else trouble
 
     async def _fork(self, connection: socket.socket) -> Forked:
         assert self._socket is not None
@@ -281,9 +299,12 @@ class Template:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+        if self._output is not None:
+            self._log_output()
+            self._output.close()
         if self._socket is not None:
             self._socket.close()
-        self._process = self._socket = None
+        self._process = self._output = self._socket = None
 
 
 def _can_fork() -> bool:

@@ -90,8 +90,8 @@ class _Template:
         self._poll.register(parent, select.POLLIN)
 
     def serve(self) -> int:
-        with open(os.devnull, "r+b", buffering=0) as nothing:
-            _write_to(nothing.fileno())
+        for each in (1, 2):
+            os.set_blocking(each, False)  # what it writes is read when it has ended, or asked for in vain; more is lost
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if whoever started the server ignores it, nothing could be waited for
         try:
             self._parent.send(NUMBER.pack(_is_alone_after_fork()))

@@ -68,13 +68,19 @@ class Loop:
         self._alone = ctypes.CFUNCTYPE(None, ctypes.c_int64)(self._address)
 
     def __call__(self, tasks: int, elements: int, *arguments: int) -> int:
-        """Do `tasks` tasks of `elements` elements together. Returns what the loop wrote to that place, 0 if nothing."""
+        """Do `tasks` tasks of `elements` elements together. Returns what the loop wrote to that place, 0 if nothing.
+
+        Raises:
+            MemoryError: no thread had memory for what it needs before its first task. Those that have do all tasks.
+        """
         work = numbers("q", (0, tasks, 0, *arguments))
         address, _ = work.buffer_info()
         if threads.parallel is None or elements < _WORTH_THREADS:
             self._alone(address)
         else:
             threads.parallel(self._address, address, 0, 0)
+        if work[0] < tasks:
+            raise MemoryError("no memory for the scratch of a compiled loop")
         return work[2]
 
 

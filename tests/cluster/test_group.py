@@ -11,7 +11,8 @@ import trio
 
 from dashinfer.errors import ConfigurationError, LinkLost, UnsupportedModel, WorkerError
 from dashinfer.types import ModelFiles
-from tests.worker.test_supervisor import all_children, is_alive, plans
+from tests.process_tree import is_alive
+from tests.worker.ranks import all_children, plans
 
 from .machines import KEY, Group, Wire, background, configs, make_agent, make_hub, make_rank
 

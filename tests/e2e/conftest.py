@@ -8,7 +8,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 
@@ -16,6 +15,7 @@ from dashinfer.sources import ModelSource
 from dashinfer.sources.resolve import resolve
 from dashinfer.text.chat_template import ChatTemplate
 from dashinfer.text.tokenizer import Tokenizer
+from tests.process_tree import templates_of, workers_of
 
 START_TIMEOUT = 60.0  # seconds
 
@@ -41,23 +41,6 @@ class Text:
 def text(demo: ModelSource) -> Text:
     tokenizer = Tokenizer.from_source(demo)
     return Text(tokenizer, ChatTemplate.from_files(demo.tokenizer, tokenizer.special_tokens))
-
-
-def workers_of(server: int) -> list[int]:
-    """Process ids of a server's workers."""
-    return sorted(worker for template in templates_of(server) for worker in children_of(template))
-
-
-def templates_of(server: int) -> list[int]:
-    """Process ids of a server's templates of workers."""
-    return [pid for pid in children_of(server) if b"--template" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")]
-
-
-def children_of(pid: int) -> list[int]:
-    try:
-        return [int(child) for each in Path(f"/proc/{pid}/task").iterdir() for child in (each / "children").read_text().split()]
-    except FileNotFoundError:  # it has just ended
-        return []
 
 
 @dataclass

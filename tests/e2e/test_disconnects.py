@@ -17,6 +17,7 @@ from dashinfer.serving import listen
 from dashinfer.serving.app import create_app
 from dashinfer.serving.service import Service, TextModel
 from dashinfer.worker.supervisor import one_error
+from tests.process_tree import children_of
 
 REQUESTS = 300
 AT_ONCE = 16
@@ -25,11 +26,6 @@ SETTLE = 5.0  # seconds; a step takes far less
 
 def resident_megabytes(pid: int) -> float:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def children() -> set[int]:
-    """Process ids of this process's children."""
-    return {int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
 
 
 @asynccontextmanager
@@ -74,9 +70,9 @@ async def test_clients_that_leave_at_random_moments(demo, text):
     config = ServerConfig(model="demo", max_batch=AT_ONCE, max_length=512, kv_cache_memory=24 * 2**20, max_queue=1000)
     moments = random.Random(7)
     resident: list[float] = []
-    others = children()  # such as the server of other tests
+    others = {*children_of("self")}  # such as the server of other tests
     async with http_server(demo, text, config) as (engine, url):
-        (worker,) = children() - others
+        (worker,) = {*children_of("self")} - others
         limits = httpx.Limits(max_connections=AT_ONCE, max_keepalive_connections=0)
         async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
             for first in range(0, REQUESTS, 50):

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.conftest import workers_of
+from tests.process_tree import workers_of
 from tests.serving.process import Process, running
 
 pytestmark = pytest.mark.feature("Parallelism and recovery", "Several machines")

@@ -6,12 +6,13 @@ import shutil
 import signal
 import subprocess
 import threading
-import time
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
+
+from tests.process_tree import any_left
 
 from .conftest import ServerProcess
 
@@ -205,13 +206,7 @@ def test_a_killed_server_leaves_no_worker():
         next(response.iter_lines())  # it is in the middle of its work
         server.process.kill()
         server.process.wait()
-    deadline = time.monotonic() + 2
-    while Path(f"/proc/{worker}/cmdline").exists() and time.monotonic() < deadline:
-        if Path(f"/proc/{worker}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
-            break
-        time.sleep(0.02)
-    else:
-        assert not Path(f"/proc/{worker}/cmdline").exists()
+    assert any_left([worker]) == []
     server.stop()
 
 

@@ -163,3 +163,21 @@ def test_stays_in_its_tables(what: str) -> None:
 
     with pytest.raises(IndexError, match="sequence 1"):
         op(torch.randn(2, HIDDEN), batch, positions, held)
+
+
+def test_allocates_nothing_in_its_threads() -> None:
+    """One that failed to would leave the others waiting for it."""
+    from numba.core.runtime import _nrt_python as runtime
+    from numba.core.runtime import rtsys
+
+    op, held, batch = decoder([layer(4, 32, bias=True), layer(8, None)]), caches(2), batch_of([9, 30])
+    counted = runtime.memsys_stats_enabled()
+    runtime.memsys_enable_stats()
+    try:
+        before = rtsys.get_allocation_stats()
+        op(torch.randn(2, HIDDEN), batch, batch.positions, held)
+
+        assert rtsys.get_allocation_stats() == before
+    finally:
+        if not counted:
+            runtime.memsys_disable_stats()

@@ -208,6 +208,28 @@ def test_warming_up_compiles_for_bfloat16_alone() -> None:
     assert sum(name.endswith(".cpu_loop") for name in sys.modules) == 5
 
 
+@pytest.mark.parametrize("elements", [1, 1 << 30], ids=["a thread", "threads"])
+def test_tasks_that_no_thread_had_memory_for_are_missed(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dashinfer_kernels.compiled import Loop, given, take
+
+    @Loop
+    def count(work):
+        _, tasks, _, threads, short = given(work, 5)
+        if take(threads) < short:
+            raise MemoryError
+        while take(work) < tasks:
+            take(work + 16)
+
+    told: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    threads, all_but_one = torch.zeros(1, dtype=torch.int64), 0 if elements == 1 else torch.get_num_threads() - 1
+
+    assert count(5, elements, threads.zero_().data_ptr(), all_but_one) == 5
+    with pytest.raises(MemoryError, match="scratch"):
+        count(5, elements, threads.zero_().data_ptr(), 1 << 30)
+    assert len(told) >= all_but_one + 1
+
+
 def test_code_is_kept_until_any_file_of_loops_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dashinfer_kernels import compiled
 

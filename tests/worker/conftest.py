@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from .test_supervisor import all_children
+from .ranks import all_children
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ ranks all send results. `mother` starts another process, writes its number, and 
 Modes with commas between them are those of the ranks, the last one also that of all that follow. With the mode `named` they are
 the name of the model's files.
 
-A template that is `threaded` starts a thread, one that is `stuck` stops, and one that is `broken` dies.
+A template that is `threaded` starts a thread, one that is `stuck` stops, and one that is `broken` dies. At its first fork one
+that is `wordy` writes more than anybody reads, and one that is `falling` fails.
 
 `seeing` takes a second to encode an image and says four times that it goes on; `blind` never does either.
 
@@ -28,8 +29,10 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -42,6 +45,7 @@ from dashinfer.worker import __main__ as worker
 from dashinfer.worker.masks import MaskInbox
 from tests.engine.fake_rank import FakeRank
 
+begin_rank = worker.template._Template._begin
 MODES = sys.argv.pop(1).split(",")
 MODE = MODES[0]
 READY = Ready(
@@ -118,6 +122,19 @@ def prepare() -> None:
     if MODE == "broken":
         print("the fake template's last words", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
+    if MODE in ("wordy", "falling"):
+        worker.template._Template._begin = fall if MODE == "falling" else babble
+
+
+def babble(*arguments: Any) -> None:
+    with suppress(BlockingIOError):
+        while True:
+            os.write(2, b"x\n" * 1000)
+    begin_rank(*arguments)
+
+
+def fall(*_: object) -> None:
+    raise RuntimeError("something in the template broke")
 
 
 def fake_rank(config: WorkerConfig) -> FakeRank:

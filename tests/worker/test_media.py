@@ -1,6 +1,7 @@
 """What a rank encodes, when and together with what, over a tower that only writes down what it is given."""
 
 import time
+import weakref
 from collections import Counter
 
 import pytest
@@ -123,6 +124,30 @@ def test_what_there_is_not_enough_memory_for_by_itself_is_given_up():
     tower.most = 16
     media.ask(image(1, (1, 4, 4)))
     assert drain(media) == [b"1"]
+
+
+def test_what_is_given_up_holds_nothing_of_what_it_was_tried_with():
+    held = []
+
+    class Short(FakeTower):
+        def steps(self, patches, grids):
+            held.append(weakref.ref(patches))
+            yield
+            raise MemoryError
+
+    def show(hidden):
+        held.append(weakref.ref(hidden))
+        media.finish([b"0"])
+
+    media = make(Short())
+    media.ask(image(0))
+    media.advance(0)
+    media.advance(0)
+    with pytest.raises(InsufficientMemory):
+        show(torch.zeros(1))
+
+    assert list(media.take_failed()) == [b"0"]
+    assert [each() for each in held] == [None, None]
 
 
 def test_a_step_needs_what_it_shows_and_not_what_comes_before_that():

@@ -16,19 +16,9 @@ from dashinfer.errors import StartupError, WorkerError
 from dashinfer.worker import processes
 from dashinfer.worker.processes import Template
 from dashinfer.worker.supervisor import one_error
+from tests.process_tree import any_left, children_of, is_alive
 
-from .test_supervisor import (
-    Recorder,
-    any_left,
-    children_of,
-    command,
-    group,
-    is_alive,
-    pids,
-    plans,
-    run_steps,
-    templates,
-)
+from .ranks import Recorder, command, group, pids, plans, run_steps, templates
 
 FILES_OF_TEMPLATE = 4  # standard ones and its socket, however many ranks it has forked
 
@@ -156,6 +146,40 @@ async def test_a_template_that_does_not_come_about_is_told_of(mode, trouble, mon
         await run_steps("good", template=template)
 
     assert children() == []
+
+
+async def test_a_template_that_fails_later_says_why(children):
+    trouble = r"ended with exit status 1; its last words: Traceback .* \| RuntimeError: something in the template broke"
+    with (
+        trio.fail_after(30),
+        Template(command("falling")) as template,
+        pytest.raises(WorkerError, match=f"^the template of ranks {trouble}$"),
+    ):
+        await run_steps("good", template=template)
+
+    assert children() == []
+
+
+async def test_how_a_template_ended_is_told_when_another_one_starts(caplog):
+    with Template(command("named")) as template:
+        async with ready("good", template=template):
+            (pid,) = templates()
+        os.kill(pid, signal.SIGKILL)
+        while is_alive(pid):
+            await trio.sleep(0.01)
+        async with ready("good", template=template):
+            pass
+
+    assert caplog.messages == ["the template of ranks was killed by SIGKILL; another one starts"]
+
+
+async def test_a_template_that_writes_much_waits_for_nobody_to_read_it(caplog):
+    caplog.set_level("INFO", logger="dashinfer.worker")
+    with Template(command("wordy")) as template:
+        async with ready("good", template=template) as recorder:
+            await results(recorder, 1)
+
+    assert "template of ranks: x" in caplog.messages
 
 
 async def test_where_imports_start_threads_ranks_are_programs(caplog):

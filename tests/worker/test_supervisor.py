@@ -1,14 +1,9 @@
 """The supervisor against real processes whose model is fake."""
 
-import ctypes
 import errno
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -17,42 +12,13 @@ import pytest
 import trio
 
 from dashinfer.errors import InsufficientMemory, PeerLost, StartupError, UnsupportedModel, WorkerError
-from dashinfer.types import Chunk, Enter, ModelFiles, OutOfMemory, Reset, SamplingParams, StepPlan, WorkerConfig
+from dashinfer.types import Chunk, Enter, OutOfMemory, Reset, SamplingParams, StepPlan
 from dashinfer.worker import supervisor
 from dashinfer.worker.processes import Template
 from dashinfer.worker.supervisor import WorkerGroup
+from tests.process_tree import any_left
 
-FAKE_WORKER = Path(__file__).with_name("fake_worker.py")
-PR_SET_CHILD_SUBREAPER = 36
-
-
-def config(rank: int = 0, world_size: int = 1, pipeline_parallel: int = 1, mode: str = "fake") -> WorkerConfig:
-    return WorkerConfig(
-        rank=rank,
-        world_size=world_size,
-        files=ModelFiles(mode, "safetensors", (), {}),
-        device="cpu",
-        data_type="float32",
-        load_format="dummy",
-        max_batch=2,
-        max_length=None,
-        max_step_tokens=None,
-        block_size=None,
-        kv_cache_memory=None,
-        pipeline_parallel=pipeline_parallel,
-    )
-
-
-def command(mode: str) -> list[str]:
-    return [sys.executable, str(FAKE_WORKER), mode]
-
-
-def group(
-    mode: str, size: int = 1, *, stages: int = 1, template: Template | None = None, heartbeat_timeout: float = 10.0
-) -> WorkerGroup:
-    """`template`: of a `named` fake worker."""
-    configs = [config(rank, size, stages, mode) for rank in range(size)]
-    return WorkerGroup(configs, command=command(mode), template=template, heartbeat_timeout=heartbeat_timeout)
+from .ranks import Recorder, command, config, group, pids, plans, run_steps
 
 
 @pytest.fixture(scope="module")
@@ -65,51 +31,6 @@ def forks() -> Iterator[Template]:
 def template(request) -> Template | None:
     """What starts ranks; None: their command."""
     return request.getfixturevalue("forks") if request.param == "forked" else None
-
-
-def pids(group: WorkerGroup) -> list[int]:
-    """Process ids of its ranks."""
-    return [rank._process.pid for rank in group._ranks]
-
-
-def plans():
-    """Steps of one endless sequence."""
-    params = SamplingParams(max_tokens=50, seed=0)
-    yield StepPlan(0, [Enter(0, b"\x01\x00\x00\x00", 1, params)], [Chunk(0, 0, 1, True, tuple(range(16)))])
-    for step in range(1, 50):
-        yield StepPlan(step, [], [Chunk(0, step, 1, True, ())])
-
-
-class Recorder:
-    """Runs a group in the background and notes what it says."""
-
-    def __init__(self, group: WorkerGroup) -> None:
-        self.group = group
-        self.progress: list = []
-        self.results: list = []
-        self.memory: list = []
-
-    async def start(self, nursery: trio.Nursery):
-        async def run(task_status):
-            await self.group.run(
-                on_progress=self.progress.append,
-                on_result=self.results.append,
-                on_memory=self.memory.append,
-                task_status=task_status,
-            )
-
-        return await nursery.start(run)
-
-
-async def run_steps(mode: str, size: int = 1, **kwargs) -> None:
-    """Feed plans until the group fails."""
-    with supervisor.one_error():
-        async with trio.open_nursery() as nursery:
-            recorder = Recorder(group(mode, size, **kwargs))
-            await recorder.start(nursery)
-            for plan in plans():
-                await recorder.group.send(plan)
-            await trio.sleep_forever()
 
 
 @pytest.mark.parametrize(("mode", "stages"), [("good", ["weights"]), ("queued", [])])
@@ -396,13 +317,13 @@ async def test_a_rank_that_closes_its_connection_is_ended(template, children, mo
 
 def test_of_several_errors_the_cause_leaves():
     gone, lost, closed = WorkerError("gone"), PeerLost("lost"), supervisor.Disconnected("closed")
-    for group, expected in (
+    for errors, expected in (
         (ExceptionGroup("", [closed, ExceptionGroup("", [lost, gone])]), gone),
         (ExceptionGroup("", [closed, lost]), lost),
         (ExceptionGroup("", [gone, WorkerError("later")]), gone),
     ):
         with pytest.raises(WorkerError) as caught, supervisor.one_error():
-            raise group
+            raise errors
         assert caught.value is expected
 
 
@@ -448,121 +369,6 @@ async def test_cancelling_reaps_the_process(template, children):
             nursery.cancel_scope.cancel()
 
     assert children() == []
-
-
-@pytest.mark.parametrize("new_session", [False, True])
-@pytest.mark.parametrize(("mode", "stop"), [("good", False), ("loading", False), ("good", True), ("loading,good", True)])
-def test_no_rank_outlives_a_killed_parent(mode, stop, new_session, tmp_path):
-    assert_ranks_end(group_program(repr(mode)), stop, tmp_path, new_session)
-
-
-@pytest.mark.parametrize("stop", [False, True])
-def test_no_rank_outlives_a_killed_parent_with_its_template(stop, tmp_path):
-    """Stopped ones in particular, whoever inherits them."""
-    program = group_program(f"'good', template=Template({command('named')}).__enter__()")
-    assert_ranks_end(program, stop, tmp_path, reap=False)
-
-
-def group_program(arguments: str) -> str:
-    """A program that starts three ranks and prints their process ids after its own."""
-    return f"""
-import sys, trio
-sys.path[:0] = {[str(FAKE_WORKER.parents[2])]!r}
-from tests.worker.test_supervisor import *
-async def main():
-    async with trio.open_nursery() as nursery:
-        recorder = Recorder(group({arguments}, size=3))
-        nursery.start_soon(recorder.start, nursery)
-        while not recorder.progress or len(all_children()) < 3:
-            await trio.sleep(0.01)
-        print(os.getpid(), *all_children(), *templates(), flush=True)
-        await trio.sleep_forever()
-trio.run(main)
-"""
-
-
-def assert_ranks_end(program: str, stop: bool, directory: Path, new_session: bool = False, reap: bool = True) -> None:
-    """Kill the program, with one of its ranks stopped.
-
-    Args:
-        new_session: it leads one.
-        reap: its ranks are inherited by a process that is in another session.
-    """
-    with running(program, new_session, directory) as process, inheriting(reap and not new_session):
-        pid, *ranks = (int(pid) for pid in process.stdout.readline().split())
-        if stop:
-            os.kill(ranks[1], signal.SIGSTOP)
-        os.kill(pid, signal.SIGKILL)
-        assert len(ranks) >= 3
-        assert any_left(ranks) == []
-
-
-def any_left(pids: list[int]) -> list[int]:
-    """Those that are alive after two seconds, and are killed then."""
-    deadline = time.monotonic() + 2
-    while (left := [pid for pid in pids if is_alive(pid)]) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
-    return left
-
-
-@contextmanager
-def inheriting(active: bool) -> Iterator[None]:
-    """Processes below this one become its children when their parents end."""
-    if not active:
-        yield
-        return
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-    before = set(all_children())
-    assert prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
-    try:
-        yield
-    finally:
-        assert prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0) == 0
-        for pid in set(all_children()) - before:
-            os.waitpid(pid, 0)
-
-
-@contextmanager
-def running(program: str, new_session: bool, directory: Path):
-    """A Python process with its output as a pipe, and what it leaves behind in a directory. It leads a new session, or is in
-    one that a shell leads."""
-    command = [sys.executable, "-c", program]
-    with subprocess.Popen(
-        command if new_session else ["sh", "-c", '"$@"; exit', "sh", *command],
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "TMPDIR": str(directory)},
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def all_children() -> list[int]:
-    """Process ids of this process's children, and of those of its templates in place of those."""
-    of_templates = [child for pid in templates() for child in children_of(pid)]
-    return sorted({*children_of("self"), *of_templates} - set(templates()))
-
-
-def templates() -> list[int]:
-    """Process ids of this process's templates."""
-    return [pid for pid in children_of("self") if b"--template" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")]
-
-
-def children_of(pid: int | str) -> list[int]:
-    every_thread = Path(f"/proc/{pid}/task").iterdir()
-    return [int(pid) for each in every_thread for pid in (each / "children").read_text().split()]
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def sockets(pid: int) -> set[str]:

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from threading import Thread
 from types import ModuleType
 
@@ -100,12 +101,16 @@ class DecodeLayers:
         added, activated = torch.zeros_like(out), torch.empty(rows, self._intermediate, dtype=torch.bfloat16)
         shares = torch.get_num_threads()
         tasks = torch.zeros((len(caches) * loop.PHASES * shares + 1) * loop.LINE, dtype=torch.uint8)
-        inputs = (self._of(caches), tasks, embedded, out, positions, batch.slot_mapping, batch.block_tables)
-        inputs += (batch.context_lengths, self._cos_sin, self._final_norm, qkv, attended, added, activated)
+        tensors = [self._of(caches), tasks, embedded, out, positions, batch.slot_mapping, batch.block_tables]
+        tensors += [batch.context_lengths, self._cos_sin, self._final_norm, qkv, attended, added, activated]
+        places = self._scratch(rows, hidden, batch.block_tables.shape[1] * block_size, loop.LINE)
+        scratch = torch.empty(shares * places[-1], dtype=torch.uint8)
         failed = loop.decode(
             len(caches),
             1 << 30,
-            *(each.data_ptr() for each in inputs),
+            *(each.data_ptr() for each in tensors),
+            *(scratch.data_ptr() + place for place in places[:-1]),
+            places[-1],
             *self._calls,
             rows,
             hidden,
@@ -122,6 +127,15 @@ class DecodeLayers:
         if failed:
             raise IndexError(f"sequence {failed - 1} has a position, a slot or a block outside of its table")
         return out
+
+    def _scratch(self, rows: int, hidden: int, tokens: int, line: int) -> list[int]:
+        """Where in a thread's own memory begin its residual stream, that normed, the sums of groups, products of tiles, gates
+        and what they are for, two arrays of heads, and their scores; and how much memory that is. Threads share no line."""
+        num_heads, num_kv_heads, head_dim = self._heads
+        shared = num_heads // num_kv_heads
+        stream, sums, products, sides = 4 * rows * hidden, 4 * rows * self._most_groups, 8 * rows * TILE, 4 * TILE
+        sizes = (stream, stream // 2, sums, products, sides, 8 * shared * head_dim, 4 * shared * tokens + 2 * line)
+        return list(accumulate((-(-size // line) * line for size in sizes), initial=0))
 
     def _of(self, caches: Sequence[Tensor]) -> Tensor:
         """The loop's numbers of each layer: [layers, numbers] int64."""

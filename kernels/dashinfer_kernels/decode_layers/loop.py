@@ -1,7 +1,8 @@
 """All layers as one compiled loop: threads meet five times a layer, rather than come and go for each of its ops.
 
 What every thread needs of a row, the residual stream and its norm, it computes by itself, which is quicker than to wait for
-another; products, heads and activations are dealt.
+another; products, heads and activations are dealt. Nothing is allocated here: where that fails a thread ends, and the others
+would wait for it for ever.
 """
 
 import numpy as np
@@ -29,7 +30,6 @@ def _tile(linear, tile, x, sums, products, rows):
     groups, planes, inputs = linear[2], linear[3], linear[4]
     vectors = inputs * planes // 8 // groups
     codes = linear[0] + tile * groups * (vectors + 1) * TILE * 4
-    # addresses are taken here, since arrays live as long as they are used
     of, to = np.int64(sums.ctypes.data), np.int64(products.ctypes.data)
     multiply_rows(codes, x, of, groups, vectors, to, rows, inputs, planes)
     if linear[1]:
@@ -71,12 +71,11 @@ def _multiply(work, linear, x, sums, products, out, rows):
 
 
 @shared
-def _multiply_gated(work, linear, x, sums, products, out, rows):
-    """As `_multiply`, of gates and what they are for, to `out` [rows, outputs / 2]."""
+def _multiply_gated(work, linear, x, sums, products, sides, out, rows):
+    """As `_multiply`, of gates and what they are for, to `out` [rows, outputs / 2]; `sides` [2, TILE] is scratch."""
     _sum_inputs(linear, x, sums, rows)
     tasks, thread, shares = work
     tiles, run = linear[5] // 2 // TILE, _tiles_at_once(linear)
-    sides = np.empty((2, TILE), np.uint16)
     for turn in range(shares):
         share = (thread + turn) % shares
         begin, end, counter = tiles * share // shares, tiles * (share + 1) // shares, tasks + share * LINE
@@ -93,16 +92,25 @@ def _multiply_gated(work, linear, x, sums, products, out, rows):
             first = begin + take(counter) * run
 
 
+@shared
+def _next_phase(work, tasks, team):
+    """Wait until all threads have done theirs. Returns the address of the next phase's tasks."""
+    first, threads, shares, give_way = team
+    following = tasks + shares * LINE
+    meet(work, (following - first) // (shares * LINE) * threads, give_way)
+    return following
+
+
 @Loop
 def decode(work):
     """Returns a row, and one more, with a position, a slot or a block that its table or the cache lacks."""
-    _, layers, _, layers_ptr, tasks_ptr, stream_ptr, out_ptr, positions_ptr, slots_ptr, tables_ptr, contexts_ptr = given(
-        work, 11
-    )
-    cos_sin_ptr, norm_ptr, qkv_ptr, attended_ptr, added_ptr, activated_ptr, team_size, number, give_way = given(work + 88, 9)
-    rows, hidden, num_heads, num_kv_heads, head_dim, intermediate, max_positions, rotary_dim = given(work + 160, 8)
-    num_blocks, block_size, table_width, most_groups, scale_bits, eps_bits, shares = given(work + 224, 7)
-    threads, thread, met = np.int64(call(team_size)), np.int64(call(number)), 0
+    _, layers, _, layers_ptr, tasks, embedded_ptr, out_ptr, positions_ptr, slots_ptr, tables_ptr, contexts_ptr = given(work, 11)
+    cos_sin_ptr, norm_ptr, qkv_ptr, attended_ptr, added_ptr, activated_ptr = given(work + 88, 6)
+    stream_ptr, normed_ptr, group_sums_ptr, products_ptr, sides_ptr, heads_ptr, scores_ptr, scratch = given(work + 136, 8)
+    team_size, number, give_way = given(work + 200, 3)
+    rows, hidden, num_heads, num_kv_heads, head_dim, intermediate, max_positions, rotary_dim = given(work + 224, 8)
+    num_blocks, block_size, table_width, most_groups, scale_bits, eps_bits, shares = given(work + 288, 7)
+    thread, team = np.int64(call(number)), (tasks, np.int64(call(team_size)), shares, give_way)
     eps, scale = as_float(eps_bits), as_float(scale_bits)
     shared_heads, num_rotated = num_heads // num_kv_heads, num_heads + num_kv_heads
     table = array(layers_ptr, (layers, LAYER), int64)
@@ -113,13 +121,17 @@ def decode(work):
     positions, slots = array(positions_ptr, (rows,), int64), array(slots_ptr, (rows,), int64)
     tables, contexts = array(tables_ptr, (rows, table_width), int32), array(contexts_ptr, (rows,), int32)
     cos_sins = array(cos_sin_ptr, (max_positions, 2, rotary_dim // 2), float32)
-    stream, normed = array(stream_ptr, (rows, hidden), float32).copy(), np.empty((rows, hidden), np.uint16)
-    group_sums, products = np.empty(rows * most_groups, np.float32), np.empty((2, rows, TILE), np.float32)
-    wide, sums = np.empty((shared_heads, head_dim), np.float32), np.empty((shared_heads, head_dim), np.float32)
-    scores = np.empty((shared_heads, table_width * block_size), np.float32)
-    tasks = tasks_ptr
+    own = thread * scratch
+    stream, x = array(stream_ptr + own, (rows, hidden), float32), normed_ptr + own
+    normed, group_sums = array(x, (rows, hidden), uint16), array(group_sums_ptr + own, (rows * most_groups,), float32)
+    products, sides = array(products_ptr + own, (2, rows, TILE), float32), array(sides_ptr + own, (2, TILE), uint16)
+    heads = array(heads_ptr + own, (2, shared_heads, head_dim), float32)
+    scores = array(scores_ptr + own, (shared_heads, table_width * block_size), float32)
+    embedded = array(embedded_ptr, (rows, hidden), float32)
+    for row in range(rows):
+        for i in range(hidden):
+            stream[row, i] = embedded[row, i]
     for layer in range(layers):
-        x = np.int64(normed.ctypes.data)
         numbers = table[layer]
         input_norm = array(numbers[4 * LINEAR], (hidden,), float32)
         mlp_norm = array(numbers[4 * LINEAR + 1], (hidden,), float32)
@@ -127,10 +139,9 @@ def decode(work):
         for row in range(rows):
             add_rms_norm_row(added[row], stream[row], input_norm, eps, normed[row])
         _multiply((tasks, thread, shares), numbers[:LINEAR], x, group_sums, products[0], flat_qkv, rows)
-        met += threads
-        meet(work, met, give_way)
+        tasks = _next_phase(work, tasks, team)
 
-        task = take(tasks + shares * LINE)
+        task = take(tasks)
         while task < rows * num_kv_heads:
             row, kv_head = task // num_kv_heads, task % num_kv_heads
             position, slot, end = positions[row], slots[row], contexts[row]
@@ -147,51 +158,25 @@ def decode(work):
                         cache[block, 0, kv_head, offset, i] = qkv[row, num_heads + kv_head, i]
                         cache[block, 1, kv_head, offset, i] = qkv[row, num_rotated + kv_head, i]
                 q, of_heads = qkv[row, first : first + shared_heads], attended[row, kv_head]
-                attend(q, cache, kv_head, tables[row], begin, end, scale, wide, scores, sums, of_heads)
+                attend(q, cache, kv_head, tables[row], begin, end, scale, heads[0], scores, heads[1], of_heads)
             else:
                 array(work, (3,), int64)[2] = row + 1
-            task = take(tasks + shares * LINE)
-        met += threads
-        meet(work, met, give_way)
+            task = take(tasks)
+        tasks = _next_phase(work, tasks, team)
 
-        _multiply(
-            (tasks + 2 * shares * LINE, thread, shares),
-            numbers[LINEAR : 2 * LINEAR],
-            attended_ptr,
-            group_sums,
-            products[0],
-            added,
-            rows,
-        )
-        met += threads
-        meet(work, met, give_way)
+        output = numbers[LINEAR : 2 * LINEAR]
+        _multiply((tasks, thread, shares), output, attended_ptr, group_sums, products[0], added, rows)
+        tasks = _next_phase(work, tasks, team)
 
         for row in range(rows):
             add_rms_norm_row(added[row], stream[row], mlp_norm, eps, normed[row])
-        _multiply_gated(
-            (tasks + 3 * shares * LINE, thread, shares),
-            numbers[2 * LINEAR : 3 * LINEAR],
-            x,
-            group_sums,
-            products,
-            activated,
-            rows,
-        )
-        met += threads
-        meet(work, met, give_way)
+        gate_up = numbers[2 * LINEAR : 3 * LINEAR]
+        _multiply_gated((tasks, thread, shares), gate_up, x, group_sums, products, sides, activated, rows)
+        tasks = _next_phase(work, tasks, team)
 
-        _multiply(
-            (tasks + 4 * shares * LINE, thread, shares),
-            numbers[3 * LINEAR : 4 * LINEAR],
-            activated_ptr,
-            group_sums,
-            products[0],
-            added,
-            rows,
-        )
-        met += threads
-        meet(work, met, give_way)
-        tasks += PHASES * shares * LINE
+        down = numbers[3 * LINEAR : 4 * LINEAR]
+        _multiply((tasks, thread, shares), down, activated_ptr, group_sums, products[0], added, rows)
+        tasks = _next_phase(work, tasks, team)
     if take(tasks) == 0:
         out, final_norm = array(out_ptr, (rows, hidden), uint16), array(norm_ptr, (hidden,), float32)
         for row in range(rows):
