@@ -3,7 +3,7 @@
 Hypercorn runs them in one nursery with its listeners: what one of them raises ends the server. And a client can make one raise
 by bytes beyond ASCII where a WebSocket is asked for or in a path of HTTP/2, by settings of an upgrade that are no base64, by
 more priorities than are kept, or by sending too early, or on when it has been answered. Here an error ends its connection, or
-where HTTP/2 can tell, its request. Knows protocols, and nothing of requests.
+where HTTP/2 can tell, its request; and a connection that is to end does. Knows protocols, and nothing of requests.
 """
 
 import logging
@@ -13,8 +13,11 @@ from typing import Any
 import hypercorn.protocol
 import hypercorn.trio
 import hypercorn.trio.run
+import trio
 from h2.errors import ErrorCodes
-from h2.events import DataReceived, Event, PriorityUpdated, RequestReceived
+from h2.events import DataReceived, PriorityUpdated, RequestReceived
+from h2.events import Event as HTTP2Event
+from hypercorn.events import Event, RawData
 from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.trio.tcp_server import TCPServer
 from priority import PriorityError
@@ -22,6 +25,8 @@ from priority import PriorityError
 from dashinfer.serving.log import leaves
 
 logger = logging.getLogger(__name__)
+
+CLOSING = 5.0  # seconds that the end of a connection may take
 
 
 async def serve(*arguments: Any, **named: Any) -> None:
@@ -37,6 +42,15 @@ def contain() -> None:
 
 
 class _Connection(TCPServer):
+    async def protocol_send(self, event: Event) -> None:
+        """What an answer's end brings about is not cut short, though it cancels the task that it is done in, which is the
+        application's: the connection would stay open, or without a limit of its silence."""
+        if isinstance(event, RawData):
+            await super().protocol_send(event)
+            return
+        with trio.move_on_after(CLOSING, shield=True):
+            await super().protocol_send(event)
+
     async def run(self) -> None:
         try:
             await super().run()
@@ -47,7 +61,7 @@ class _Connection(TCPServer):
 
 
 class _HTTP2(H2Protocol):
-    async def _handle_events(self, events: list[Event]) -> None:
+    async def _handle_events(self, events: list[HTTP2Event]) -> None:
         for event in events:
             match event:
                 case DataReceived() if event.stream_id not in self.streams:  # it has been answered

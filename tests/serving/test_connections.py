@@ -161,3 +161,29 @@ async def test_a_target_without_a_path(run_server: RunServer) -> None:
             answer = b"".join([part async for part in stream])
 
     assert answer.split(b" ")[1] in (b"200", b"404")
+
+
+@pytest.mark.parametrize(
+    "head",
+    [b"GET /health HTTP/1.1\r\nconnection: close\r\n", b"GET /health HTTP/1.0\r\n", b"POST /v1/chat/completions HTTP/1.0\r\n"],
+)
+async def test_a_connection_that_is_to_end_does(run_server: RunServer, head: bytes) -> None:
+    """As nginx asks, which takes the end of the connection for that of a stream."""
+    async with run_server() as server, await connect(server) as stream:
+        body = json.dumps(server.body("say a b c", stream=True)).encode() if head.startswith(b"POST") else b""
+        await stream.send_all(head + b"host: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        with trio.fail_after(10):
+            answer = b"".join([part async for part in stream])
+
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert answer.endswith(b"[DONE]\n\n" if body else b"}")
+
+
+async def test_a_connection_that_nobody_uses_any_more_ends(run_server: RunServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dashinfer.serving.listen.KEEP_ALIVE", 0.2)
+    async with run_server() as server, await connect(server) as stream:
+        await stream.send_all(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        with trio.fail_after(10):
+            answer = b"".join([part async for part in stream])
+
+    assert answer.startswith(b"HTTP/1.1 200")
