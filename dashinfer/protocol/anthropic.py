@@ -140,7 +140,7 @@ def _messages(message: InputMessage, param: str) -> list[dict[str, Any]]:
                     {"role": "tool", "tool_call_id": _text(block, "tool_use_id", place), "content": _result(block, place)}
                 )
             case "assistant", "tool_use":
-                function = {"name": _text(block, "name", place), "arguments": _encode(block.get("input", {})).decode()}
+                function = {"name": _text(block, "name", place), "arguments": _arguments(block)}
                 calls.append({"id": _text(block, "id", place), "type": "function", "function": function})
             case "assistant", "thinking":
                 thoughts.append(_text(block, "thinking", place))
@@ -160,6 +160,13 @@ def _messages(message: InputMessage, param: str) -> list[dict[str, Any]]:
     if calls:
         whole["tool_calls"] = calls
     return [whole]
+
+
+def _arguments(block: Block) -> str:
+    try:
+        return _encode(block.get("input", {})).decode()
+    except RecursionError:  # it is read with more room on the stack
+        raise InvalidRequest("the body is nested too deeply") from None
 
 
 def _text(block: Block, name: str, place: str) -> str:

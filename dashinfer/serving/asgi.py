@@ -8,6 +8,7 @@ answering, so a failed engine ends the process by SIGTERM, for a supervisor to s
 import logging
 import os
 import signal
+import sys
 from functools import partial
 
 import trio
@@ -44,6 +45,10 @@ class Application:
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         message = await receive()
         assert message["type"] == "lifespan.startup", "the first event of a lifespan"
+        if "hypercorn.trio.run" in sys.modules:  # as a rule
+            from dashinfer.serving import connections
+
+            connections.contain()
         try:
             settings = from_environment(os.environ)
             if settings.nnodes > 1:

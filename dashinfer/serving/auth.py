@@ -13,6 +13,7 @@ from pathlib import Path
 from dashinfer.errors import AuthenticationFailed, ConfigurationError
 from dashinfer.serving.limits import Limits
 
+_MAX_DIGITS = 15  # of a limit
 NOBODY = b""  # stands for who needs no key
 
 
@@ -114,7 +115,7 @@ def read_keys(file: Path, limits: Limits) -> dict[bytes, Limits]:
         own: dict[str, int | None] = {}
         for word in words[1:]:
             name, _, value = word.partition("=")
-            if name not in ("requests", "tokens", "concurrent") or not value.isdigit():
+            if name not in ("requests", "tokens", "concurrent") or not value.isdigit() or len(value) > _MAX_DIGITS:
                 raise ConfigurationError(
                     f"--api-keys-file {file}: line {number} has more than a key, and it is none of requests=N, tokens=N and "
                     "concurrent=N"

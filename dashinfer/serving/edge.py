@@ -290,6 +290,7 @@ class Edge:
 
 def _mount(scope: Scope, root: str) -> None:
     """Make the path one below `root_path`, as ASGI has it, where a proxy has taken that off."""
+    scope["path"] = scope["path"] or "/"  # of a target such as `?x=1`, which is none: the framework wants a path
     root = scope["root_path"] = scope.get("root_path") or root
     if root and not scope["path"].startswith(root + "/"):
         scope["path"] = root + scope["path"]

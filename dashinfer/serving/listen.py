@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hypercorn.config import Config
 
 BACKLOG = 1024
+KEEP_ALIVE = 75.0  # seconds that a connection may be without a request
 STALLED_CLIENT = 60.0  # seconds after which a client that acknowledges nothing, or reads nothing, loses its connection
 
 
@@ -158,7 +159,7 @@ def hypercorn_config(
     config.errorlog = logging.getLogger("hypercorn.error")
     config.include_server_header = False
     config.h11_max_incomplete_size = 64 * 1024  # long Authorization and cookie headers of proxies
-    config.keep_alive_timeout = 75.0  # 5 s: clients with a connection pool meet a connection that has just been closed
+    config.keep_alive_timeout = KEEP_ALIVE  # 5 s: clients with a connection pool meet a connection that has just been closed
     config.keep_alive_max_requests = 2**31  # 1,000: a busy client is cut off for no reason
     config.h2_max_concurrent_streams = 1000
     config.graceful_timeout = graceful_timeout  # 3 s: too short for an answer

@@ -5,6 +5,7 @@ logged by `log_prompt` alone, which is called with `--log-prompts` only.
 """
 
 import logging
+import re
 import sys
 import time
 from typing import TextIO
@@ -16,6 +17,8 @@ from dashinfer.engine.context import replica_number
 from dashinfer.errors import DashInferError
 
 PROBES = frozenset({"/health", "/health/live", "/health/ready", "/ping", "/metrics"})
+
+_NOT_VISIBLE = re.compile(rb"[^!-~]")
 
 access = logging.getLogger("dashinfer.access")
 prompts = logging.getLogger("dashinfer.prompts")
@@ -95,13 +98,19 @@ def log_prompt(request_id: str, prompt: str) -> None:
     prompts.info("request %s prompt: %r", request_id, prompt, extra={"fields": {"request_id": request_id, "prompt": prompt}})
 
 
+def _shown(text: bytes, most: int) -> str:
+    """At most so many characters and three dots."""
+    encoded = _NOT_VISIBLE.sub(lambda match: b"%%%02X" % ord(match[0]), text[: most + 1]).decode("ascii")
+    return encoded if len(encoded) <= most else encoded[:most] + "..."
+
+
 def log_access(method: str, target: bytes, status: int, seconds: float, note: str, request_id: str) -> None:
-    """One request that ended. `target` is the path as it came, still percent-encoded, so it cannot break the line.
+    """One request that ended. `target` is the path as it came, still percent-encoded; what HTTP/2 lets through that is not is
+    percent-encoded here, in the method too, so neither breaks the line, or writes to a terminal what it obeys.
 
     Probes are logged at debug level: they come every second and say nothing.
     """
-    path = target.decode("latin-1")
-    path = path if len(path) <= 200 else path[:200] + "..."
+    method, path = _shown(method.encode(errors="backslashreplace"), 20), _shown(target, 200)
     level = logging.DEBUG if path in PROBES else logging.INFO
     fields = {"method": method, "path": path, "status": status, "milliseconds": round(seconds * 1000, 1)}
     fields |= {"request_id": request_id} | ({"note": note} if note else {})

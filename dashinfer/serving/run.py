@@ -170,14 +170,13 @@ class Server:
         with trio.move_on_after(_HEAD_START):
             await self._resolved.wait()
         app, settings = await trio.to_thread.run_sync(self._make_http, sockets)
-        from hypercorn.trio import serve
+        from dashinfer.serving.connections import serve
 
         await self._root.start(partial(serve, app, settings, shutdown_trigger=self._draining.wait, mode="asgi"))
         self._listening.set()
 
     def _make_http(self, sockets: list[socket.socket]) -> tuple["QuartTrio", "Config"]:
-        import hypercorn.trio  # noqa: F401 - half a second of imports, here because this is a thread
-
+        import dashinfer.serving.connections  # noqa: F401 - half a second of imports, here because this is a thread
         from dashinfer.serving.app import create_app
 
         settings = listen.hypercorn_config(

@@ -3,6 +3,7 @@
 Only formats on the list here are ever decoded. Knows nothing of EXIF: width and height are as stored.
 """
 
+import re
 import struct
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +14,9 @@ Format = Literal["PNG", "JPEG", "WEBP", "GIF", "BMP"]
 
 # TIFF is left out: browsers do not show it, and a decoder for it is one for a dozen codecs.
 SUPPORTED = "PNG, JPEG, WebP, GIF and BMP"
-_MAX_SEGMENTS = 10_000  # of a JPEG before its frame header, and fill bytes
+_MAX_SEGMENTS = 10_000  # of a JPEG, and fill bytes before its frame header
+_MAX_SCANS = 128  # of a JPEG; programs write about ten. A dozen bytes make one, and a pass over all pixels
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # the next one that a scan's data may be followed by
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,8 @@ def read_header(data: bytes) -> ImageHeader:
         raise MediaError(f"it is in no supported format; supported are {SUPPORTED}")
     if header.width < 1 or header.height < 1:
         raise MediaError("it is damaged or incomplete: its header gives it no pixels")
+    if header.format == "JPEG":
+        _check_scans(data)
     return header
 
 
@@ -77,6 +82,22 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
             return 0, 0
         position += length
     return 0, 0
+
+
+def _check_scans(data: bytes) -> None:
+    """Raises MediaError for a JPEG of more scans, or segments, than any program writes."""
+    position = 2
+    scans = segments = 0
+    while (found := _MARKER.search(data, position)) is not None:
+        marker, position = data[found.end() - 1], found.end()
+        if marker == 0xD9:  # the image ends; more may follow that no decoder reads
+            return
+        segments += 1
+        scans += marker == 0xDA
+        if scans > _MAX_SCANS or segments > _MAX_SEGMENTS:
+            raise MediaError(f"it is a JPEG of more than {_MAX_SCANS} scans or {_MAX_SEGMENTS} segments")
+        if marker >= 0xC0:  # decoders step over the others alone, and find what stands behind them
+            position += int.from_bytes(data[position : position + 2], "big")
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:

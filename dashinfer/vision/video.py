@@ -207,9 +207,13 @@ def _gif_frames(data: bytes, indexes: Sequence[int], limits: VideoLimits, check:
     from PIL import Image
 
     with refusing_damage(), Image.open(io.BytesIO(data), formats=["GIF"]) as image:
-        for at in indexes:
+        at = 0
+        for wanted in indexes:
             check()
-            image.seek(at)
+            while at < wanted:  # one by one: each is decoded, and a seek over many could not be stopped
+                at += 1
+                check()
+                image.seek(at)
             check_pixels(*image.size, max_pixels=limits.frame_pixels)
             image.load()
             yield to_rgb(image)

@@ -9,12 +9,12 @@ from pathlib import Path
 import httpx
 import pytest
 import trio
-from hypercorn.trio import serve
 
 from dashinfer.config import ServerConfig
 from dashinfer.engine.engine import Engine
 from dashinfer.serving import listen
 from dashinfer.serving.app import create_app
+from dashinfer.serving.connections import serve
 from dashinfer.serving.service import Service, TextModel
 from dashinfer.worker.supervisor import one_error
 from tests.process_tree import children_of

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 import trio
-from hypercorn.trio import serve
 
 from dashinfer.config import ServerConfig
 from dashinfer.serving import listen
 from dashinfer.serving.app import create_app
+from dashinfer.serving.connections import serve
 from dashinfer.serving.service import Service, TextModel
 
 from .fake_engine import FakeEngine, make_text

@@ -9,8 +9,9 @@ import httpx
 import pytest
 import trio
 
-from dashinfer.errors import InternalError
-from dashinfer.protocol.anthropic import AnthropicError, MessagesResponse, TokenCount
+from dashinfer.errors import InternalError, InvalidRequest
+from dashinfer.protocol.anthropic import AnthropicError, MessagesRequest, MessagesResponse, TokenCount
+from dashinfer.protocol.parse import parse_request
 from dashinfer.serving import app, service
 from dashinfer.serving.service import TextModel
 from dashinfer.text.tools.formats import ToolFormat
@@ -286,3 +287,17 @@ async def test_the_anthropic_client(run_server: RunServer, model: TextModel) -> 
         assert message.stop_reason == "tool_use"
     assert streamed.usage.output_tokens == whole.usage.output_tokens
     assert tokens > 10
+
+
+def test_input_that_is_nested_too_deeply_is_the_requests_fault() -> None:
+    """However little of the stack is left where it becomes a call's arguments."""
+    refusals = []
+    for depth in range(900, 1000):
+        block = b'{"type":"tool_use","id":"1","name":"f","input":' + b'{"a":' * depth + b"1" + b"}" * depth + b"}"
+        body = b'{"model":"m","max_tokens":1,"messages":[{"role":"assistant","content":[' + block + b"]}]}"
+        try:
+            parse_request(MessagesRequest, body).chat()
+        except InvalidRequest as error:
+            refusals.append(str(error))
+
+    assert set(refusals) == {"the body is nested too deeply"}

@@ -115,7 +115,17 @@ def test_a_file_of_keys(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "# nothing\n", "sk-1 sk-2", "sk-1 requests=-1", "sk-1 requests", "sk-1 colour=1", "schlüssel"]
+    "text",
+    [
+        "",
+        "# nothing\n",
+        "sk-1 sk-2",
+        "sk-1 requests=-1",
+        "sk-1 requests",
+        "sk-1 colour=1",
+        "schlüssel",
+        "sk-1 tokens=1" + 5000 * "0",
+    ],
 )
 def test_files_that_are_refused_say_nothing_of_keys(tmp_path: Path, text: str) -> None:
     file = tmp_path / "keys"

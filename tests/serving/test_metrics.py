@@ -10,7 +10,7 @@ import trio
 from prometheus_client.parser import text_string_to_metric_families
 
 from dashinfer.engine.api import EngineStats
-from dashinfer.serving.metrics import Histogram
+from dashinfer.serving.metrics import Histogram, Metrics
 
 from .conftest import Running, RunServer
 
@@ -172,3 +172,10 @@ async def test_the_dashboard_asks_for_what_there_is(run_server: RunServer) -> No
     assert used == {"model_name", "__rate_interval"}
     assert {"model_name", "datasource"} == variables
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+
+
+@pytest.mark.parametrize("version", ["abc", "=", "1..0", "\xff"])
+def test_a_version_that_is_none_is_answered_with_the_usual_one(version: str) -> None:
+    _, content_type = Metrics("demo").exposition(f"application/openmetrics-text;version={version}")
+
+    assert content_type.startswith(("text/plain; version=", "application/openmetrics-text; version=1.0.0"))

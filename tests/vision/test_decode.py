@@ -154,6 +154,28 @@ def test_a_bomb_is_refused_from_its_header() -> None:
         decode_image(bomb(60_000, 60_000))
 
 
+def scans(count: int, side: int = 64) -> bytes:
+    """A JPEG of so many scans, the last ones of which change nothing."""
+    data = encode(Image.new("RGB", (side, side), "red"), "JPEG", progressive=True)
+    last, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
+    return data[:last] + data[last:end] * (count - data.count(b"\xff\xda") + 1) + data[end:]
+
+
+@pytest.mark.parametrize("hidden", [b"", b"\xff\x02\xff\xff"], ids=["plain", "behind a marker without a length"])
+def test_a_jpeg_of_countless_scans_is_refused(hidden: bytes) -> None:
+    """Each takes a pass over all pixels, and a dozen bytes."""
+    data = scans(129)
+    first = data.index(b"\xff\xda")
+    first = data.index(b"\xff\xda", first + 1)
+    with pytest.raises(MediaError, match="more than 128 scans"):
+        read_header(data[:first] + hidden + data[first:])
+
+
+def test_what_follows_a_jpeg_counts_for_nothing() -> None:
+    assert read_header(scans(128) + b"\xff\xda" * 1000).width == 64
+    assert decode_image(scans(128)).shape == (64, 64, 3)
+
+
 def test_a_picture_larger_than_its_screen_is_refused() -> None:
     """A GIF may say it is small, and hold a picture that is not."""
     data = bytearray(FILES["L-gif"])

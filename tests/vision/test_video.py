@@ -386,3 +386,20 @@ def test_the_rule_is_the_files_or_the_models() -> None:
     assert VideoProcessor.from_hf({}, model_type="qwen3_vl_moe").rule == "qwen3"
     assert VideoProcessor.from_hf({}, model_type="qwen2_5_vl").rule == "qwen2"
     assert QWEN3.rule == "qwen3" and QWEN3.patch_size == 16
+
+
+def test_a_gif_can_be_given_up_at_every_frame() -> None:
+    """Also at those that are decoded and not shown."""
+    asked = 0
+
+    def check() -> None:
+        nonlocal asked
+        asked += 1
+
+    data = animation(counting(20), duration=1000)
+    processor = QWEN3.limited(4)
+    found = decode_video(data, processor, check=check)
+
+    assert brightness(found, processor) == processor.sample(20, 1.0, None)
+    assert len(brightness(found, processor)) == 4
+    assert asked >= 20
