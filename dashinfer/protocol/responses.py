@@ -244,6 +244,7 @@ def _format(form: Any) -> dict[str, Any]:
 
 class InputTokensDetails(BaseModel):
     cached_tokens: int
+    cache_write_tokens: int = Field(description="always 0: the prefix cache is filled unasked")
 
 
 class OutputTokensDetails(BaseModel):
@@ -377,7 +378,7 @@ def usage(prompt_tokens: int, cached_tokens: int, output_tokens: int, reasoning_
     """A ResponseUsage."""
     return {
         "input_tokens": prompt_tokens,
-        "input_tokens_details": {"cached_tokens": cached_tokens},
+        "input_tokens_details": {"cached_tokens": cached_tokens, "cache_write_tokens": 0},
         "output_tokens": output_tokens,
         "output_tokens_details": {"reasoning_tokens": reasoning_tokens},
         "total_tokens": prompt_tokens + output_tokens,

@@ -8,6 +8,7 @@ import anthropic
 import httpx
 import pytest
 import trio
+from pydantic import TypeAdapter
 
 from dashinfer.errors import InternalError
 from dashinfer.protocol.anthropic import AnthropicError, MessagesResponse, TokenCount
@@ -25,6 +26,9 @@ TOOL = {
     "description": WEATHER["function"]["description"],
     "input_schema": WEATHER["function"]["parameters"],
 }
+
+
+THEIR_EVENT = TypeAdapter(anthropic.types.RawMessageStreamEvent)
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +49,8 @@ def events_of(answer: httpx.Response) -> list[dict[str, Any]]:
         name, data = event.split("\n")
         found.append(json.loads(data.removeprefix("data: ")))
         assert name == f"event: {found[-1]['type']}"
+        if found[-1]["type"] not in ("ping", "error"):  # which have no type of theirs
+            THEIR_EVENT.validate_python(found[-1])
     return found
 
 
@@ -53,6 +59,7 @@ async def test_text(run_server: RunServer) -> None:
         answer = await ask(server, "say hello", system="be kind")
 
     found = MessagesResponse.model_validate_json(answer.content, strict=True)
+    anthropic.types.Message.model_validate_json(answer.content, strict=True)
     assert found.content == [{"type": "text", "text": "hello"}]
     assert (found.stop_reason, found.stop_sequence) == ("end_turn", None)
     prompt = len("system: be kinduser: say hello") + 1
