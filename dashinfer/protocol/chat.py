@@ -40,7 +40,7 @@ class ChatCompletionRequest(SamplingFields, ConstrainedRequest, CallingRequest):
     max_completion_tokens: int | None = Field(default=None, ge=1, description="newer name of max_tokens, goes before it")
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=MAX_TOP_LOGPROBS, description="needs logprobs")
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
         default=None, description="a name for the chat template; without effect where the template does not read it"
     )
 

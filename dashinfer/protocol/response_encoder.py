@@ -17,6 +17,7 @@ _encode = msgspec.json.Encoder().encode
 
 class InputTokensDetails(BaseModel):
     cached_tokens: int
+    cache_write_tokens: int = Field(description="always 0: the prefix cache is filled unasked")
 
 
 class OutputTokensDetails(BaseModel):
@@ -60,7 +61,7 @@ def usage_of(prompt_tokens: int, cached_tokens: int, output_tokens: int, reasoni
     """A ResponseUsage."""
     return {
         "input_tokens": prompt_tokens,
-        "input_tokens_details": {"cached_tokens": cached_tokens},
+        "input_tokens_details": {"cached_tokens": cached_tokens, "cache_write_tokens": 0},
         "output_tokens": output_tokens,
         "output_tokens_details": {"reasoning_tokens": reasoning_tokens},
         "total_tokens": prompt_tokens + output_tokens,

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.e2e.conftest import ServerProcess
@@ -21,6 +22,7 @@ CHECKS = (
     *("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_headers_conformance"),
     *("response_schema_conformance", "negative_data_rejection", "unsupported_method", "ignored_auth", "use_after_free"),
 )
+METHODS = {"get", "post", "delete"}
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": 64,
@@ -56,7 +58,11 @@ def fuzz(server: ServerProcess, folder: Path, *options: str) -> None:
         *("--header", f"Authorization: Bearer {KEY}", "--checks", ",".join(CHECKS)),
         *("--seed", "1", "--generation-database", "none", "--no-color", *options),
     ]
-    run(command, folder)
+    said = run(command, folder)
+    document = httpx.get(f"{server.url}/openapi.json", timeout=60).json()
+    operations = sum(len(path.keys() & METHODS) for path in document["paths"].values())
+
+    assert f"  Tested: {operations}\n" in said
 
 
 def test_a_few_requests(toy: ServerProcess, tmp_path: Path) -> None:

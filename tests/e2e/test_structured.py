@@ -56,7 +56,8 @@ def test_the_clients_parse_gives_a_model(client):
 
 @pytest.mark.feature("Structured output", "JSON, JSON Schema")
 def test_every_choice_of_a_stream_is_of_the_schema(client):
-    texts, finishes = ["", ""], ["", ""]
+    texts, finishes, tokens = ["", ""], ["", ""], [b"", b""]
+    logprobs: list[float] = []
     stream = client.chat.completions.create(
         model=NAME, messages=MESSAGES, response_format=FORMAT, n=2, temperature=1.5, seed=1, max_tokens=200, stream=True,
         logprobs=True,
@@ -65,10 +66,16 @@ def test_every_choice_of_a_stream_is_of_the_schema(client):
         for choice in chunk.choices:
             texts[choice.index] += choice.delta.content or ""
             finishes[choice.index] = choice.finish_reason or finishes[choice.index]
+            for entry in choice.logprobs.content if choice.logprobs else ():
+                tokens[choice.index] += bytes(entry.bytes)
+                logprobs.append(entry.logprob)
 
     assert finishes == ["stop", "stop"]
     for text in texts:
         assert 1 <= Person.model_validate_json(text).age <= 99
+    assert [each.decode() for each in tokens] == texts
+    assert max(logprobs) <= 0
+    assert min(logprobs) < -1  # forced ones too have what the model gave them
 
 
 @pytest.mark.feature("Structured output", "JSON, JSON Schema")

@@ -188,6 +188,25 @@ def test_masks_apply_to_chosen_rows(path: str) -> None:
     assert all(allowed[mask, token] for mask, token in zip(rows.tolist(), tokens, strict=True) if mask >= 0)
 
 
+@pytest.mark.feature("Structured output", "JSON, JSON Schema")
+@pytest.mark.feature("Structured output", "Regular expressions, choices, grammars")
+def test_log_probabilities_are_those_before_a_mask(path: str) -> None:
+    logits = distinct(2)
+    token = int(logits[0].argmin())
+    bitmask = torch.zeros(1, -(-VOCAB_SIZE // 32), dtype=torch.int32)
+    bitmask[0, token >> 5] = int(np.uint32(1 << (token & 31)).view(np.int32))
+    state, batch = entered([{"temperature": 0.0, "logprobs": 2}] * 2, path)
+    mask_rows = torch.tensor([0, -1], dtype=torch.int32)
+    batch = SamplingBatch(batch.slots, batch.positions, batch.needs, bitmask.to(path), mask_rows.to(path))
+    found = sample(logits.clone().to(path), state, batch)
+    expected = logits.log_softmax(-1)
+
+    assert found.tokens.tolist() == [token, logits[1].argmax()]
+    torch.testing.assert_close(found.logprobs.cpu(), expected[[0, 1], found.tokens.cpu()])
+    assert found.top_tokens.tolist() == logits.topk(2).indices.tolist()
+    torch.testing.assert_close(found.top_logprobs.cpu(), expected.topk(2).values)
+
+
 def test_a_row_whose_mask_allows_nothing_fails(path: str) -> None:
     state, batch = entered([{"temperature": 0.0}], path)
     mask = torch.zeros(1, -(-VOCAB_SIZE // 32), dtype=torch.int32, device=path)

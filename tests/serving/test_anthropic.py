@@ -8,6 +8,7 @@ import anthropic
 import httpx
 import pytest
 import trio
+from pydantic import TypeAdapter
 
 from dashinfer.errors import InternalError, InvalidRequest
 from dashinfer.protocol.anthropic import AnthropicError, MessagesRequest, MessagesResponse, TokenCount
@@ -28,6 +29,9 @@ TOOL = {
 }
 
 
+THEIR_EVENT = TypeAdapter(anthropic.types.RawMessageStreamEvent)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> TextModel:
     return make_model(tmp_path_factory.mktemp("model"), ToolFormat("hermes"))
@@ -46,6 +50,8 @@ def events_of(answer: httpx.Response) -> list[dict[str, Any]]:
         name, data = event.split("\n")
         found.append(json.loads(data.removeprefix("data: ")))
         assert name == f"event: {found[-1]['type']}"
+        if found[-1]["type"] not in ("ping", "error"):  # which have no type of theirs
+            THEIR_EVENT.validate_python(found[-1])
     return found
 
 
@@ -54,6 +60,7 @@ async def test_text(run_server: RunServer) -> None:
         answer = await ask(server, "say hello", system="be kind")
 
     found = MessagesResponse.model_validate_json(answer.content, strict=True)
+    anthropic.types.Message.model_validate_json(answer.content, strict=True)
     assert found.content == [{"type": "text", "text": "hello"}]
     assert (found.stop_reason, found.stop_sequence) == ("end_turn", None)
     prompt = len("system: be kinduser: say hello") + 1

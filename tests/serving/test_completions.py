@@ -104,8 +104,10 @@ async def test_sixteen_tokens_by_default(run_server: RunServer) -> None:
 
 async def test_log_probabilities_include_the_end(run_server: RunServer) -> None:
     async with run_server() as server:
-        found = completion(await ask(server, "say \u20acb", logprobs=2)).choices[0]
+        answer = await ask(server, "say \u20acb", logprobs=2)
 
+    openai.types.Completion.model_validate_json(answer.content, strict=True)
+    found = completion(answer).choices[0]
     assert (found.text, found.finish_reason) == ("\u20acb", "stop")
     logprobs = found.logprobs
     assert logprobs.tokens == ["\ufffd"] * 3 + ["b", "<|end|>"]

@@ -31,6 +31,8 @@ async def test_texts_and_tokens(run_server: RunServer) -> None:
         params = [each for _, (each,), _ in server.engine.submitted]
 
     found = [EmbeddingList.model_validate_json(answer.content, strict=True) for answer in answers]
+    for answer in answers:
+        openai.types.CreateEmbeddingResponse.model_validate_json(answer.content, strict=True)
     assert [[each.embedding for each in one.data] for one in found] == [
         [pytest.approx(vector(len(text))) for text in texts] for texts in [("four",)] * 2 + [("four", "sixsix")] * 2
     ]

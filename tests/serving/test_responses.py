@@ -8,9 +8,11 @@ from typing import Any
 
 import httpx
 import openai
+import openai.types.responses as theirs
 import pytest
 import trio
 import trio.testing
+from pydantic import TypeAdapter
 
 from dashinfer.errors import InternalError, NotFound
 from dashinfer.protocol.response_encoder import ResponseEvent, ResponseObject
@@ -28,6 +30,7 @@ from .test_tools import CALL, WEATHER, make_model
 pytestmark = pytest.mark.feature("Endpoints", "Responses, kept and gone on with")
 
 TOOL = {"type": "function", **WEATHER["function"]}
+THEIR_EVENT = TypeAdapter(theirs.ResponseStreamEvent)
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +48,7 @@ def events_of(answer: httpx.Response) -> list[dict[str, Any]]:
         name, data = event.split("\n")
         found.append(json.loads(data.removeprefix("data: ")))
         assert name == f"event: {ResponseEvent.model_validate(found[-1]).type}"
+        assert THEIR_EVENT.validate_python(found[-1]).type == found[-1]["type"]
     assert [event["sequence_number"] for event in found] == list(range(len(found)))
     return found
 
@@ -61,6 +65,7 @@ async def test_text(run_server: RunServer) -> None:
         (prompt, *_), *_ = server.engine.submitted
 
     found = ResponseObject.model_validate_json(answer.content)
+    theirs.Response.model_validate_json(answer.content, strict=True)
     assert (found.status, found.error, found.incomplete_details) == ("completed", None, None)
     (message,) = found.output
     assert message["content"] == [{"type": "output_text", "text": "hello", "annotations": [], "logprobs": []}]

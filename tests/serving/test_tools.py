@@ -252,6 +252,7 @@ async def test_history_reaches_the_template(run_server: RunServer, model: TextMo
         ({"chat_template_kwargs": {"enable_thinking": False}}, "<|end|><think></think>", None),
         ({"reasoning_effort": "none"}, "<|end|><think></think>(none)", None),
         ({"reasoning_effort": "high"}, "<|end|>(high)", None),
+        ({"reasoning_effort": "max"}, "<|end|>(max)", None),
         ({"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True}}, "<|end|><think>(none)", None),
     ],
 )

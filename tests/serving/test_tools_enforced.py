@@ -151,3 +151,26 @@ async def test_thinking_is_free_and_bounded(run_server: RunServer, tmp_path: Pat
     assert free.json()["usage"]["completion_tokens_details"]["reasoning_tokens"] <= 21
     assert none.json()["usage"]["completion_tokens_details"]["reasoning_tokens"] == 8
     assert all("reasoning_content" not in choice["message"] for choice in none.json()["choices"])
+
+
+@pytest.mark.feature("Structured output", "JSON, JSON Schema")
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_of_a_form_comes_after_the_thinking(run_server: RunServer, tmp_path: Path, stream: bool) -> None:
+    model = make_model(tmp_path, None)
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMAS["weather"], "strict": True}}
+    fields = {"n": 8, "max_tokens": 800, "seed": 1, "max_thinking_tokens": 20, "response_format": form, "logprobs": True}
+    async with run_server(**served(model, 5)) as server:
+        answer = await server.chat("go", stream=stream, chat_template_kwargs={"enable_thinking": True}, **fields)
+
+    assert answer.status_code == 200, answer.text
+    if stream:
+        messages = [joined(answer.text, index) for index in range(8)]
+        found = [(each["finish"], each["reasoning"], each["content"]) for each in messages]
+    else:
+        choices = ChatCompletion.model_validate_json(answer.content).choices
+        found = [(each.finish_reason, each.message.reasoning_content or "", each.message.content) for each in choices]
+    ended = [(reasoning, content) for finish, reasoning, content in found if finish == "stop"]
+    assert len(ended) >= 4
+    assert any(reasoning for reasoning, _ in ended)
+    for _, content in ended:
+        check("weather", content)
