@@ -91,7 +91,7 @@ def measure_libraries(case: Case, place: Place) -> tuple[dict[str, float], dict[
     for name, calls in case.libraries.items():
         try:
             times[name] = measure(calls, place).microseconds
-        except RuntimeError as refusal:
+        except Exception as refusal:  # libraries say no in many ways
             refusals[name] = _first_line(refusal)
     return times, refusals
 

@@ -3,6 +3,8 @@
 import pytest
 
 FIXTURES = {"triton_path"}
+# Parameters with which a test asks for the fixture when it runs.
+PATHS = (("path", "triton"), ("path", "triton_path"), ("triton", True))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -14,4 +16,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def runs_on_gpu(item: pytest.Item) -> bool:
-    return item.get_closest_marker("gpu") is not None or not FIXTURES.isdisjoint(getattr(item, "fixturenames", ()))
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    return (
+        item.get_closest_marker("gpu") is not None
+        or not FIXTURES.isdisjoint(getattr(item, "fixturenames", ()))
+        or any(parameters.get(name) == value for name, value in PATHS)
+    )

@@ -169,7 +169,7 @@ class Runner:
             before = free_memory(device, config.local_size)
             with self._out_of_memory("for CUDA graphs; lower --gpu-memory-utilization, or use --enforce-eager"):
                 self._executor.use_graphs(report=lambda done, total: report("graphs", done, total, ""))
-            graph_bytes = before - free_memory(device, config.local_size)
+            graph_bytes = max(0, before - free_memory(device, config.local_size))  # others may have freed some meanwhile
         self.ready = Ready(
             architecture=model_config.architecture,
             mode="llm" if tower is None else "vlm",

@@ -156,14 +156,15 @@ def test_a_case_that_is_wrong_has_no_figures(build: Any, status: str) -> None:
     assert report.failures([{"section": "kernels", **row}])
 
 
-def test_a_library_call_that_refuses_is_left_out() -> None:
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError])
+def test_a_library_call_that_refuses_is_left_out(kind: type[Exception]) -> None:
     def refuse() -> None:
-        raise RuntimeError("no such head size\nand more")
+        raise kind("no such head size\nand more")
 
     row = measure_job(job(lambda: case(libraries={"a": [refuse], "b": [lambda: None]})), PLACE, CEILINGS)
 
     assert list(row["ratios"]) == ["b"]
-    assert row["refusals"] == {"a": "RuntimeError: no such head size"}
+    assert row["refusals"] == {"a": f"{kind.__name__}: no such head size"}
 
 
 def test_figures_follow_from_the_ceiling_in_the_way() -> None:

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from bench.gpu.selection import runs_on_gpu
 from bench.ops import interpreter
 from dashinfer_kernels import dispatch
 
@@ -27,8 +28,9 @@ def _seeded() -> Iterator[None]:
 
 
 @pytest.fixture
-def triton_path(monkeypatch: pytest.MonkeyPatch) -> str:
+def triton_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Ops take their Triton path. The device that tensors go to: "cuda" where there is one, else "cpu"."""
+    assert runs_on_gpu(request.node), "a GPU run would leave this test out"
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         return "cuda"

@@ -154,6 +154,21 @@ def test_public_function(triton_path: str, block_size: int) -> None:
     torch.testing.assert_close(actual.double(), expect(q, cache, batch), rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize(("head_dim", "quantized"), [(100, False), (72, True)])
+def test_head_sizes_that_no_descriptor_takes(triton_path: str, head_dim: int, quantized: bool) -> None:
+    q, cache, batch = make([(0, 30), (40, 5)], heads=(2, 1), head_dim=head_dim, block_size=64, dtype=torch.float16)
+    scales = torch.ones(cache.shape[:4], device=triton_path) if quantized else None
+    if quantized:
+        cache = cache.nan_to_num(0).mul(20).round().to(torch.int8)
+    q, cache, batch = on(triton_path, q, cache, batch)
+
+    actual = paged_attention(q, cache, batch, scale=SCALE / 20, kv_scales=scales)
+
+    expected = reference.paged_attention(q.double(), cache.double(), batch, scale=SCALE / 20, window=None, softcap=None)
+    tolerance = 2e-3 * (20 if quantized else 1)
+    torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("group", [1, 3, 40])
 def test_tiles_cover_every_row_once_and_the_longest_come_first(group: int) -> None:
     _, _, batch = make([(3, 1), (0, 70), (900, 33), (5, 2)], heads=(2, 1))

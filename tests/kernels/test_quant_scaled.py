@@ -52,6 +52,17 @@ def expected(x: QuantizedRows, weight: QuantizedWeight, bias: Tensor | None) -> 
     return y if bias is None else y + bias.double()
 
 
+def check(actual: Tensor, x: QuantizedRows, weight: QuantizedWeight, bias: Tensor | None) -> None:
+    """Close to the exact product. Hopper's tensor cores keep 13 bits of a sum of float8 products (arXiv 2411.10958), which is
+    128 of them here; the interpreter keeps 23."""
+    right = expected(x, weight, bias)
+    if weight.codes.dtype == FLOAT8 and actual.is_cuda:
+        assert (actual.double() - right).norm() < 2e-3 * right.norm()
+        torch.testing.assert_close(actual.double(), right, rtol=1e-2, atol=1e-2)
+    else:
+        torch.testing.assert_close(actual.double(), right, rtol=1e-5, atol=1e-5)
+
+
 def activations_of(kind: str) -> Activations:
     return "int8" if kind == "int8" else "fp8"
 
@@ -79,7 +90,7 @@ def test_every_form_matches_float64(triton_path: str, generation: str, kind: str
             if rows == 1:
                 layer._launch(x, out[:rows], config)  # with what the first left behind
 
-            torch.testing.assert_close(out[:rows].double(), expected(x, weight, bias), rtol=1e-5, atol=1e-5)
+            check(out[:rows], x, weight, bias)
             assert out[rows:].isnan().all()
     assert layer._arrived.eq(0).all()
 
@@ -98,7 +109,7 @@ def test_layers_take_any_number_of_rows(triton_path: str, kind: str, biased: boo
         wide, narrow = layer.wide(x), layer(x)
 
         assert (wide.dtype, narrow.dtype) == (torch.float32, torch.float16)
-        torch.testing.assert_close(wide.double(), expected(x, weight, bias), rtol=1e-5, atol=1e-5)
+        check(wide, x, weight, bias)
         torch.testing.assert_close(narrow, wide.half())
 
 
@@ -218,7 +229,7 @@ def test_real_sizes(kind: str, out_features: int, in_features: int) -> None:
     layer = pack_quantized(weight, dtype=torch.bfloat16, activations=activations_of(kind))
     for rows in (1, 16, 100, 300, 1000, 4097):
         x = make_rows(rows, in_features, activations_of(kind), "cuda")
-        torch.testing.assert_close(layer.wide(x).double(), expected(x, weight, None), rtol=1e-3, atol=1e-3)
+        check(layer.wide(x), x, weight, None)
 
 
 @pytest.mark.gpu

@@ -53,6 +53,8 @@ def choose_config(head_dim: int, kv_itemsize: int, block_m: int, *, hip: bool = 
     """The heuristic: tiles of `_STAGE_BYTES`; fewer tokens or more warps where registers are short."""
     padded = _power_of_two(head_dim)
     stage_bytes = _STAGE_BYTES if kv_itemsize == 2 else _STAGE_BYTES // 4 if hip and kv_itemsize == 1 else _STAGE_BYTES // 2
+    if kv_itemsize == 1 and block_m == 64:
+        stage_bytes //= 2
     block_n = max(16, min(128, stage_bytes // (2 * padded * kv_itemsize)))
     return Config(
         block_n=block_n,

@@ -167,7 +167,8 @@ def heuristic_config(shape: Shape, generation: str) -> PrefillConfig:
         block_n, num_stages = 128, 3 if shape.head_dim <= 64 else 2
     else:
         block_n, num_stages = 64, 3
-    descriptor = shape.block_size >= block_n
+    # a descriptor's rows are 16 bytes or a multiple apart
+    descriptor = shape.block_size >= block_n and shape.head_dim % (16 if shape.quantized else 8) == 0
     return PrefillConfig(64 if short else 128, block_n, 4 if short else 8, num_stages, descriptor)
 
 

@@ -19,7 +19,8 @@ def quantize(x, dtype: tl.constexpr, peak):
     """
     greatest: tl.constexpr = 127.0 if dtype == tl.int8 else 448.0
     peak = tl.where(peak > 0, tl.maximum(peak, 1e-30), greatest)
-    values = x * (greatest / peak)
+    # Rounded as IEEE has it: Triton's own division is an ulp off now and then, and then ties are none.
+    values = x * tl.div_rn(tl.zeros_like(peak) + greatest, peak)
     if dtype == tl.int8:
         # Adding 1.5 * 2^23 leaves no bits for a fraction.
         values = (values + 12582912.0) - 12582912.0
