@@ -26,7 +26,7 @@ from bench.machine import describe_machine
 
 ROOT = Path(__file__).parents[2]
 # Of the time that is left, a section takes its weight's share among those still to come.
-WEIGHTS = {"tests": 200, "kernels": 170, "engine": 120, "peer": 90, "vlm": 70, "demo": 100}
+WEIGHTS = {"tests": 230, "kernels": 170, "engine": 120, "peer": 90, "quantized": 100, "vlm": 70, "demo": 100}
 RESERVE = 10.0  # seconds kept for ending
 GRACE = 10.0  # seconds past its time that a section has to end by itself
 TEST_WORKERS = 12

@@ -19,7 +19,7 @@ from bench.ops.case import find_place
 from dashinfer.engine.scheduler import Update
 from dashinfer.engine.sequence import Sequence
 from dashinfer.models.config import ModelConfig
-from dashinfer.types import SamplingParams, StepPlan
+from dashinfer.types import QuantType, SamplingParams, StepPlan
 
 Row = dict[str, Any]
 PROFILED_STEPS = 20
@@ -29,7 +29,20 @@ IDLE_MOST = 0.05  # at batch 256
 
 def run(emit: Callable[[Row], None], *, deadline: float, toy: bool) -> None:
     """Measure every batch until `deadline`, of `time.monotonic`."""
-    workload = make_workload(toy=toy)
+    measure(emit, make_workload(toy=toy), deadline=deadline, toy=toy)
+
+
+def measure(
+    emit: Callable[[Row], None],
+    workload: Workload,
+    *,
+    deadline: float,
+    toy: bool,
+    quant_type: QuantType | None = None,
+    profiled: bool = True,
+) -> None:
+    """Load the workload's model, its weights rounded as `quant_type` says, and measure every batch until `deadline`; idle time
+    if `profiled`."""
     place = find_place(toy=toy)
     with torch.inference_mode():
         copy = measure_ceilings(place).copy
@@ -42,6 +55,7 @@ def run(emit: Callable[[Row], None], *, deadline: float, toy: bool) -> None:
         data_type="float32" if toy else "bfloat16",
         max_batch=max(workload.batches),
         max_length=workload.prompt_tokens + workload.output_tokens + 48,
+        quant_type=quant_type,
     )
     gc.collect()
     gc.freeze()
@@ -54,7 +68,7 @@ def run(emit: Callable[[Row], None], *, deadline: float, toy: bool) -> None:
         Session(engine, replace(workload, prompt_tokens=10, output_tokens=4), batch).run()  # compiles what decoding needs
         session = Session(engine, workload, batch)
         session.run()
-        emit(row(session, None if toy else profile(engine, workload, batch), copy))
+        emit(row(session, None if toy or not profiled else profile(engine, workload, batch), copy))
 
 
 def profile(engine: InProcess, workload: Workload, batch: int) -> Idle | None:
@@ -134,6 +148,7 @@ def row(session: Session, idle: Idle | None, copy: float) -> Row:
     figures = client_figures(session.times)
     floor = floor_seconds(session.engine, session.workload, session.batch, copy) * 1e3
     found: Row = {"section": "engine", "batch": session.batch, "status": "ok", **figures, "floor_ms": floor}
+    found["weight_bytes"] = session.engine.runner.ready.weight_bytes
     found["tpot_over_floor"] = figures["tpot_p50_ms"] / floor
     found["step_p50_ms"] = statistics.median(session.steps) * 1e3 if session.steps else None
     found["idle"] = None if idle is None else idle.any

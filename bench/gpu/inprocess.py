@@ -12,7 +12,7 @@ from typing import Any
 from dashinfer.engine.media import MediaCache
 from dashinfer.engine.scheduler import Scheduler, Update
 from dashinfer.models.config import ModelConfig
-from dashinfer.types import Encode, ModelFiles, StepPlan, WorkerConfig
+from dashinfer.types import Encode, ModelFiles, QuantType, StepPlan, WorkerConfig
 from dashinfer.worker.__main__ import ENCODE_TIME, POLL_INTERVAL
 from dashinfer.worker.runner import Runner
 
@@ -38,6 +38,7 @@ class InProcess:
         max_batch: int,
         max_length: int,
         pixel_values: bytes = b"",
+        quant_type: QuantType | None = None,
     ) -> "InProcess":
         """`pixel_values`, as `WorkerConfig` has them, are for a model that sees."""
         sees = bool(pixel_values)
@@ -57,6 +58,7 @@ class InProcess:
             vision=sees,
             vision_engine="native" if sees else None,
             pixel_values=pixel_values,
+            quant_type=quant_type,
         )
         return cls(Runner(config, model, lambda stage, done, total, unit: None), model, max_batch)
 

@@ -39,6 +39,7 @@ FAMILIES = (
     rotate.jobs,
     sampling.jobs,
     linear.jobs,
+    linear.invariant_jobs,
     quant_matmul.jobs,
     quantize_rows.jobs,
     scaled_matmul.jobs,

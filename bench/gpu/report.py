@@ -52,9 +52,7 @@ def as_markdown(result: Row) -> str:
     ]
     # what speaks of a whole section
     lines += [
-        f"- {row['section']}: {row['status']}"
-        for row in rows
-        if row.get("status", "ok") != "ok" and not {"op", "batch"} & set(row)
+        f"- {name(row)}: {row['status']}" for row in rows if row.get("status", "ok") != "ok" and not {"op", "batch"} & set(row)
     ]
     lines += [""] if lines[-1] else []
     for row in of(rows, "ceilings"):
@@ -72,6 +70,7 @@ def as_markdown(result: Row) -> str:
         lines.append("")
     lines += _kernels(of(rows, "kernels"))
     lines += _engine(rows)
+    lines += _quantized(rows)
     lines += _vlm([row for row in of(rows, "vlm") if "batch" in row])
     lines += _demo(of(rows, "demo"))
     lines += ["Made with:", "", "```bash", result["command"], "```", ""]
@@ -86,8 +85,11 @@ def marked(rows: Iterable[Row]) -> Iterable[tuple[str, Row]]:
 
 
 def name(row: Row) -> str:
+    if "op" in row:
+        return ", ".join([row["op"], row["model"], row["shape"]])
+    mode = [row["quant_type"]] if "quant_type" in row else []
     batch = [f"batch {row['batch']}"] if "batch" in row else []
-    return ", ".join([row["op"], row["model"], row["shape"]] if "op" in row else [row["section"], *batch])
+    return ", ".join([row["section"], *mode, *batch])
 
 
 def _kernels(rows: list[Row]) -> list[str]:
@@ -141,6 +143,35 @@ def _engine(rows: Sequence[Row]) -> list[str]:
         lines.append(
             f"{head} {row['tokens_per_second']:.0f} | {ratio} | {row['ttft_p50_ms']:.1f}, {row['ttft_max_ms']:.1f} | "
             f"{row['tpot_p50_ms']:.2f}, {row['tpot_max_ms']:.2f} | {own} | {idle} |"
+        )
+    return [*lines, ""]
+
+
+def _quantized(rows: Sequence[Row]) -> list[str]:
+    modes = [row for row in of(rows, "quantized") if "batch" in row]
+    if not modes:
+        return []
+    plain = {row["batch"]: row for row in of(rows, "engine") if row.get("status") == "ok" and "batch" in row}
+    lines = [
+        "## Engine in each quantisation",
+        "",
+        "As above. `ratio`: output tokens/s over those of 16-bit weights.",
+        "",
+        "| mode | batch | weights, GiB | tokens/s | ratio | TTFT p50, max, ms | TPOT p50, max, ms | step, ms | floor, ms "
+        "| / floor |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in modes:
+        head = f"| {row['quant_type']} | {row['batch']} |"
+        if row["status"] != "ok":
+            lines.append(f"{head} {row['status']} | | | | | | | |")
+            continue
+        same = plain.get(row["batch"])
+        ratio = "" if same is None else f"{row['tokens_per_second'] / same['tokens_per_second']:.2f}x"
+        own = " | ".join(_figure(row.get(key)) for key in ("step_p50_ms", "floor_ms", "tpot_over_floor"))
+        lines.append(
+            f"{head} {row['weight_bytes'] / 2**30:.2f} | {row['tokens_per_second']:.0f} | {ratio} | "
+            f"{row['ttft_p50_ms']:.1f}, {row['ttft_max_ms']:.1f} | {row['tpot_p50_ms']:.2f}, {row['tpot_max_ms']:.2f} | {own} |"
         )
     return [*lines, ""]
 

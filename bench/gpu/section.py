@@ -16,7 +16,7 @@ from typing import Any
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.section", description="Measures one section; see bench.gpu.")
-    parser.add_argument("name", choices=("kernels", "engine", "peer", "vlm", "demo"))
+    parser.add_argument("name", choices=("kernels", "engine", "peer", "quantized", "vlm", "demo"))
     parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--toy", action="store_true")
@@ -49,6 +49,8 @@ def find_section(arguments: argparse.Namespace) -> Callable[..., None]:
         from bench.gpu.engine import run
     elif arguments.name == "peer":
         from bench.gpu.peer import run
+    elif arguments.name == "quantized":
+        from bench.gpu.quantized import run
     elif arguments.name == "vlm":
         from bench.gpu.vlm import run
     else:
@@ -60,7 +62,7 @@ def find_section(arguments: argparse.Namespace) -> Callable[..., None]:
 
 def describe(row: dict[str, Any]) -> str:
     """A line of progress."""
-    parts = [str(row[key]) for key in ("section", "op", "model", "shape", "batch") if key in row]
+    parts = [str(row[key]) for key in ("section", "quant_type", "op", "model", "shape", "batch") if key in row]
     if (status := row.get("status", "ok")) != "ok":
         return f"{' '.join(parts)}: {status}"
     figures = [

@@ -13,7 +13,19 @@ ROUNDING = 1e-2  # of int8, for numbers that are normally distributed
 
 
 def jobs(place: Place) -> list[Job]:
-    return token_jobs(place, {"quantize_rows": _rows, "add_rms_norm_int8": _norm, "silu_mul_int8": _gated})
+    return [*plain_jobs(place), *norm_jobs(place), *gated_jobs(place)]
+
+
+def plain_jobs(place: Place) -> list[Job]:
+    return token_jobs(place, {"quantize_rows": _rows})
+
+
+def norm_jobs(place: Place) -> list[Job]:
+    return token_jobs(place, {"add_rms_norm_int8": _norm})
+
+
+def gated_jobs(place: Place) -> list[Job]:
+    return token_jobs(place, {"silu_mul_int8": _gated})
 
 
 def _wide(x: Tensor | QuantizedRows) -> Tensor:

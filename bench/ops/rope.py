@@ -5,11 +5,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from bench.ops.attention import BLOCK_SIZE
 from bench.ops.case import Case, Job, Model, Place, poisoned, relative_error, token_jobs
 from dashinfer_kernels import rope_kv_write
 from dashinfer_kernels.rope import reference
 
-BLOCK_SIZE = 16
 MAX_POSITIONS = 8192
 
 

@@ -31,6 +31,13 @@ def jobs(place: Place) -> list[Job]:
     ]
 
 
+def many_row_jobs(place: Place) -> list[Job]:
+    """Those of Qwen2.5's models whose rows do not say which kernel is fastest, or, in a toy place, any."""
+    if place.toy:
+        return jobs(place)
+    return [job for job in jobs(place) if job.tokens > 64 and job.model.name.startswith("Qwen2.5")]
+
+
 def layer_shapes(model: Model) -> list[tuple[int, int]]:
     """Inputs and outputs of a decoder layer's four matrices."""
     heads = model.heads * model.head_dim

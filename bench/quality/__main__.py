@@ -6,13 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer
 
 from bench.machine import describe_machine
 from bench.quality.measure import compare
 from bench.quality.subject import MODES, TINY, Mode, Subject, find_files
-from bench.quality.text import text_windows, windows
+from bench.quality.text import byte_windows, text_windows
 from dashinfer.errors import DashInferError
 
 
@@ -37,9 +36,7 @@ def measure(model: str, modes: list[Mode], checkpoints: dict[str, str], argument
     """One model's row for each mode and checkpoint."""
     files, tokenizer_json = find_files(model)
     if tokenizer_json is None:
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(files.config["vocab_size"], (arguments.tokens,), generator=generator).tolist()
-        rows = windows(tokens, count=arguments.tokens // 8, length=min(256, arguments.window))
+        rows = byte_windows(count=arguments.tokens, length=min(256, arguments.window))
     else:
         tokenizer = Tokenizer.from_file(str(tokenizer_json))
         rows = text_windows(tokenizer, count=arguments.tokens, length=arguments.window)
@@ -72,7 +69,9 @@ def table(results: list[dict[str, Any]], machine: dict[str, Any]) -> str:
     versions = machine["versions"]
     lines = [f"{machine['cpu']}; Python {machine['python']}; torch {versions['torch']}; commit {machine['commit']}."]
     for result in results:
-        about = "random weights: a perplexity means nothing" if result["model"] in TINY else "the text is Python's own"
+        about = "the text is Python's own"
+        if result["model"] in TINY:
+            about += ", each byte a token; random weights: a perplexity means nothing"
         lines += ["", f"**{result['model']}**, {result['tokens']} tokens in windows of {result['window']} ({about})", ""]
         lines += ["| mode | weights, MiB | perplexity | ratio | divergence, nats | agreement |", "|---|---|---|---|---|---|"]
         for row in result["rows"]:

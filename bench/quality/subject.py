@@ -29,7 +29,13 @@ TINY: dict[str, dict[str, Any]] = {
         "head_dim": 32,
         "max_position_embeddings": 2048,
     }
-    for architecture in ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+    | own
+    for architecture, own in {
+        "LlamaForCausalLM": {},
+        "MistralForCausalLM": {"sliding_window": 100},  # shorter than the windows of tokens
+        "Qwen2ForCausalLM": {},
+        "Qwen3ForCausalLM": {},
+    }.items()
 }
 
 

@@ -29,3 +29,8 @@ def text_windows(tokenizer: Tokenizer, *, count: int, length: int) -> Tensor:
     """The text's first tokens as `windows`."""
     # a token has at least a character; 12 of them are more than enough to look at for each
     return windows(tokenizer.encode(read_text()[: 12 * count], add_special_tokens=False).ids, count=count, length=length)
+
+
+def byte_windows(*, count: int, length: int) -> Tensor:
+    """As `text_windows` for models without a tokeniser: each byte of the text in UTF-8 is a token."""
+    return windows(list(read_text().encode()[: 2 * count]), count=count, length=length)

@@ -5,7 +5,20 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from bench.ops import activation, attention, layer_norm, norm, quant_matmul, rope, rotate, varlen_attention
+from bench.ops import (
+    activation,
+    attention,
+    layer_norm,
+    linear,
+    norm,
+    quant_matmul,
+    quantize_rows,
+    rope,
+    rotate,
+    sampling,
+    scaled_matmul,
+    varlen_attention,
+)
 from bench.ops.case import Job, Place
 
 Config = dict[str, Any]
@@ -49,6 +62,13 @@ def _weight_only_candidates() -> tuple[Config, ...]:
     return ({"UNPACK": True}, *(tile | {"GROUP_ROWS": 8, "UNPACK": False} for tile in (*few, *many)))
 
 
+def _invariant_linear_candidates() -> tuple[Config, ...]:
+    return grid(
+        BLOCK_ROWS=(128, 64, 32), BLOCK_OUT=(64, 128), BLOCK_IN=(64, 32), GROUP_ROWS=(8,), num_warps=(4, 8),
+        num_stages=(4, 3, 2),
+    )  # fmt: skip
+
+
 SPACES = {
     space.op: space
     for space in (
@@ -65,5 +85,11 @@ SPACES = {
             grid(BLOCK_M=(128, 64), num_stages=(2, 3), BLOCK_N=(64, 128, 32), num_warps=(8, 4)),
         ),
         Space("weight_only", quant_matmul.weight_only_jobs, _weight_only_candidates()),
+        Space("scaled_linear", scaled_matmul.many_row_jobs, grid(form=("gemm", "stream", "wide", "64", "32", "16"))),
+        Space("quantize_rows", quantize_rows.plain_jobs, grid(num_warps=(8, 4, 16, 2), rows=(1, 2, 4))),
+        Space("quantized_rms_norm", quantize_rows.norm_jobs, grid(num_warps=(16, 8, 32, 4), rows=(1, 2, 4))),
+        Space("quantized_gated", quantize_rows.gated_jobs, grid(num_warps=(16, 8, 4, 32))),
+        Space("invariant_linear", linear.invariant_jobs, _invariant_linear_candidates()),
+        Space("sampling", sampling.jobs, grid(tiles=(1, 2, 4, 8, 16, 32))),
     )
 }

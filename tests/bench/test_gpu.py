@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,13 @@ import pytest
 import torch
 
 from bench.gpu import __main__ as command
-from bench.gpu import demo, report, timing
+from bench.gpu import demo, engine, quantized, report, timing
 from bench.gpu.idle import measure_idle, read_trace
 from bench.gpu.kernels import figures, measure_job
 from bench.gpu.timing import Ceilings
 from bench.gpu.workload import client_figures
 from bench.machine import describe_machine
-from bench.ops import attention, quant_matmul
+from bench.ops import attention, quant_matmul, rope
 from bench.ops.case import COPY_MARK, TOY, Case, Job, Mark, Place, poisoned, relative_error
 from dashinfer.worker.runner import BLOCK_SIZE
 
@@ -37,6 +38,7 @@ OPS = {
     "varlen_attention",
     "sampling",
     "linear",
+    "invariant_linear",
     *(f"quant_matmul {mode}" for mode in quant_matmul.MODES),
     "a8w8_matmul",
     "fp8_matmul",
@@ -70,13 +72,20 @@ def test_a_dry_run_goes_through_everything(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     found = json.loads((tmp_path / "run.json").read_text())
     outcomes = {name: each["outcome"] for name, each in found["sections"].items()}
-    assert outcomes == {"tests": "passed", "kernels": "done", "engine": "done", "peer": "done", "vlm": "done", "demo": "done"}
+    assert outcomes == {"tests": "passed"} | dict.fromkeys(("kernels", "engine", "peer", "quantized", "vlm", "demo"), "done")
     kernels = report.of(found["rows"], "kernels")
     assert {row["op"] for row in kernels} == OPS
     assert {row["status"] for row in kernels} == {"ok"}
     for section in ("engine", "peer", "vlm"):
         assert [row["status"] for row in report.of(found["rows"], section) if "batch" in row] == ["ok", "ok"]
-    assert "the figures mean nothing" in (tmp_path / "run.md").read_text()
+    modes = [row for row in report.of(found["rows"], "quantized") if "batch" in row]
+    assert [(row["quant_type"], row["status"]) for row in modes] == [(mode, "ok") for mode in quantized.MODES for _ in range(2)]
+    weights = {row["quant_type"]: row["weight_bytes"] for row in modes}
+    (plain,) = {row["weight_bytes"] for row in report.of(found["rows"], "engine") if "batch" in row}
+    assert weights["a16w4"] < weights["a16w8"] < plain
+    written = (tmp_path / "run.md").read_text()
+    assert "the figures mean nothing" in written
+    assert "| a16w4 | 1 | 0.00 |" in written
     assert not (tmp_path / "run.rows.jsonl").exists()
 
 
@@ -186,8 +195,8 @@ def test_what_is_not_finite_or_not_written_is_an_error() -> None:
     assert relative_error(unwritten, torch.ones(3)) == float("inf")
 
 
-def test_attention_is_measured_at_the_block_size_of_the_engine() -> None:
-    assert BLOCK_SIZE["cuda"] == attention.BLOCK_SIZE
+def test_caches_are_measured_at_the_block_size_of_the_engine() -> None:
+    assert BLOCK_SIZE["cuda"] == attention.BLOCK_SIZE == rope.BLOCK_SIZE
 
 
 @dataclass
@@ -244,6 +253,56 @@ def test_the_engine_is_compared_with_its_peer_at_the_same_batch() -> None:
 
     assert [(row["batch"], row["ratio"]) for row in found] == [(256, 4.0)]
     assert found[0]["marks"][0]["met"] is False
+
+
+def test_a_mode_that_fails_costs_the_others_nothing(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    def measure(emit: Any, workload: Any, *, quant_type: str, **_: Any) -> None:
+        if quant_type == "fp8":
+            raise RuntimeError("no float8 here\nand more")
+        if quant_type == "a16w8":
+            os.kill(os.getpid(), signal.SIGKILL)
+        emit({"section": "engine", "batch": 1, "status": "ok", "marks": [{}]})
+
+    monkeypatch.setattr(engine, "measure", measure)
+    rows: list[dict[str, Any]] = []
+    quantized.run(lambda row: print(json.dumps(row), flush=True) or rows.append(row), deadline=time.monotonic() + 60, toy=True)
+
+    told = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    about = [(row["quant_type"], row["status"]) for row in told]
+    assert about == [
+        ("a16w4", "ok"),
+        ("fp8", "failed: RuntimeError: no float8 here"),
+        ("a16w8", "failed with status -9"),
+        ("a8w8", "ok"),
+    ]
+    assert {row["section"] for row in told} == {"quantized"}
+    assert told[0]["marks"] == []
+
+
+def test_modes_that_time_runs_out_for_are_told(capfd: pytest.CaptureFixture[str]) -> None:
+    rows: list[dict[str, Any]] = []
+
+    quantized.run(rows.append, deadline=time.monotonic() - 1, toy=True)
+
+    assert [report.name(row) for row in rows] == [f"quantized, {mode}" for mode in quantized.MODES]
+    assert {row["status"] for row in rows} == {"not measured: out of time"}
+
+
+def test_quantised_weights_are_set_beside_those_of_16_bits() -> None:
+    about = {"section": "quantized", "quant_type": "fp8"}
+    figures = dict.fromkeys(("ttft_p50_ms", "ttft_max_ms", "tpot_p50_ms", "tpot_max_ms", "floor_ms"), 1.0)
+    rows = [
+        {"section": "engine", "batch": 64, "status": "ok", "tokens_per_second": 100.0} | figures,
+        about | {"load_seconds": 1.0},
+        about | {"batch": 1, "status": "not measured: out of time"},
+        about | {"batch": 64, "status": "ok", "weight_bytes": 2**33, "tokens_per_second": 150.0} | figures,
+    ]
+
+    lines = report._quantized(rows)
+
+    assert lines[-3].startswith("| fp8 | 1 | not measured: out of time |")
+    assert lines[-2].startswith("| fp8 | 64 | 8.00 | 150 | 1.50x |")
+    assert report.compare_with_peer(rows) == []
 
 
 def test_answers_are_compared_token_by_token() -> None:

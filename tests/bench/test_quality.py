@@ -8,7 +8,9 @@ import torch
 
 from bench.quality import __main__ as quality
 from bench.quality.measure import Tally, compare
-from bench.quality.text import read_text, windows
+from bench.quality.subject import TINY
+from bench.quality.text import byte_windows, read_text, windows
+from dashinfer.models.config import _FAMILIES
 
 
 def test_figures_of_distributions_known_by_heart():
@@ -49,6 +51,17 @@ def test_windows_need_enough_tokens():
         windows(list(range(10)), count=9, length=4)
 
 
+def test_models_without_a_tokeniser_read_the_bytes_of_the_text():
+    rows = byte_windows(count=100, length=30)
+
+    assert bytes(rows.flatten().tolist()).decode() == read_text()[:120]
+    assert all(settings["vocab_size"] >= 256 for settings in TINY.values())
+
+
+def test_every_family_of_text_models_has_a_tiny_one():
+    assert set(TINY) == {name for name in _FAMILIES if name.endswith("ForCausalLM")}
+
+
 def test_a_run_over_a_tiny_model(tmp_path, capsys):
     out = tmp_path / "quality.json"
     arguments = ["--model", "Qwen2ForCausalLM", "--modes", "a16w8,a16w4-g32", "--tokens", "1024", "--window", "64"]
@@ -56,6 +69,7 @@ def test_a_run_over_a_tiny_model(tmp_path, capsys):
     assert quality.main([*arguments, "--data-type", "float32", "--device", "cpu", "--out", str(out)]) == 0
 
     (result,) = json.loads(out.read_text())["results"]
+    assert (result["tokens"], result["window"]) == (16 * 63, 64)
     base, eight, four = result["rows"]
     assert [row["mode"] for row in result["rows"]] == ["float32", "a16w8", "a16w4-g32"]
     assert base["divergence"] == pytest.approx(0, abs=1e-6)

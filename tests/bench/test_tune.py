@@ -1,5 +1,6 @@
 """Tuning: which candidate wins, and what the table then says."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -90,8 +91,10 @@ def test_a_table_is_what_the_ops_read(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_dry_run_reaches_the_op() -> None:
+    names = ("rms_norm", "gated", "scaled_linear", "quantize_rows", "quantized_rms_norm", "quantized_gated")
+    names += ("invariant_linear", "sampling")
     result = subprocess.run(
-        [sys.executable, "-m", "bench.tune", "--dry-run", "--op", "rms_norm", "--op", "gated"],
+        [sys.executable, "-m", "bench.tune", "--dry-run", *(f"--op={name}" for name in names)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -102,7 +105,20 @@ def test_a_dry_run_reaches_the_op() -> None:
     assert result.returncode == 0, result.stderr
     assert "rms_norm (64,)" in result.stdout
     assert "gated (96,)" in result.stdout
-    assert result.stdout.count("2 tried, 0 refused") == 2
+    assert result.stdout.count("2 tried, 0 refused") == len(names)
+
+
+def asked_tables(source: str) -> set[str]:
+    """The names of ops whose table a module asks."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    asked = [call.args[0] for call in calls if "lookup" in ast.unparse(call.func).split(".")[-1] and call.args]
+    return {node.value for name in asked for node in ast.walk(name) if isinstance(node, ast.Constant)}
+
+
+def test_every_table_that_ops_ask_is_written() -> None:
+    sources = [path.read_text(encoding="utf-8") for path in Path(tuning.__file__).parent.rglob("*.py")]
+
+    assert set().union(*map(asked_tables, sources)) == set(SPACES)
 
 
 def test_candidates_are_all_different() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager
+from dataclasses import fields
 
 import pytest
 import trio
@@ -19,7 +20,7 @@ from dashinfer.errors import (
     QueueFull,
     WorkerError,
 )
-from dashinfer.types import Encode, Encoded, Forget, ModelFiles, Progress, Ready, SamplingParams
+from dashinfer.types import Encode, Encoded, Forget, ModelFiles, Progress, Ready, SamplingParams, WorkerConfig
 from dashinfer.worker.supervisor import one_error
 
 from .fake_rank import FakeRank, continuation, show
@@ -407,3 +408,35 @@ def test_ranks_are_dealt_over_the_machines(replica, rank, place, monkeypatch):
 
     assert (told.local_rank, told.local_size) == place
     assert (told.rank, told.world_size, told.pipeline_parallel) == (rank, 2, 2)
+
+
+def test_ranks_are_told_what_was_asked_for():
+    asked = {
+        "device": "cpu",
+        "data_type": "float16",
+        "load_format": "dummy",
+        "max_batch": 3,
+        "max_length": 64,
+        "max_step_tokens": 48,
+        "block_size": 8,
+        "kv_cache_memory": 1 << 20,
+        "media_cache_memory": 1 << 19,
+        "log_level": "debug",
+        "gpu_memory_utilization": 0.5,
+        "enforce_eager": True,
+        "deterministic": True,
+        "quant_type": "a16w4",
+        "quant_group_size": 64,
+        "quantize_head": True,
+        "kv_cache_dtype": "int8",
+        "vision_engine": "native",
+        "pipeline_parallel": 2,
+    }
+    shared = {field.name for field in fields(ServerConfig)} & set(WorkerConfig.__struct_fields__)
+    plain = ServerConfig(model="m")
+
+    told = worker_config(ServerConfig(model="m", **asked), FILES, 0)
+
+    assert set(asked) == shared
+    assert {name: getattr(told, name) for name in asked} == asked
+    assert all(getattr(plain, name) != value for name, value in asked.items())

@@ -10,7 +10,7 @@ from .run import Proof, Run
 BEGIN, END = "<!-- features -->", "<!-- /features -->"
 HEADER = ["| | Feature | How | CPU | GPU |", "|---|---|---|---|---|"]
 TESTED, TESTED_ON, COMPILED_FOR, NOT_RUN = "tested", "tested on ", "compiled for ", "not yet run"
-TARGETS = ("sm_80", "sm_86", "sm_90", "gfx942")  # as they are listed; any others come after
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "gfx942")  # as they are listed; any others come after
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,13 @@ from pathlib import Path
 import aot_variants
 from aot_variants import Variant
 
-SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}  # bytes a program may have
+SHARED_MEMORY = {  # bytes a program may have
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "gfx942": 64 * 1024,
+}
 
 
 @dataclass(frozen=True)

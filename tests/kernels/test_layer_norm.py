@@ -67,3 +67,19 @@ def test_triton_layer_norm_of_rows_apart_to_a_narrower_type_leaves_the_rest(trit
 
     torch.testing.assert_close(actual, reference.layer_norm(x, weight, bias, 1e-5, torch.float16), rtol=2e-3, atol=2e-3)
     assert wide[:, 37:].isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_layer_norm_addresses_pass_32_bits() -> None:
+    tokens, hidden = 2**31 // 8192 + 3, 8192
+    if torch.cuda.mem_get_info()[0] < 3 * 2 * tokens * hidden:
+        pytest.skip("needs 13 GB of GPU memory")
+    x = torch.zeros(tokens, hidden, dtype=torch.bfloat16, device="cuda")
+    weight, bias = torch.randn(2, hidden).bfloat16().cuda()
+    x[-1] = torch.randn(hidden)
+
+    actual = layer_norm(x, weight, bias, 1e-5)[-1]
+
+    expected = reference.layer_norm(x[-1].double(), weight.double(), bias.double(), 1e-5)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-2, atol=1e-2)

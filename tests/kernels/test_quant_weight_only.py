@@ -98,6 +98,15 @@ def move(weight: QuantizedWeight, device: str) -> QuantizedWeight:
 # -- shapes, forms and modes
 
 
+@pytest.mark.parametrize(("kind", "scale"), [("z4", "sums"), ("z4", "weights"), ("u4", "weights")])
+def test_a_quarter_of_the_words_at_a_time(triton_path: str, forced: dict[str, Any], kind: str, scale: str) -> None:
+    forced |= {"BLOCK_WORDS": 16, "SCALE": scale}
+    weight = move(make(kind, 128), triton_path)
+
+    x = (0.5 * torch.randn(3, SHAPE[1])).half().to(triton_path)
+    check(WeightOnlyLinear(weight, None, torch.float16), weight, x, None, 4e-3)
+
+
 @pytest.mark.parametrize("rows", [1, 17, 65, 130])
 def test_chosen_forms_match_the_definition(triton_path: str, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     monkeypatch.setattr(weight_only, "UNPACKED_ROWS", 100)
@@ -246,7 +255,7 @@ def test_offsets_that_are_whole_steps_become_zeros(step: float, offsets: str) ->
 
 
 def choose(rows: int | None, out_features: int, in_features: int, **options: Any) -> dict[str, Any] | None:
-    defaults = {"wide": False, "multiprocessors": 132, "generation": "hopper"}
+    defaults = {"wide": False, "shifted": False, "multiprocessors": 132, "generation": "hopper"}
     return choose_config(rows, out_features, in_features // 256, **(defaults | options))
 
 
@@ -267,6 +276,16 @@ def test_forms_follow_the_number_of_rows() -> None:
     assert choose(65, 4096, 4096)["SCALE"] == "weights"
     assert choose(weight_only.UNPACKED_ROWS, 4096, 4096) is None
     assert choose(None, 4096, 4096)["BLOCK_ROWS"] == 64
+
+
+@pytest.mark.parametrize("generation", ["ampere", "ada"])
+def test_what_shifts_codes_halves_large_tiles_where_registers_are_short(generation: str) -> None:
+    def words(rows: int | None, **options: Any) -> int:
+        return choose(rows, 4096, 4096, generation=generation, **options)["BLOCK_WORDS"]
+
+    assert [words(rows) for rows in (32, 64, 128, None)] == [64, 64, 32, 64]
+    assert [words(rows, shifted=True) for rows in (32, 64, 128, None)] == [64, 32, 16, 32]
+    assert words(128, shifted=True, wide=True) == 32
 
 
 # -- the PTX that GPUs of NVIDIA run in place of what the interpreter ran above

@@ -52,3 +52,20 @@ def test_a_tokens_bits_do_not_depend_on_the_others(
         alone = heads[token : token + 1].clone()
         rotate_heads(alone, turns[token : token + 1])
         assert torch.equal(alone[0], together[token])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_addresses_pass_32_bits() -> None:
+    tokens, width = 70400, 32768
+    if torch.cuda.mem_get_info()[0] < 6 << 30:
+        pytest.skip("needs 6 GiB of GPU memory")
+    storage = torch.empty(tokens, width, dtype=torch.bfloat16, device="cuda")
+    heads, turns = storage[:, :160].unflatten(1, (2, 80)), angles(tokens, 80).cuda()
+    heads.copy_(torch.randn(tokens, 2, 80))
+    expected = heads[-3:].double()
+    reference.rotate_heads(expected, turns[-3:])
+
+    rotate_heads(heads, turns)
+
+    torch.testing.assert_close(heads[-3:].double(), expected, rtol=2e-2, atol=2e-2)

@@ -1,12 +1,18 @@
 """Reading safetensors, what is refused, progress, and random weights."""
 
+import gc
 import json
+import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from dashinfer.errors import InsufficientMemory, ModelNotFound, UnsupportedModel
+from dashinfer.models.config import ModelConfig
+from dashinfer.models.shapes import tensor_shapes
 from dashinfer.models.weights import Part, SafetensorsSource, WeightReader
 
 from . import toy
@@ -131,3 +137,30 @@ def test_dummy_weights_run(data_type):
     assert logits.std() > 0
     again = toy.load(toy.worker_config((), CONFIG, load_format="dummy", data_type=data_type))
     assert torch.equal(again.embedding.weight, model.embedding.weight)
+
+
+def anonymous_memory() -> int:
+    """Bytes of this process that are no file's."""
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads what Linux tells of a process")
+def test_loading_keeps_no_second_copy_in_host_memory(tmp_path):
+    config = CONFIG | {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
+    shapes = tensor_shapes(ModelConfig.from_hf(config))
+    noise = torch.randn(2048 * 512)
+    tensors = {name: noise[: math.prod(shape)].view(shape).bfloat16() for name, shape in shapes.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    del tensors
+    toy.load(toy.worker_config((), CONFIG, load_format="dummy", data_type="bfloat16"))  # what a process does once
+    gc.collect()
+    before, seen = anonymous_memory(), []
+
+    model = toy.load(
+        toy.worker_config((str(tmp_path / "model.safetensors"),), config, data_type="bfloat16"),
+        report=lambda *_: seen.append(anonymous_memory() - before),
+    )
+
+    assert len(seen) > 20
+    assert model.weight_bytes > 80 << 20
+    assert max(seen) < 1.4 * model.weight_bytes

@@ -42,7 +42,8 @@ def test_every_flag() -> None:
             "--media-timeout 2.5 --max-media-bytes 1MiB --media-cache-memory 2MiB "
             "--served-model-name name --max-queue 3 --drain-timeout 1.5 "
             "--step-timeout 9 --device cpu --load-format dummy --kv-cache-memory 4GiB --block-size 32 --max-step-tokens 100 "
-            "--disable-prefix-cache --deterministic --quant-type a16w4 --quant-group-size 64 --quantize-head"
+            "--disable-prefix-cache --deterministic --quant-type a16w4 --quant-group-size 64 --quantize-head "
+            "--kv-cache-dtype int8 --gpu-memory-utilization 0.5 --enforce-eager"
         )
     )
 
@@ -53,7 +54,8 @@ def test_every_flag() -> None:
         media_timeout=2.5, max_media_bytes=2**20, media_cache_memory=2**21,
         served_model_name="name", max_queue=3, drain_timeout=1.5, step_timeout=9.0, device="cpu",
         load_format="dummy", kv_cache_memory=4 * 2**30, block_size=32, max_step_tokens=100, disable_prefix_cache=True,
-        deterministic=True, quant_type="a16w4", quant_group_size=64, quantize_head=True,
+        deterministic=True, quant_type="a16w4", quant_group_size=64, quantize_head=True, kv_cache_dtype="int8",
+        gpu_memory_utilization=0.5, enforce_eager=True,
     )  # fmt: skip
 
 

@@ -84,8 +84,10 @@ def graphs() -> Runner:
     ids=str,
 )
 def test_graphs_and_eager_steps_give_the_tokens_of_the_cpu(graphs, changes):
-    eager = generate(load(enforce_eager=True), params(**changes))
+    runner = load(enforce_eager=True)
+    eager = generate(runner, params(**changes))
 
+    assert (graphs._executor._graphs is not None, runner._executor._graphs) == (True, None)
     assert generate(graphs, params(**changes)) == eager
     assert eager == generate(load(device="cpu"), params(**changes))
 

@@ -134,6 +134,7 @@ class WeightOnlyLinear:
             self.out_features,
             self.steps,
             wide=self.dtype == torch.float32,
+            shifted=self.offsets != "none",
             multiprocessors=_multiprocessors(self._words.device),
             generation=_generation(self._words.device),
         )
@@ -238,7 +239,7 @@ def can_pack(weight: QuantizedWeight) -> bool:
 
 
 def choose_config(
-    rows: int | None, out_features: int, steps: int, *, wide: bool, multiprocessors: int, generation: str
+    rows: int | None, out_features: int, steps: int, *, wide: bool, shifted: bool, multiprocessors: int, generation: str
 ) -> Config | None:
     """Launch parameters for layers that no bench has measured; None where the library multiplies faster.
 
@@ -250,6 +251,7 @@ def choose_config(
         rows: of the activations; None: a choice that is good for few and the same for all.
         steps: rows of words that an output has.
         wide: for float32, whose products take no tensor cores.
+        shifted: whether codes have zeros or offsets, which large tiles keep in registers, too.
         generation: "hopper", "ampere" (and what has its instructions and no less shared memory), "ada" (the same, with 99 KiB
             of it), "amd" or "interpreter".
     """
@@ -265,11 +267,14 @@ def choose_config(
         block_rows = FEW_ROWS if rows is None else max(16, _power_of_two(rows))
         block_out = 128 if -(-out_features // 128) * (steps // LEAST_STEPS) >= wanted else 64
         num_warps = 8 if block_rows * block_out > 64 * 64 else 4
+    block_words = 32 if wide or many else 64  # or as many as there are
+    if shifted and not wide and block_rows >= FEW_ROWS and generation in ("ampere", "ada"):
+        block_words //= 2
     tiles = -(-out_features // block_out) * (1 if rows is None else -(-rows // block_rows))
     return {
         "BLOCK_ROWS": block_rows,
         "BLOCK_OUT": block_out,
-        "BLOCK_WORDS": 32 if wide or many else 64,  # or as many as there are
+        "BLOCK_WORDS": block_words,
         "GROUP_ROWS": 8,
         "SPLITS": max(1, min(wanted // tiles, steps // LEAST_STEPS)),
         "SCALE": "weights" if many else "sums",

@@ -6,10 +6,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from dashinfer_kernels import tuning
 from dashinfer_kernels.dispatch import use_triton
 from dashinfer_kernels.sampling import cpu
 from dashinfer_kernels.sampling.state import Needs, Sampled, SamplingBatch, SamplingState
-from dashinfer_kernels.tuning import lookup
 
 BLOCK = 2048  # tokens a tile
 CAPACITY = 8192  # keys among which a threshold is searched without going through the row again
@@ -71,7 +71,7 @@ def _launch(logits: Tensor, state: SamplingState, batch: SamplingBatch) -> Sampl
     failed = torch.empty(rows, dtype=torch.bool, device=device)
     if not rows:
         return Sampled(tokens, failed)
-    config = lookup("sampling", (rows, vocab_size))
+    config = tuning.lookup("sampling", (rows, vocab_size))
     per_split = config["tiles"] if config else tiles_per_split(rows, vocab_size, _multiprocessors(device))
     num_splits = -(-vocab_size // (BLOCK * per_split))
     grid = (rows, num_splits)

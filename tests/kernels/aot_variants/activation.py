@@ -20,7 +20,7 @@ def quantized(name: str, out: str, intermediate: int, *, gelu: bool) -> Variant:
         {"gate_up_ptr": "*bf16", "values_ptr": out, "scales_ptr": "*fp32"},
         {"INTERMEDIATE": intermediate, "BLOCK_FIRST": first, "BLOCK_REST": rest, "USE_GELU": gelu},
         num_warps=num_warps,
-        targets=TARGETS if out == "*i8" else ("sm_90",),
+        targets=TARGETS if out == "*i8" else ("sm_89", "sm_90"),
         instructions=WIDE_ACCESS,
         max_registers=128,
     )

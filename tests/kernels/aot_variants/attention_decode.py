@@ -79,7 +79,10 @@ VARIANTS = [
     attend("128-long-blocks", (32, 8), 128, block_size=64),
     attend("64", (14, 2), 64),
     attend("80", (32, 32), 80),
+    attend("80-amd", (32, 32), 80, targets=AMD),
+    attend("96", (32, 8), 96),
     attend("256-window-softcap", (8, 4), 256, window=True, softcap=True),
+    attend("256-window-softcap-amd", (8, 4), 256, window=True, softcap=True, targets=AMD),
     attend("128-int8", (28, 4), 128, kv="*i8", max_registers=TWO_PROGRAMS),
     *(
         attend(f"{head_dim}-{name}-long-blocks", (heads, 8), head_dim, kv=kv, block_size=64, targets=targets)

@@ -21,7 +21,7 @@ def variant(
         num_warps=num_warps,
         instructions=WIDE_ACCESS,
         max_registers=128,
-        targets=TARGETS if out != "*fp8e4nv" else ("sm_90",),
+        targets=TARGETS if out != "*fp8e4nv" else ("sm_89", "sm_90"),
     )
 
 

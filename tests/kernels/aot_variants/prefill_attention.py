@@ -66,6 +66,7 @@ def variant(
 VARIANTS = [
     *(variant(target, 128, 16, options=True) for target in TARGETS),
     *(variant(target, 256, 16, kv="i8", options=True) for target in TARGETS),
+    *(variant(target, 96, 64, options=True) for target in TARGETS),
     *(variant("sm_90", head_dim, 64) for head_dim in (64, 80, 128, 256)),
     variant("sm_90", 128, 128, heads=(32, 8), options=True),
     variant("sm_90", 128, 128, heads=(8, 8)),

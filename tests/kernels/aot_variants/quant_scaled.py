@@ -4,10 +4,11 @@ from aot_variants import TARGETS, Variant
 from dashinfer_kernels.quant_matmul.reference import Activations
 from dashinfer_kernels.quant_matmul.scaled import Generation, configs
 
-GENERATIONS: dict[str, Generation] = {"sm_80": "ampere", "sm_90": "hopper", "gfx942": "amd"}
+GENERATIONS: dict[str, Generation] = {"sm_80": "ampere", "sm_89": "ada", "sm_90": "hopper", "gfx942": "amd"}
 COPY_ENGINE = r"cp\.async\.bulk\.tensor"
 PRODUCTS = {
     ("sm_80", "int8"): (r"mma\.sync.*s8\.s8\.s32", r"cp\.async\.cg"),
+    ("sm_89", "fp8"): (r"mma\.sync.*e4m3\.e4m3", r"cp\.async\.cg"),
     ("sm_90", "int8"): (r"wgmma\.mma_async.*s32\.s8\.s8", COPY_ENGINE),
     ("sm_90", "fp8"): (r"wgmma\.mma_async.*f32\.e4m3\.e4m3", COPY_ENGINE),
     ("gfx942", "int8"): (r"v_mfma_i32\w*i8",),
@@ -52,7 +53,7 @@ def quantize(out: str, columns: int, block: int, num_warps: int) -> Variant:
         {"x_ptr": "*bf16", "values_ptr": out, "scales_ptr": "*fp32", "rows": "i32", "x_stride": "i32:16"},
         {"COLUMNS": columns, "BLOCK_ROWS": 1, "BLOCK_COLUMNS": block},
         num_warps=num_warps,
-        targets=TARGETS if out == "*i8" else ("sm_90",),
+        targets=TARGETS if out == "*i8" else ("sm_89", "sm_90"),
         instructions={"sm_90": (r"ld\.global[^;]*v4\.b32", r"st\.global[^;]*v4\.b32")},
         max_registers=64,
     )
@@ -63,6 +64,8 @@ VARIANTS = [
     *(product("sm_90", "fp8", form, blocks=True) for form in ("16", "64", "gemm")),
     *(product("sm_90", "int8", form, biased=form == "wide") for form in ("16", "64", "stream", "wide")),
     *(product("sm_80", "int8", form) for form in ("16", "64", "gemm")),
+    *(product("sm_89", "fp8", form) for form in ("16", "64", "gemm")),
+    product("sm_89", "fp8", "gemm", blocks=True),
     *(product("gfx942", "int8", form) for form in ("16", "gemm")),
     quantize("*fp8e4nv", 3584, 4096, 8),
     quantize("*i8", 8192, 8192, 16),
