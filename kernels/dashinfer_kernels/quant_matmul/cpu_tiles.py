@@ -30,7 +30,7 @@ def fits(weight: QuantizedWeight, dtype: torch.dtype) -> bool:
     if weight.codes.dtype == FLOAT8 or weight.in_features % weight.group_size:
         return False
     whole = weight.group_size % (8 if weight.bits <= 4 else 4) == 0
-    return whole and loops.take(dtype, _ANY) and _loop() is not None
+    return whole and has_loops(dtype)
 
 
 class TileLinear(CpuLinear):
@@ -86,6 +86,11 @@ def _pack(codes: Tensor, scales: Tensor, offsets: Tensor, planes: int) -> Tensor
     return torch.cat((*(each.contiguous().view(torch.uint8) for each in heads), words), 2)
 
 
+def has_loops(dtype: torch.dtype) -> bool:
+    """Whether compiled loops multiply any number of rows of a type on this processor."""
+    return loops.take(dtype, _ANY) and _loop() is not None
+
+
 @cache
 def _loop() -> ModuleType | None:
     """None: it cannot be had, for a reason that costs a warning unless it is the processor."""
@@ -97,6 +102,6 @@ def _loop() -> ModuleType | None:
         from dashinfer_kernels.quant_matmul import cpu_tile_loop
     # whatever a Numba or an LLVM raises that does not have what is asked of it
     except Exception as error:
-        warnings.warn(f"Numba cannot compile loops, so quantised layers take longer: {error!r}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"Numba cannot compile loops, so layers take longer: {error!r}", RuntimeWarning, stacklevel=2)
         return None
     return cpu_tile_loop
