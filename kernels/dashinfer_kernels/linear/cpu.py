@@ -104,8 +104,10 @@ def _in_blocks(outputs: int, inputs: int) -> bool:
     """Whether packed weights of a shape lie as `PackedLinear.blocks` says, by what becomes of some that are known."""
     if inputs % 2 or not hasattr(_packers, "data_ptr"):
         return False
-    weight = torch.randint(-128, 128, (outputs, inputs), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    found = _memory(_packers._reorder_linear_weight(weight))
+    numbers = torch.Generator().manual_seed(0)
+    weight = torch.randint(-128, 128, (outputs, inputs), generator=numbers, dtype=torch.bfloat16)
+    packed = _packers._reorder_linear_weight(weight)
+    found = _memory(packed)
     shape = -(-outputs // BLOCK), -(-inputs // 32) * 16, BLOCK
     if found.numel() != shape[0] * shape[1] * shape[2]:
         return False
@@ -117,7 +119,7 @@ def _in_blocks(outputs: int, inputs: int) -> bool:
 
 
 def _memory(packed: Tensor) -> Tensor:
-    """What a packed tensor holds, as int32."""
+    """What a packed tensor holds, as int32, as long as it lives."""
     size = _packers._nbytes(packed)
     held = (ctypes.c_char * size).from_address(_packers.data_ptr(packed))
-    return torch.frombuffer(held, dtype=torch.int32).clone()
+    return torch.frombuffer(held, dtype=torch.int32)
