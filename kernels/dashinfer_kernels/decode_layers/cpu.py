@@ -1,4 +1,13 @@
-"""Which decoders, and which steps of them, one compiled loop computes; see `loop`."""
+"""Which decoders, and which steps of them, one compiled loop computes; see `loop`.
+
+Measured (`bench/results/cpu-quantized-linear.md`): ms of SmolLM2-135M's layers in bfloat16 and its head, at 170 tokens
+a sequence, on 2 cores.
+
+| sequences | 1 | 4 | 8 | 16 | 32 |
+|---|---|---|---|---|---|
+| loop | 10 | 9.8 | 16 | 26 | 48 |
+| ops | 18 | 18 | 26 | 35 | 55 |
+"""
 
 import warnings
 from collections.abc import Sequence

@@ -8,6 +8,8 @@ A type that the processor cannot multiply is packed as float32, which costs twic
 `nbytes`: bfloat16 without AVX512, and float16 without AVX512-FP16 or AVX-NE-CONVERT. `F.linear` in float16 is quicker there
 for one row, and five times slower from 16 rows up.
 
+Of bfloat16 layers `decode_layers` reads the same copy in place, where a probe finds it in the layout that it knows.
+
 Libraries choose how to sum by the number of rows (one row is summed otherwise than two, where there are many inputs).
 Deterministic mode therefore multiplies `TILE` rows at a time, always: then a row's place and its neighbours do not matter.
 """

@@ -1,4 +1,4 @@
-"""Tiles of 4- and 8-bit codes times a few rows, and their values in bfloat16, as compiled loops; see `tile_product`."""
+"""Tiles of 4- and 8-bit codes times few rows, their values in bfloat16 times many, as compiled loops; see `tile_product`."""
 
 import numpy as np
 import torch

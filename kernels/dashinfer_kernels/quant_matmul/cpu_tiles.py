@@ -2,7 +2,17 @@
 
 Codes become bfloat16 exactly, and products are summed in float32. A row is summed in one order in a block of four rows and in
 another by itself, so in other company its last bit may differ; deterministic mode has no tiles. Many rows are multiplied with
-values, rounded to bfloat16, of 64 outputs at a time: each thread unpacks its own into its second-level cache.
+values, rounded to bfloat16, of 64 outputs at a time: each thread unpacks its own into its second-level cache. A row is then
+summed in one order in any company.
+
+Measured (`bench/results/cpu-quantized-linear.md`): ms of SmolLM2-135M's 120 layers on 2 cores.
+
+| rows | 16 | 32 | 105 | 128 | 512 |
+|---|---|---|---|---|---|
+| bfloat16, packed | 14 | 22 | 58 | 75 | 280 |
+| 8 bits a row | 17 | 25 | 64 | 79 | 310 |
+| 8 bits, groups of 32 | 16 | 25 | 66 | 77 | 302 |
+| 4 bits | 16 | 24 | 63 | 77 | 295 |
 """
 
 import warnings

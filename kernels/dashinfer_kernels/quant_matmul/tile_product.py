@@ -4,6 +4,8 @@ A tile is 16 outputs. For each group of inputs it has 16 scales and 16 offsets i
 then vectors of 16 words of 32 bits, a word an output, with the codes of 8 inputs of 4 bits or of 4 inputs of 8. A code's four
 bits below the exponent of 128 are the bfloat16 number 128 + code, so a shift, a mask and one instruction multiply two inputs of
 each output; what that is too much is 128 times the sum of the inputs. Eight bits are two codes of four, of the same inputs.
+
+Weights in bfloat16 come in blocks of 64 outputs, that is four vectors of two inputs each, as oneDNN keeps them as well.
 """
 
 from llvmlite import binding, ir
