@@ -1,6 +1,7 @@
 """All layers in one loop beside the ops that they are made of."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from dashinfer_kernels import (
     silu_mul,
 )
 from dashinfer_kernels.decode_layers import cpu
+from dashinfer_kernels.linear import cpu as linear_cpu
 from dashinfer_kernels.quant_matmul import cpu_tiles
 
 pytestmark = pytest.mark.skipif(not cpu_tiles.fits(random_weight(16, 16), torch.bfloat16), reason="needs Numba and AVX512-BF16")
@@ -43,6 +45,17 @@ def layer(bits: int, group_size: int | None, *, bias: bool = False, window: int 
     )
     norms = {"input_norm": 0.5 + torch.rand(HIDDEN), "mlp_norm": 0.5 + torch.rand(HIDDEN)}
     return LayerParts(qkv=qkv, output=output, gate_up=gate_up, down=down, window=window, **norms)
+
+
+def wide_layer(*, intermediate: int = 192, bias: bool = False) -> LayerParts:
+    """In bfloat16. `qkv` has two blocks of outputs and half of one."""
+    shapes = (SHAPES[0], SHAPES[1], (2 * intermediate, HIDDEN), (HIDDEN, intermediate))
+    qkv, output, gate_up, down = (
+        pack_linear((torch.randn(shape) * shape[1] ** -0.5).bfloat16(), torch.randn(shape[0]).bfloat16() if bias else None)
+        for shape in shapes
+    )
+    norms = {"input_norm": 0.5 + torch.rand(HIDDEN), "mlp_norm": 0.5 + torch.rand(HIDDEN)}
+    return LayerParts(qkv=qkv, output=output, gate_up=gate_up, down=down, window=None, **norms)
 
 
 def decoder(layers: list[LayerParts]) -> DecodeLayers:
@@ -72,15 +85,18 @@ def by_ops(layers: list[LayerParts], embedded: Tensor, batch: PagedBatch, held: 
     return add_rms_norm(added, residual, NORM, EPS)
 
 
-@pytest.mark.parametrize("contexts", [[1], [30], [17, 1, 30], [5] * 7])
+@pytest.mark.parametrize("contexts", [[1], [30], [17, 1, 30], [5] * 7, [2] * 13])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(
     "make",
     [
         lambda: [layer(4, 32), layer(4, 32)],
         lambda: [layer(8, None, bias=True), layer(4, 16, window=3), layer(8, 32)],
+        lambda: [wide_layer(), wide_layer(bias=True)],
+        lambda: [wide_layer(intermediate=2304)],
+        lambda: [layer(4, 16), replace(layer(4, 32), down=wide_layer(intermediate=INTERMEDIATE).down)],
     ],
-    ids=["4 bits", "mixed"],
+    ids=["4 bits", "mixed", "bfloat16", "bfloat16, long rows", "bfloat16 and 4 bits"],
 )
 def test_is_what_the_ops_make(make: Callable[[], list[LayerParts]], threads: int, contexts: list[int]) -> None:
     torch.set_num_threads(threads)
@@ -114,6 +130,7 @@ def test_steps_that_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     op, held, one = decoder([layer(4, 32)]), caches(1), batch_of([9])
     prefill = PagedBatch.build([0], [3], [[0]], block_size=BLOCK_SIZE, device="cpu")
     many = batch_of([1] * (cpu.MAX_ROWS + 1))
+    assert decoder([wide_layer()]).takes(many, many.positions, held)
 
     assert op.takes(one, one.positions, held)
     assert not op.takes(prefill, prefill.positions, held)
@@ -140,16 +157,41 @@ def test_a_copy_in_16_bits_takes_more_rows() -> None:
 
 
 def test_weights_that_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
-    good = layer(4, 32)
-    parts = {name: getattr(good, name) for name in ("input_norm", "qkv", "output", "mlp_norm", "gate_up", "window")}
-    plain = pack_linear(torch.randn(HIDDEN, INTERMEDIATE).bfloat16())
+    good, down = layer(4, 32), wide_layer(intermediate=INTERMEDIATE).down
+    plain = pack_linear(torch.randn(HIDDEN, INTERMEDIATE))
     ordered = pack_quantized(random_weight(HIDDEN, INTERMEDIATE, ordered=True), dtype=torch.bfloat16)
 
     assert can_decode([good])
-    assert not can_decode([good, LayerParts(down=plain, **parts)])
-    assert not can_decode([good, LayerParts(down=ordered, **parts)])
+    assert can_decode([wide_layer(), replace(good, down=down)])
+    assert not can_decode([good, replace(good, down=plain)])
+    assert not can_decode([good, replace(good, down=ordered)])
+    assert not can_decode([wide_layer(intermediate=INTERMEDIATE)])  # a block of gates would end in the middle of one
+    monkeypatch.setattr(dispatch, "deterministic", True)
+    assert not can_decode([wide_layer()])
+    monkeypatch.setattr(dispatch, "deterministic", False)
+    monkeypatch.setattr(linear_cpu, "_in_blocks", lambda outputs, inputs: (outputs, inputs) != SHAPES[1])
+    assert not can_decode([wide_layer()])
+    monkeypatch.undo()
+    monkeypatch.setattr(cpu_tiles, "_loop", lambda: None)  # another processor
+    assert not can_decode([wide_layer()])
+    monkeypatch.undo()
     monkeypatch.setattr(loops, "enabled", False)
     assert not can_decode([layer(4, 32)])
+    assert not can_decode([wide_layer()])
+
+
+def test_sums_in_bfloat16_are_the_same_in_any_company() -> None:
+    op, embedded = decoder([wide_layer(), wide_layer(bias=True)]), torch.randn(13, HIDDEN)
+    held = caches(2)
+    batch = batch_of([3] * 13)
+    whole = op(embedded, batch, batch.positions, [each.clone() for each in held])
+
+    for start, count in ((0, 1), (5, 2), (6, 7), (1, 12)):
+        some = slice(start, start + count)
+        part = PagedBatch.build(
+            [2] * count, [1] * count, batch.block_tables[some].tolist(), block_size=BLOCK_SIZE, device="cpu"
+        )
+        assert torch.equal(op(embedded[some], part, part.positions, [each.clone() for each in held]), whole[some])
 
 
 @pytest.mark.parametrize("what", ["position", "slot", "block"])

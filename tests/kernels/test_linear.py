@@ -1,8 +1,12 @@
+import ctypes
+import math
+
 import pytest
 import torch
 
 from dashinfer_kernels import dispatch, pack_linear
-from dashinfer_kernels.linear import launch, reference
+from dashinfer_kernels.linear import cpu, launch, reference
+from dashinfer_kernels.linear.cpu import PackedLinear
 
 
 @pytest.mark.parametrize(
@@ -52,6 +56,42 @@ def test_keeps_no_reference_to_the_weight_it_packed() -> None:
     weight.zero_()
 
     torch.testing.assert_close(layer(torch.ones(1, 6)), expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("out_features", "in_features"), [(64, 32), (16, 32), (70, 34), (1, 2), (960, 576), (576, 1536), (130, 100), (576, 30)]
+)
+def test_blocks_are_where_and_what_they_are_said_to_be(out_features: int, in_features: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    weight = torch.randn(out_features, in_features).bfloat16()
+    layer = PackedLinear(weight, None)
+    address, shape = layer.blocks, (-(-out_features // 64), -(-in_features // 32) * 16, 64, 2)
+    if address is None:
+        pytest.skip("this processor's layout is another")
+
+    values = (ctypes.c_char * (2 * math.prod(shape))).from_address(address)
+    blocks = torch.frombuffer(values, dtype=torch.bfloat16).view(shape)
+    actual = blocks.permute(0, 2, 1, 3).reshape(shape[0] * 64, -1)[:out_features, :in_features]
+    assert torch.equal(actual, weight)
+
+
+@pytest.mark.parametrize("places", [1, 64, 4096])
+def test_other_layouts_are_not_taken_for_blocks(places: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = PackedLinear(torch.randn(192, 96).bfloat16(), None)
+    memory = cpu._memory
+    monkeypatch.setattr(cpu, "_memory", lambda packed: memory(packed).roll(places))
+    cpu._in_blocks.cache_clear()
+    assert layer.blocks is None
+    monkeypatch.setattr(cpu, "_memory", lambda packed: memory(packed)[:-64])
+    cpu._in_blocks.cache_clear()
+    assert layer.blocks is None
+    cpu._in_blocks.cache_clear()
+
+
+@pytest.mark.parametrize(("dtype", "in_features"), [(torch.float32, 64), (torch.float16, 64), (torch.bfloat16, 63)])
+def test_weights_that_are_not_in_blocks(dtype: torch.dtype, in_features: int) -> None:
+    assert PackedLinear(torch.randn(64, in_features).to(dtype), None).blocks is None
 
 
 @pytest.mark.feature("Parallelism and recovery", "Same bits in any company")

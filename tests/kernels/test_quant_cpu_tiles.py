@@ -14,7 +14,7 @@ from dashinfer_kernels.quant_matmul.reference import quantized_linear
 
 pytestmark = pytest.mark.skipif(not cpu_tiles.fits(random_weight(16, 16), torch.bfloat16), reason="needs Numba and AVX512-BF16")
 
-ROWS = (0, 1, 2, 3, 4, 7, 33, 140)
+ROWS = (0, 1, 2, 3, 4, 5, 7, 33, 140)
 WEIGHTS = {
     "4 bits, 32": lambda: random_weight(160, 96, bits=4, group_size=32, symmetric=False),
     "4 bits, 128, signed, ordered": lambda: random_weight(70, 512, bits=4, group_size=128, ordered=True),
@@ -25,6 +25,8 @@ WEIGHTS = {
     "8 bits, 32": lambda: random_weight(200, 1536, group_size=32),
     "8 bits, 16, offsets, ordered": lambda: random_weight(30, 64, group_size=16, symmetric=False, ordered=True),
     "8 bits, whole rows": lambda: random_weight(131, 100),
+    "8 bits, whole long rows": lambda: random_weight(80, 2600),
+    "4 bits, long groups": lambda: random_weight(48, 3072, bits=4, group_size=768, symmetric=False),
     "8 bits, large": lambda: random_weight(3000, 1024),  # worth threads
 }
 
@@ -82,12 +84,13 @@ def test_sums_are_those_of_float32(bits: int) -> None:
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_blocks_of_four_rows_have_the_same_bits_in_any_company(name: str) -> None:
+def test_blocks_of_four_rows_have_the_same_bits_in_any_company(name: str, path: str) -> None:
     weight = WEIGHTS[name]()
     layer, x = packed(weight), torch.randn(21, weight.in_features).bfloat16()
     whole = layer.wide(x)
 
-    for start, count in ((0, 4), (4, 4), (8, 8), (0, 20), (20, 1)):
+    alone = () if path == "few" else ((1, 5), (17, 2), (9, 12))
+    for start, count in ((0, 4), (4, 4), (8, 8), (0, 20), (20, 1), *alone):
         assert torch.equal(layer.wide(x[start : start + count]), whole[start : start + count])
 
 

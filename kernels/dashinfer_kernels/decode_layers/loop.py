@@ -12,43 +12,68 @@ from dashinfer_kernels.activation.cpu_loop import silu_mul_row
 from dashinfer_kernels.attention.cpu_loop import attend, has_blocks
 from dashinfer_kernels.compiled import Loop, array, as_float, call, float_bits, given, meet, narrow, shared, take
 from dashinfer_kernels.norm.cpu_loop import add_rms_norm_row
-from dashinfer_kernels.quant_matmul.cpu_tile_loop import multiply_rows, sum_groups
-from dashinfer_kernels.quant_matmul.tile_product import TILE
+from dashinfer_kernels.quant_matmul.cpu_tile_loop import multiply_block_rows, multiply_rows, sum_groups
+from dashinfer_kernels.quant_matmul.tile_product import BLOCK, TILE
 from dashinfer_kernels.rope.cpu_loop import rotate
 
 __all__ = ["LINE", "PHASES", "decode", "float_bits"]
 
 LINEAR = 6  # numbers of a linear layer: the addresses of tiles and of the bias, or 0, groups, planes, inputs, outputs
+WIDE = 4  # planes of weights in bfloat16, whose tiles are the blocks of `linear.cpu.PackedLinear`
 LAYER = 4 * LINEAR + 4  # of a layer: its linear ones, the addresses of its norms and cache, its window
 PHASES = 5  # of a layer, in which work is dealt: each thread has a share of it, and then takes of the others'
 LINE = 64  # bytes between the numbers of next tasks, so that threads do not wait for one another's
 _RUN = 1 << 15  # bytes of codes that a thread takes at a time
+_DEPTH = 1 << 10  # pairs of inputs that a block is multiplied in at a time, to stay in the cache for more rows than one
+
+
+@shared
+def _width(linear):
+    """Outputs of a tile."""
+    return BLOCK if linear[3] == WIDE else TILE
+
+
+@shared
+def _bytes(linear):
+    """Of a tile."""
+    groups, planes, inputs = linear[2], linear[3], linear[4]
+    if planes == WIDE:
+        return -(-inputs // 32) * 64 * BLOCK
+    return groups * (inputs * planes // 8 // groups + 1) * TILE * 4
 
 
 @shared
 def _tile(linear, tile, x, sums, products, rows):
-    groups, planes, inputs = linear[2], linear[3], linear[4]
-    vectors = inputs * planes // 8 // groups
-    codes = linear[0] + tile * groups * (vectors + 1) * TILE * 4
+    """Products with a tile, to `products` [rows, width]."""
+    groups, planes, inputs, width = linear[2], linear[3], linear[4], products.shape[1]
+    weights = linear[0] + tile * _bytes(linear)
+    # addresses are taken here, since arrays live as long as they are used
     of, to = np.int64(sums.ctypes.data), np.int64(products.ctypes.data)
-    multiply_rows(codes, x, of, groups, vectors, to, rows, inputs, planes)
+    if planes == WIDE:
+        products[:] = 0
+        for first in range(0, inputs // 2, _DEPTH):
+            count = min(_DEPTH, inputs // 2 - first)
+            multiply_block_rows(weights + first * 4 * BLOCK, x + first * 4, to, rows, 2 * inputs, count)
+    else:
+        multiply_rows(weights, x, of, groups, inputs * planes // 8 // groups, to, rows, inputs, planes)
     if linear[1]:
-        bias = array(linear[1] + tile * TILE * 4, (TILE,), float32)
+        outputs = min(width, linear[5] - tile * width)
+        bias = array(linear[1] + tile * width * 4, (outputs,), float32)
         for row in range(rows):
-            for i in range(TILE):
+            for i in range(outputs):
                 products[row, i] += bias[i]
 
 
 @shared
 def _tiles_at_once(linear):
-    groups, planes, inputs = linear[2], linear[3], linear[4]
-    return max(1, _RUN // (groups * (inputs * planes // 8 // groups + 1) * TILE * 4))
+    return max(1, _RUN // _bytes(linear))
 
 
 @shared
 def _sum_inputs(linear, x, sums, rows):
     groups, inputs = linear[2], linear[4]
-    sum_groups(array(x, (rows, groups, inputs // groups), uint16), sums[: rows * groups].reshape((rows, groups)))
+    if linear[3] != WIDE:
+        sum_groups(array(x, (rows, groups, inputs // groups), uint16), sums[: rows * groups].reshape((rows, groups)))
 
 
 @shared
@@ -56,17 +81,19 @@ def _multiply(work, linear, x, sums, products, out, rows):
     """A product of `x` [rows, inputs], to `out` [rows, outputs]; the threads' tasks are tiles."""
     _sum_inputs(linear, x, sums, rows)
     tasks, thread, shares = work
-    tiles, run = linear[5] // TILE, _tiles_at_once(linear)
+    width = _width(linear)
+    tiles, run, of = -(-linear[5] // width), _tiles_at_once(linear), products[0, : rows * width].reshape((rows, width))
     for turn in range(shares):
         share = (thread + turn) % shares
         begin, end, counter = tiles * share // shares, tiles * (share + 1) // shares, tasks + share * LINE
         first = begin + take(counter) * run
         while first < end:
             for tile in range(first, min(end, first + run)):
-                _tile(linear, tile, x, sums, products, rows)
-                for row in range(rows):
-                    for i in range(TILE):
-                        out[row, tile * TILE + i] = narrow(products[row, i])
+                _tile(linear, tile, x, sums, of, rows)
+                for start in range(0, min(width, linear[5] - tile * width), TILE):
+                    for row in range(rows):
+                        for i in range(TILE):
+                            out[row, tile * width + start + i] = narrow(of[row, start + i])
             first = begin + take(counter) * run
 
 
@@ -75,20 +102,24 @@ def _multiply_gated(work, linear, x, sums, products, sides, out, rows):
     """As `_multiply`, of gates and what they are for, to `out` [rows, outputs / 2]; `sides` [2, TILE] is scratch."""
     _sum_inputs(linear, x, sums, rows)
     tasks, thread, shares = work
-    tiles, run = linear[5] // 2 // TILE, _tiles_at_once(linear)
+    width = _width(linear)
+    tiles, run, size = linear[5] // 2 // width, _tiles_at_once(linear), rows * width
+    gates, others = products[0, :size].reshape((rows, width)), products[1, :size].reshape((rows, width))
     for turn in range(shares):
         share = (thread + turn) % shares
         begin, end, counter = tiles * share // shares, tiles * (share + 1) // shares, tasks + share * LINE
         first = begin + take(counter) * run
         while first < end:
             for tile in range(first, min(end, first + run)):
-                _tile(linear, tile, x, sums, products[0], rows)
-                _tile(linear, tiles + tile, x, sums, products[1], rows)
-                for row in range(rows):
-                    for side in range(2):
+                _tile(linear, tile, x, sums, gates, rows)
+                _tile(linear, tiles + tile, x, sums, others, rows)
+                for start in range(0, width, TILE):
+                    for row in range(rows):
                         for i in range(TILE):
-                            sides[side, i] = narrow(products[side, row, i])
-                    silu_mul_row(sides[0], sides[1], out[row, tile * TILE : (tile + 1) * TILE])
+                            sides[0, i] = narrow(gates[row, start + i])
+                            sides[1, i] = narrow(others[row, start + i])
+                        at = tile * width + start
+                        silu_mul_row(sides[0], sides[1], out[row, at : at + TILE])
             first = begin + take(counter) * run
 
 
@@ -124,7 +155,7 @@ def decode(work):
     own = thread * scratch
     stream, x = array(stream_ptr + own, (rows, hidden), float32), normed_ptr + own
     normed, group_sums = array(x, (rows, hidden), uint16), array(group_sums_ptr + own, (rows * most_groups,), float32)
-    products, sides = array(products_ptr + own, (2, rows, TILE), float32), array(sides_ptr + own, (2, TILE), uint16)
+    products, sides = array(products_ptr + own, (2, rows * BLOCK), float32), array(sides_ptr + own, (2, TILE), uint16)
     heads = array(heads_ptr + own, (2, shared_heads, head_dim), float32)
     scores = array(scores_ptr + own, (shared_heads, table_width * block_size), float32)
     embedded = array(embedded_ptr, (rows, hidden), float32)
@@ -138,7 +169,7 @@ def decode(work):
         cache = array(numbers[4 * LINEAR + 2], (num_blocks, 2, num_kv_heads, block_size, head_dim), uint16)
         for row in range(rows):
             add_rms_norm_row(added[row], stream[row], input_norm, eps, normed[row])
-        _multiply((tasks, thread, shares), numbers[:LINEAR], x, group_sums, products[0], flat_qkv, rows)
+        _multiply((tasks, thread, shares), numbers[:LINEAR], x, group_sums, products, flat_qkv, rows)
         tasks = _next_phase(work, tasks, team)
 
         task = take(tasks)
@@ -165,7 +196,7 @@ def decode(work):
         tasks = _next_phase(work, tasks, team)
 
         output = numbers[LINEAR : 2 * LINEAR]
-        _multiply((tasks, thread, shares), output, attended_ptr, group_sums, products[0], added, rows)
+        _multiply((tasks, thread, shares), output, attended_ptr, group_sums, products, added, rows)
         tasks = _next_phase(work, tasks, team)
 
         for row in range(rows):
@@ -175,7 +206,7 @@ def decode(work):
         tasks = _next_phase(work, tasks, team)
 
         down = numbers[3 * LINEAR : 4 * LINEAR]
-        _multiply((tasks, thread, shares), down, activated_ptr, group_sums, products[0], added, rows)
+        _multiply((tasks, thread, shares), down, activated_ptr, group_sums, products, added, rows)
         tasks = _next_phase(work, tasks, team)
     if take(tasks) == 0:
         out, final_norm = array(out_ptr, (rows, hidden), uint16), array(norm_ptr, (hidden,), float32)

@@ -8,9 +8,14 @@ A type that the processor cannot multiply is packed as float32, which costs twic
 `nbytes`: bfloat16 without AVX512, and float16 without AVX512-FP16 or AVX-NE-CONVERT. `F.linear` in float16 is quicker there
 for one row, and five times slower from 16 rows up.
 
+Of bfloat16 layers `decode_layers` reads the same copy in place, where a probe finds it in the layout that it knows.
+
 Libraries choose how to sum by the number of rows (one row is summed otherwise than two, where there are many inputs).
 Deterministic mode therefore multiplies `TILE` rows at a time, always: then a row's place and its neighbours do not matter.
 """
+
+import ctypes
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +25,8 @@ from dashinfer_kernels import dispatch
 
 # Rows of a product in deterministic mode. Fewer would make prefills slower still, more a single row.
 TILE = 16
+
+BLOCK = 64  # outputs, see `PackedLinear.blocks`
 
 _packers = torch.ops.mkldnn
 _multiply = None
@@ -39,7 +46,11 @@ def packed_dtype(dtype: torch.dtype) -> torch.dtype | None:
 
 
 class PackedLinear:
-    """One layer; see `launch.Linear`."""
+    """One layer; see `launch.Linear`.
+
+    Attributes:
+        bias: [outputs], the type of products, or None.
+    """
 
     takes = None
 
@@ -48,7 +59,7 @@ class PackedLinear:
         self.dtype = weight.dtype
         found = packed_dtype(weight.dtype)
         self._compute = found or weight.dtype
-        self._bias = None if bias is None else bias.to(self._compute)
+        self.bias = None if bias is None else bias.to(self._compute)
         self._packed = found is not None
         if self._packed:
             self._weight = _packers._reorder_linear_weight(weight.detach().to(self._compute).contiguous())
@@ -57,6 +68,14 @@ class PackedLinear:
         # Padding that the blocked layout may add is below a percent and cannot be asked for.
         elements = weight.numel() + (0 if bias is None else bias.numel())
         self.nbytes = elements * self._compute.itemsize
+
+    @property
+    def blocks(self) -> int | None:
+        """The address of [ceil(outputs / 64), ceil(inputs / 32) * 16, 64, 2] bfloat16, which belong to the layer: blocks of 64
+        outputs, two inputs of each side by side. None: weights are of another type, or lie otherwise."""
+        if not self._packed or self._compute != torch.bfloat16 or not _in_blocks(self.out_features, self.in_features):
+            return None
+        return _packers.data_ptr(self._weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         y = x.to(self._compute)
@@ -68,9 +87,9 @@ class PackedLinear:
 
     def _product(self, x: Tensor) -> Tensor:
         if not self._packed:
-            return F.linear(x, self._weight, self._bias)
+            return F.linear(x, self._weight, self.bias)
         assert _multiply is not None
-        return _multiply(x, self._weight, self._bias, "none", [], "")
+        return _multiply(x, self._weight, self.bias, "none", [], "")
 
     def _product_of_tiles(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features).contiguous()
@@ -80,3 +99,29 @@ class PackedLinear:
         tiles = [self._product(tile) for tile in rows.split(TILE)]
         y = tiles[0] if len(tiles) == 1 else torch.cat(tiles)
         return y[:count].view(*x.shape[:-1], self.out_features)
+
+
+@cache
+def _in_blocks(outputs: int, inputs: int) -> bool:
+    """Whether packed weights of a shape lie as `PackedLinear.blocks` says, by what becomes of some that are known."""
+    if inputs % 2 or not hasattr(_packers, "data_ptr"):
+        return False
+    numbers = torch.Generator().manual_seed(0)
+    weight = torch.randint(-128, 128, (outputs, inputs), generator=numbers, dtype=torch.bfloat16)
+    packed = _packers._reorder_linear_weight(weight)
+    found = _memory(packed)
+    shape = -(-outputs // BLOCK), -(-inputs // 32) * 16, BLOCK
+    if found.numel() != shape[0] * shape[1] * shape[2]:
+        return False
+    blocks = found.view(shape).split(1)
+    return all(
+        torch.equal(block[0, : inputs // 2, : len(part)], part.view(torch.int32).T)
+        for block, part in zip(blocks, weight.split(BLOCK), strict=True)
+    )
+
+
+def _memory(packed: Tensor) -> Tensor:
+    """What a packed tensor holds, as int32, as long as it lives."""
+    size = _packers._nbytes(packed)
+    held = (ctypes.c_char * size).from_address(_packers.data_ptr(packed))
+    return torch.frombuffer(held, dtype=torch.int32)

@@ -2,7 +2,7 @@
 
 | layer | weights | few rows | many rows |
 |---|---|---|---|
-| `TileLinear` | 8 bits or fewer in groups of a multiple of 8; bfloat16 on AVX512-BF16 | compiled loops | blocks |
+| `TileLinear` | 8 bits or fewer in groups of a multiple of 8; bfloat16 on AVX512-BF16 | compiled loops | the same |
 | `NibbleLinear` | 4 bits or fewer, or 8, in groups of a multiple of 32 | `_weight_int4pack_mm_for_cpu` | blocks |
 | `RowLinear` | 8 bits, a scale an output | `_weight_int8pack_mm` | blocks |
 | `IntegerLinear` | 8 bits, a scale an output, int8 activations | oneDNN's int8 product | the same |

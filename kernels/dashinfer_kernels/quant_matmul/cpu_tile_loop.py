@@ -1,14 +1,15 @@
-"""Tiles of 4- and 8-bit codes times a few rows, and their values in bfloat16, as compiled loops; see `tile_product`."""
+"""Tiles of 4- and 8-bit codes times few rows, their values in bfloat16 times many, as compiled loops; see `tile_product`."""
 
 import numpy as np
 import torch
-from numba import float32, uint16, uint32
+from numba import float32, uint16
 from torch import Tensor
 
 from dashinfer_kernels.compiled import Loop, array, given, narrow, shared, take, widen
-from dashinfer_kernels.quant_matmul.tile_product import TILE, multiply_tile
+from dashinfer_kernels.quant_matmul.tile_product import BLOCK, BLOCK_ROWS, TILE, multiply_block, multiply_tile, unpack_vectors
 
 _RUN = 1 << 18  # bytes of codes that a thread takes at a time, as a rule
+_DEPTH = 1024  # inputs of the values that are in the cache at a time
 
 
 @shared
@@ -92,38 +93,79 @@ def multiply(x: Tensor, tiles: Tensor, outputs: int, planes: int, dtype: torch.d
     return out
 
 
+@shared
+def multiply_block_rows(weights, x, out, rows, stride, pairs):
+    """`multiply_block` of any number of rows; addresses, `out` [rows, 64] contiguous, `stride` in bytes."""
+    row = 0
+    while row < rows:
+        at, to, left = x + row * stride, out + row * BLOCK * 4, rows - row
+        if left >= 6:
+            multiply_block(weights, at, stride, pairs, to, 6)
+        elif left == 5:
+            multiply_block(weights, at, stride, pairs, to, 5)
+        elif left == 4:
+            multiply_block(weights, at, stride, pairs, to, 4)
+        elif left == 3:
+            multiply_block(weights, at, stride, pairs, to, 3)
+        elif left == 2:
+            multiply_block(weights, at, stride, pairs, to, 2)
+        else:
+            multiply_block(weights, at, stride, pairs, to, 1)
+        row += BLOCK_ROWS
+
+
+@shared
+def _unpack(tile, vectors, first, last, planes, out):
+    """The values of a tile, of some vectors of codes, to a quarter of blocks of weights; addresses."""
+    group, begin = first // vectors, first % vectors
+    while first < last:
+        count = min(last - first, vectors - begin)
+        header = tile + group * (vectors + 1) * TILE * 4
+        codes = header + (begin + 1) * TILE * 4
+        if planes == 1:
+            unpack_vectors(header, codes, count, out, 1)
+        else:
+            unpack_vectors(header, codes, count, out, 2)
+        first, group, begin, out = first + count, group + 1, 0, out + count * 4 // planes * BLOCK * 4
+
+
 @Loop
-def _unpack(work):
-    """A task is a group of a tile."""
-    _, tasks, _, codes_ptr, out_ptr, tiles, inputs, groups, planes = given(work, 9)
+def _multiply_many(work):
+    """A task is a share of blocks of outputs times rows, one after the other; values are unpacked to the cache for each."""
+    _, shares, _, codes, x_ptr, out_ptr, rows, inputs, outputs, groups, planes, depth = given(work, 12)
     vectors = inputs * planes // 8 // groups
-    codes = array(codes_ptr, (tiles, groups, vectors + 1, TILE), uint32)
-    header = array(codes_ptr, (tiles, groups, vectors + 1, 2, TILE), uint16)
-    out = array(out_ptr, (inputs, tiles, TILE), uint16)
-    bits, middle, pairs = 4 * planes, np.float32(8 if planes == 1 else 128), 4 // planes
-    mask = np.uint32((1 << bits) - 1)
-    task = take(work)
-    while task < tasks:
-        tile, group = task // groups, task % groups
-        for vector in range(vectors):
-            for pair in range(pairs):
-                for side in range(2):
-                    at = ((group * vectors + vector) * pairs + pair) * 2 + side
-                    shift = np.uint32(pair * bits + side * 16)
-                    for j in range(TILE):
-                        code = np.float32(np.int32((codes[tile, group, vector + 1, j] >> shift) & mask))
-                        scale, zero = widen(header[tile, group, 0, 0, j]), widen(header[tile, group, 0, 1, j])
-                        out[at, tile, j] = narrow((code - middle) * scale + zero)
-        task = take(work)
+    tiles, blocks, parts = -(-outputs // TILE), -(-outputs // BLOCK), -(-rows // BLOCK_ROWS)
+    size, out = groups * (vectors + 1) * TILE * 4, array(out_ptr, (rows, outputs), uint16)
+    pairs = 4 // planes
+    values, products = np.zeros((depth * pairs, BLOCK), np.uint32), np.empty((rows, BLOCK), np.float32)
+    share = take(work)
+    while share < shares:
+        unit, end = blocks * parts * share // shares, blocks * parts * (share + 1) // shares
+        while unit < end:
+            block, part = unit // parts, unit % parts
+            unit += min(parts - part, end - unit)
+            begin, until = part * BLOCK_ROWS, min(rows, (unit - block * parts) * BLOCK_ROWS)
+            products[begin:until] = 0
+            for first in range(0, groups * vectors, depth):
+                last = min(first + depth, groups * vectors)
+                for side in range(min(BLOCK // TILE, tiles - block * (BLOCK // TILE))):
+                    tile = block * (BLOCK // TILE) + side
+                    at = np.int64(values.ctypes.data) + side * TILE * 4
+                    _unpack(codes + tile * size, vectors, first, last, planes, at)
+                at, of = np.int64(values.ctypes.data), np.int64(products.ctypes.data)
+                x = x_ptr + begin * 2 * inputs + first * 4 * pairs
+                multiply_block_rows(at, x, of + begin * BLOCK * 4, until - begin, 2 * inputs, (last - first) * pairs)
+            for row in range(begin, until):
+                for i in range(min(BLOCK, outputs - block * BLOCK)):
+                    out[row, block * BLOCK + i] = narrow(products[row, i])
+        share = take(work)
 
 
-def unpack(tiles: Tensor, planes: int, out: Tensor) -> None:
-    """The values of some tiles.
-
-    Args:
-        tiles: [count, groups, bytes] uint8, contiguous.
-        planes: as of `multiply`.
-        out: [inputs, 16 * count] bfloat16, contiguous, where the values go.
-    """
-    count, groups, _ = tiles.shape
-    _unpack(count * groups, out.numel(), tiles.data_ptr(), out.data_ptr(), count, len(out), groups, planes)
+def multiply_many(x: Tensor, tiles: Tensor, outputs: int, planes: int) -> Tensor:
+    """As `multiply`, in bfloat16: values are rounded to it, and multiplied by all rows while they are in the cache."""
+    rows, inputs = x.shape
+    out = torch.empty(rows, outputs, dtype=torch.bfloat16)
+    addresses = tiles.data_ptr(), x.data_ptr(), out.data_ptr()
+    shares, depth = torch.get_num_threads(), _DEPTH * planes // 8
+    _multiply_many(shares, tiles.numel(), *addresses, rows, inputs, outputs, tiles.shape[1], planes, depth)
+    return out

@@ -4,6 +4,8 @@ A tile is 16 outputs. For each group of inputs it has 16 scales and 16 offsets i
 then vectors of 16 words of 32 bits, a word an output, with the codes of 8 inputs of 4 bits or of 4 inputs of 8. A code's four
 bits below the exponent of 128 are the bfloat16 number 128 + code, so a shift, a mask and one instruction multiply two inputs of
 each output; what that is too much is 128 times the sum of the inputs. Eight bits are two codes of four, of the same inputs.
+
+Weights in bfloat16 come in blocks of 64 outputs, that is four vectors of two inputs each, as oneDNN keeps them as well.
 """
 
 from llvmlite import binding, ir
@@ -13,10 +15,16 @@ from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 TILE = 16  # outputs
+BLOCK = 4 * TILE  # outputs of weights in bfloat16
+BLOCK_ROWS = 6  # that a product of a block keeps in registers, at most
 _FLOATS = ir.VectorType(ir.FloatType(), TILE)
 _WORDS = ir.VectorType(ir.IntType(32), TILE)
+_PAIRS = ir.VectorType(ir.IntType(16), 2 * TILE)
+_WORDS_OF_PAIRS = ir.VectorType(ir.IntType(32), 2 * TILE)
 _HALVES = ir.VectorType(ir.IntType(16), TILE)
 _DOT = ir.InlineAsm(ir.FunctionType(_FLOATS, [_FLOATS, _WORDS, _WORDS]), "vdpbf16ps $3, $2, $0", "=v,0,v,v")
+# of two vectors, the second's numbers before the first's
+_NARROW = ir.InlineAsm(ir.FunctionType(_PAIRS, [_FLOATS, _FLOATS]), "vcvtne2ps2bf16 $2, $1, $0", "=v,v,v")
 
 
 def available() -> bool:
@@ -119,3 +127,97 @@ def multiply_tile(context, codes, x, stride, sums, groups, vectors, out, rows, p
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 7, rows, planes), generate
+
+
+@intrinsic(prefer_literal=True)
+def multiply_block(context, weights, x, stride, pairs, out, rows):
+    """Add the products of a block of weights in bfloat16 to [rows, 64] float32 at `out`; sums go by inputs, two at a time.
+
+    Args:
+        weights: [pairs, 64, 2] bfloat16: two inputs' of each output side by side.
+        x: [rows, 2 * pairs] bfloat16.
+        stride: bytes from one row of `x` to the next.
+        rows: a literal of at most `BLOCK_ROWS`.
+    """
+    count, vectors = rows.literal_value, BLOCK // TILE
+
+    def generate(context, builder, signature, arguments):
+        weights, x, stride, pairs, out = arguments[:5]
+        integer = weights.type
+
+        def pointer(address, kind):
+            return builder.inttoptr(address, kind.as_pointer())
+
+        def all_of(value):
+            first = builder.insert_element(ir.Constant(_WORDS, ir.Undefined), value, ir.IntType(32)(0))
+            return builder.shuffle_vector(first, ir.Constant(_WORDS, ir.Undefined), ir.Constant(_WORDS, [0] * TILE))
+
+        places = [[integer(4 * TILE * (vectors * row + i)) for i in range(vectors)] for row in range(count)]
+        places = [[pointer(builder.add(out, place), _FLOATS) for place in of_row] for of_row in places]
+        sums = [[cgutils.alloca_once(builder, _FLOATS) for _ in range(vectors)] for _ in range(count)]
+        for of_row, sums_of_row in zip(places, sums, strict=True):
+            for place, total in zip(of_row, sums_of_row, strict=True):
+                builder.store(builder.load(place, align=4), total)
+        starts = [builder.add(x, builder.mul(stride, integer(row))) for row in range(count)]
+        with cgutils.for_range(builder, pairs) as pair:
+            begin = builder.add(weights, builder.mul(pair.index, integer(4 * BLOCK)))
+            found = [builder.add(begin, integer(4 * TILE * i)) for i in range(vectors)]
+            found = [builder.load(pointer(each, _WORDS), align=4) for each in found]
+            for start, sums_of_row in zip(starts, sums, strict=True):
+                at = builder.add(start, builder.mul(pair.index, integer(4)))
+                twins = all_of(builder.load(pointer(at, ir.IntType(32)), align=2))
+                for each, total in zip(found, sums_of_row, strict=True):
+                    builder.store(builder.call(_DOT, [builder.load(total), each, twins]), total)
+        for of_row, sums_of_row in zip(places, sums, strict=True):
+            for place, total in zip(of_row, sums_of_row, strict=True):
+                builder.store(builder.load(total), place, align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5, rows), generate
+
+
+@intrinsic(prefer_literal=True)
+def unpack_vectors(context, header, codes, vectors, out, planes):
+    """The values of some vectors of codes, which bfloat16 rounds, at a quarter of each [64, 2] from `out` on.
+
+    Args:
+        header: the scales and offsets of the vectors' group.
+        planes: as of `multiply_tile`; a literal.
+    """
+    halves = planes.literal_value
+    each, bits, middle = 4 // halves, 4 * halves, 8.0 if halves == 1 else 128.0
+
+    def generate(context, builder, signature, arguments):
+        header, codes, vectors, out = arguments[:4]
+        integer = codes.type
+
+        def load(address, kind):
+            return builder.load(builder.inttoptr(address, kind.as_pointer()), align=4)
+
+        def words(value):
+            return ir.Constant(_WORDS, [value] * TILE)
+
+        def widened(address):
+            return builder.bitcast(builder.shl(builder.zext(load(address, _HALVES), _WORDS), words(16)), _FLOATS)
+
+        def multiply_add(a, b, c):
+            return builder.fadd(builder.fmul(a, b, flags=("contract",)), c, flags=("contract",))
+
+        scales = widened(header)
+        zeros = multiply_add(scales, ir.Constant(_FLOATS, [-middle] * TILE), widened(builder.add(header, integer(2 * TILE))))
+        order = ir.Constant(_WORDS_OF_PAIRS, [side * TILE + i for i in range(TILE) for side in range(2)])
+        with cgutils.for_range(builder, vectors) as vector:
+            word = load(builder.add(codes, builder.mul(vector.index, integer(4 * TILE))), _WORDS)
+            to = builder.add(out, builder.mul(vector.index, integer(each * 4 * BLOCK)))
+            for part in range(each):
+                sides = []
+                for shift in (bits * part, bits * part + 16):
+                    code = builder.and_(builder.lshr(word, words(shift)), words((1 << bits) - 1))
+                    sides.append(multiply_add(builder.sitofp(code, _FLOATS), scales, zeros))
+                pairs = builder.call(_NARROW, [sides[1], sides[0]])
+                pairs = builder.shuffle_vector(pairs, ir.Constant(_PAIRS, ir.Undefined), order)
+                place = builder.inttoptr(builder.add(to, integer(part * 4 * BLOCK)), _PAIRS.as_pointer())
+                builder.store(pairs, place, align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4, planes), generate
