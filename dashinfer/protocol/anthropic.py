@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 from dashinfer.errors import InvalidRequest, RequestError
 from dashinfer.protocol.base import RequestModel, TextOrObjects
 from dashinfer.protocol.chat import MAX_MESSAGES, ChatCompletionRequest, ChoiceFinish
+from dashinfer.protocol.constraints import Schema
 from dashinfer.protocol.parse import invalid
 from dashinfer.protocol.stream import escape_line_ends
 from dashinfer.protocol.tools import MAX_TOOLS
@@ -41,6 +42,18 @@ class ToolDefinition(RequestModel):
     cache_control: Any = Field(default=None, description="ignored: the prefix cache needs no marks")
 
 
+class OutputFormat(RequestModel):
+    type: Literal["json_schema"]
+    json_schema: Schema = Field(alias="schema", description="a keyword that cannot be enforced is refused")
+
+
+class OutputConfig(RequestModel):
+    format: OutputFormat | None = None
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = Field(
+        default=None, description="a chat's reasoning_effort"
+    )
+
+
 class CountTokensRequest(RequestModel):
     """What a prompt is made of."""
 
@@ -50,6 +63,15 @@ class CountTokensRequest(RequestModel):
     tools: Annotated[list[ToolDefinition], Field(fail_fast=True)] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_choice: dict[str, Any] | None = Field(default=None, description="type: auto, any, tool (with name) or none")
     thinking: dict[str, Any] | None = Field(default=None, description="type: enabled (with budget_tokens) or disabled")
+    output_config: OutputConfig | None = Field(default=None, description="what the answer is, and how much is thought")
+    output_format: OutputFormat | None = Field(default=None, description="older name of output_config.format")
+    cache_control: Any = Field(default=None, description="ignored: the prefix cache needs no marks")
+
+    @model_validator(mode="after")
+    def _one_format(self) -> "CountTokensRequest":
+        if self.output_format is not None and self.output_config is not None and self.output_config.format is not None:
+            raise PydanticCustomError("at:output_format", "excludes `output_config.format`, its newer name")
+        return self
 
     def chat(self) -> ChatCompletionRequest:
         """The same as a chat. Raises InvalidRequest."""
@@ -101,10 +123,21 @@ def _chat(request: CountTokensRequest, fields: dict[str, Any]) -> ChatCompletion
             fields["reasoning_effort"] = "none"
         elif isinstance(budget := thinking.get("budget_tokens"), int):
             fields["max_thinking_tokens"] = budget
+    config = request.output_config or OutputConfig()
+    if config.effort is not None and "reasoning_effort" not in fields:
+        fields["reasoning_effort"] = config.effort
+    if (form := config.format or request.output_format) is not None:
+        schema = {"name": "answer", "schema": form.json_schema, "strict": True}
+        fields["response_format"] = {"type": "json_schema", "json_schema": schema}
     try:
         return ChatCompletionRequest.model_validate(fields)
     except ValidationError as error:
         raise invalid(error) from None
+
+
+def in_our_words(error: InvalidRequest) -> None:
+    """Give a refusal of the chat that a request became the name that its field has here."""
+    error.message = error.message.replace("response_format.json_schema.schema", "output_config.format.schema")
 
 
 def _system(system: str | list[Block] | None) -> Iterator[dict[str, Any]]:

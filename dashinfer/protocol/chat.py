@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from dashinfer.protocol.base import RequestModel, TextOrObjects
 from dashinfer.protocol.constraints import ConstrainedRequest
 from dashinfer.protocol.fields import SamplingFields
 from dashinfer.protocol.messages import (
@@ -29,6 +30,11 @@ MAX_MESSAGES = 4096
 MAX_TOP_LOGPROBS = 20
 
 
+class Prediction(RequestModel):
+    type: Literal["content"]
+    content: TextOrObjects
+
+
 class ChatCompletionRequest(SamplingFields, ConstrainedRequest, CallingRequest):
     """A chat. A null stands for a field that is left out; an unknown field is refused."""
 
@@ -43,6 +49,7 @@ class ChatCompletionRequest(SamplingFields, ConstrainedRequest, CallingRequest):
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
         default=None, description="a name for the chat template; without effect where the template does not read it"
     )
+    verbosity: Literal["low", "medium", "high"] | None = Field(default=None, description="as reasoning_effort")
 
     # Beyond OpenAI
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, max_length=64, description="names for the chat template")
@@ -61,6 +68,7 @@ class ChatCompletionRequest(SamplingFields, ConstrainedRequest, CallingRequest):
     safety_identifier: str | None = Field(default=None, description="ignored")
     prompt_cache_key: str | None = Field(default=None, description="ignored: the prefix cache needs no key")
     prompt_cache_retention: str | None = Field(default=None, description="ignored")
+    prediction: Prediction | None = Field(default=None, description="ignored: it would only be a matter of speed")
     modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = Field(
         default=None, description='["text"] only'
     )

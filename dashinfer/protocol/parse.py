@@ -20,7 +20,7 @@ from dashinfer.protocol.tools import CHOICE_TAGS
 R = TypeVar("R", bound=RequestModel)
 
 # Fields of OpenAI's API that change an answer and that this server does not know: never ignored.
-UNSUPPORTED = frozenset({"functions", "function_call", "audio", "prediction", "web_search_options", "verbosity"})
+UNSUPPORTED = frozenset({"functions", "function_call", "audio", "web_search_options"})
 
 _LONE_SURROGATE = re.compile(rb"\\u[dD](?:[89aAbB]..(?!\\u[dD][c-fC-F])|[c-fC-F])")
 _JSON_NAMES = {str: "a string", bool: "a boolean", int: "a number", float: "a number", list: "an array", dict: "an object"}

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import msgspec
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from dashinfer.protocol.base import RequestModel
@@ -20,8 +20,15 @@ MAX_TOKENS = 2**20  # of one request to be detokenised
 _encode = msgspec.json.Encoder().encode
 
 
+def _given(name: str, kind: str) -> dict[str, Any]:
+    """JSON Schema of an object that has a field, which is not null."""
+    return {"required": [name], "properties": {name: {"type": kind}}}
+
+
 class TokenizeRequest(RequestModel):
     """A prompt, or messages as a chat has them."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [_given("prompt", "string"), _given("messages", "array")]})
 
     model: str | None = Field(default=None, description="default: the model that is served")
     prompt: str | None = Field(default=None, description="text; excludes messages")

@@ -46,13 +46,15 @@ class AnswerPlan:
 
 
 def template_kwargs(request: ChatCompletionRequest, text: TextModel) -> dict[str, Any]:
-    """Names for the chat template: `reasoning_effort` where it reads that, and what the request says itself before all."""
+    """Names for the chat template: `reasoning_effort` and `verbosity` where it reads them; the request's own go before all."""
     kwargs: dict[str, Any] = {}
     if (effort := request.reasoning_effort) is not None:
         if "reasoning_effort" in text.template.reads:
             kwargs["reasoning_effort"] = effort
         if effort == "none" and "enable_thinking" in text.template.reads:
             kwargs["enable_thinking"] = False
+    if request.verbosity is not None and "verbosity" in text.template.reads:
+        kwargs["verbosity"] = request.verbosity
     return kwargs | request.chat_template_kwargs
 
 

@@ -76,7 +76,11 @@ class MessagesAnswer:
 
 async def start(service: Service, body: chat.Buffer, stack: ExitStack) -> MessagesAnswer:
     """Hand a request to the engine; as `chat.start`. Raises RequestError."""
-    return MessagesAnswer(service, await chat.start(service, body, stack, read=_read))
+    try:
+        return MessagesAnswer(service, await chat.start(service, body, stack, read=_read))
+    except InvalidRequest as error:
+        protocol.in_our_words(error)
+        raise
 
 
 async def count_tokens(service: Service, body: chat.Buffer) -> bytes:

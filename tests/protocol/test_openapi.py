@@ -113,3 +113,11 @@ def test_events_are_described_by_their_fields(document: dict[str, Any]) -> None:
 
     assert data("/v1/messages")["contentSchema"] == {"$ref": "#/components/schemas/MessagesEvent"}
     assert data("/v1/chat/completions")["anyOf"][0] == {"const": "[DONE]"}
+
+
+def test_tokenize_takes_one_of_two(document: dict[str, Any]) -> None:
+    schema = document["components"]["schemas"]["TokenizeRequest"]
+
+    assert [one["required"] for one in schema["oneOf"]] == [["prompt"], ["messages"]]
+    given = [one["properties"] for one in schema["oneOf"]]
+    assert given == [{"prompt": {"type": "string"}}, {"messages": {"type": "array"}}]  # a null is none of both

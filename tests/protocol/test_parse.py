@@ -220,7 +220,6 @@ def test_bad_parts_are_named(part: dict[str, Any], param: str, words: str) -> No
         ({"functions": [{"name": "f"}]}, "functions"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"audio": {"voice": "x"}}, "audio"),
-        ({"prediction": {"type": "content"}}, "prediction"),
         ({"web_search_options": {}}, "web_search_options"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages.0.content.0"),
         ({"messages": [{"role": "assistant", "content": "", "function_call": {"name": "f"}}]}, "messages.0.function_call"),
@@ -230,6 +229,17 @@ def test_what_is_not_supported_is_said(fields: dict[str, Any], param: str) -> No
     error = refusal(**fields)
 
     assert (error.param, error.code) == (param, "unsupported_parameter")
+
+
+def test_a_prediction_has_its_shape() -> None:
+    assert parse(prediction={"type": "content", "content": [{"type": "text", "text": "a"}]}).verbosity is None
+    assert refusal(prediction={"type": "content"}).param == "prediction.content"
+    assert refusal(prediction={"type": "x", "content": "a"}).param == "prediction.type"
+
+
+def test_verbosity_is_one_of_three() -> None:
+    assert parse(verbosity="low").verbosity == "low"
+    assert refusal(verbosity="loud").param == "verbosity"
 
 
 @pytest.mark.parametrize("fields", [{"reasoning_content": "Hm"}, {"reasoning": "Hm"}])

@@ -2,15 +2,17 @@
 
 import json
 from collections.abc import AsyncIterator
+from datetime import date
 from typing import Any
 
 import anthropic
 import httpx
 import pytest
 import trio
-from pydantic import TypeAdapter
+from pydantic import BaseModel, Field, TypeAdapter
 
 from dashinfer.errors import InternalError, InvalidRequest
+from dashinfer.guidance.spec import Constraint
 from dashinfer.protocol.anthropic import AnthropicError, MessagesRequest, MessagesResponse, TokenCount
 from dashinfer.protocol.parse import parse_request
 from dashinfer.serving import app, service
@@ -27,6 +29,9 @@ TOOL = {
     "description": WEATHER["function"]["description"],
     "input_schema": WEATHER["function"]["parameters"],
 }
+
+PERSON = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"], "additionalProperties": False}
+FORMAT = {"type": "json_schema", "schema": PERSON}
 
 
 THEIR_EVENT = TypeAdapter(anthropic.types.RawMessageStreamEvent)
@@ -175,6 +180,12 @@ async def test_an_answer_that_is_begun_goes_on(run_server: RunServer) -> None:
         ({"thinking": {"type": "maybe"}}, "`thinking.type`"),
         ({"temperature": 1.5}, "`temperature`"),
         ({"nonsense": 1}, "`nonsense`"),
+        ({"output_config": {"format": {"type": "json_object"}}}, "`output_config.format.type`"),
+        ({"output_config": {"format": {"type": "json_schema", "schema": 5}}}, "`output_config.format.schema`"),
+        ({"output_config": {"format": {"type": "json_schema", "schema": {"type": "x"}}}}, "`output_config.format.schema`"),
+        ({"output_config": {"format": {"type": "json_schema", "schema": {"not": {}}}}}, "`output_config.format.schema`"),
+        ({"output_config": {"effort": "least"}}, "`output_config.effort`"),
+        ({"output_config": {"format": FORMAT}, "output_format": FORMAT}, "`output_format`"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -294,6 +305,64 @@ async def test_the_anthropic_client(run_server: RunServer, model: TextModel) -> 
         assert message.stop_reason == "tool_use"
     assert streamed.usage.output_tokens == whole.usage.output_tokens
     assert tokens > 10
+
+
+@pytest.mark.feature("Structured output", "JSON, JSON Schema")
+@pytest.mark.parametrize("fields", [{"output_config": {"format": FORMAT}}, {"output_format": FORMAT}])
+async def test_a_format_is_a_grammar(run_server: RunServer, fields: dict[str, Any]) -> None:
+    async with run_server() as server:
+        plain, answer = await ask(server), await ask(server, **fields)
+        none, grammar = server.engine.grammars
+        count = await server.client.post(
+            "/v1/messages/count_tokens", json={"model": "demo", "messages": [{"role": "user", "content": "hi"}], **fields}
+        )
+
+    assert (plain.status_code, answer.status_code, count.status_code) == (200, 200, 200)
+    assert (none, grammar is None) == (None, False)
+    body = {"model": "demo", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}], **fields}
+    constraint = parse_request(MessagesRequest, json.dumps(body).encode()).chat().constraint()
+    assert constraint == Constraint.from_schema(PERSON, "response_format.json_schema.schema")
+
+
+@pytest.mark.parametrize(
+    ("fields", "effort"),
+    [
+        ({"output_config": {"effort": "low"}}, "low"),
+        ({"output_config": {"effort": "max"}}, "max"),
+        ({"output_config": {"effort": "max"}, "thinking": {"type": "disabled"}}, "none"),
+        ({"output_config": {"effort": "low"}, "thinking": {"type": "adaptive"}}, "low"),
+        ({"output_config": {}}, None),
+    ],
+)
+def test_effort(fields: dict[str, Any], effort: str | None) -> None:
+    body = {"model": "demo", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}], **fields}
+
+    assert parse_request(MessagesRequest, json.dumps(body).encode()).chat().reasoning_effort == effort
+
+
+@pytest.mark.feature("Clients", "Anthropic's for Python")
+@pytest.mark.feature("Structured output", "JSON, JSON Schema")
+async def test_the_anthropic_client_parses(run_server: RunServer) -> None:
+    class Person(BaseModel):
+        name: str = Field(min_length=1)
+        born: date | None = None
+
+    async with run_server() as server:
+
+        def use() -> tuple[Any, Any, Any]:
+            with anthropic.Anthropic(base_url=server.url, api_key="-", max_retries=0, timeout=10) as client:
+                said = 'say {"name":"Ada"}'
+                asked = {"model": "demo", "max_tokens": 99, "messages": [{"role": "user", "content": said}]}
+                whole = client.messages.parse(**asked, output_format=Person)
+                beta = client.beta.messages.parse(**asked, output_format=Person)
+                with client.messages.stream(**asked, output_format=Person) as stream:
+                    return whole, beta, stream.get_final_message()
+
+        answers = await trio.to_thread.run_sync(use)
+        grammars = server.engine.grammars
+
+    assert [answer.parsed_output for answer in answers] == [Person(name="Ada")] * 3
+    assert None not in grammars
 
 
 def test_input_that_is_nested_too_deeply_is_the_requests_fault() -> None:

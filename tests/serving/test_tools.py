@@ -35,7 +35,7 @@ TEMPLATE = """\
 {%- if not loop.last %}{{ "\n" }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}<|end|>
 {%- if enable_thinking is defined %}{{ '<think>' if enable_thinking else '<think></think>' }}{% endif %}
-{%- if reasoning_effort %}({{ reasoning_effort }}){% endif %}{% endif %}"""
+{%- if reasoning_effort %}({{ reasoning_effort }}){% endif %}{% if verbosity %}({{ verbosity }}){% endif %}{% endif %}"""
 WEATHER = {
     "type": "function",
     "function": {
@@ -253,6 +253,7 @@ async def test_history_reaches_the_template(run_server: RunServer, model: TextMo
         ({"reasoning_effort": "none"}, "<|end|><think></think>(none)", None),
         ({"reasoning_effort": "high"}, "<|end|>(high)", None),
         ({"reasoning_effort": "max"}, "<|end|>(max)", None),
+        ({"verbosity": "low"}, "<|end|>(low)", None),
         ({"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True}}, "<|end|><think>(none)", None),
     ],
 )
