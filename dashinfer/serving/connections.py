@@ -17,7 +17,7 @@ import trio
 from h2.errors import ErrorCodes
 from h2.events import DataReceived, PriorityUpdated, RequestReceived
 from h2.events import Event as HTTP2Event
-from hypercorn.events import Event, RawData
+from hypercorn.events import Event, RawData, Updated
 from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.trio.tcp_server import TCPServer
 from priority import PriorityError
@@ -42,11 +42,20 @@ def contain() -> None:
 
 
 class _Connection(TCPServer):
+    _left = False  # the client has
+
+    async def _read_data(self) -> None:
+        await super()._read_data()
+        self._left = True
+        await self.idle_task.stop()  # which the connection's end would wait for
+
     async def protocol_send(self, event: Event) -> None:
         """What an answer's end brings about is not cut short, though it cancels the task that it is done in, which is the
         application's: the connection would stay open, or without a limit of its silence."""
         if isinstance(event, RawData):
             await super().protocol_send(event)
+            return
+        if self._left and isinstance(event, Updated):
             return
         with trio.move_on_after(CLOSING, shield=True):
             await super().protocol_send(event)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 import trio
+import trio.testing
 from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.events import DataReceived, Event, ResponseReceived, StreamEnded, StreamReset
@@ -187,3 +188,18 @@ async def test_a_connection_that_nobody_uses_any_more_ends(run_server: RunServer
             answer = b"".join([part async for part in stream])
 
     assert answer.startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("during", [False, True])
+async def test_a_connection_whose_client_has_left_ends_at_once(run_server: RunServer, during: bool) -> None:
+    """After its answer, and while it is answered: nothing waits for the limit of its silence."""
+    async with run_server() as server, await connect(server) as stream:
+        body = json.dumps(server.body("say a b c")).encode()
+        await stream.send_all(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        with trio.fail_after(10):
+            if not during:
+                assert (await stream.receive_some(65536)).startswith(b"HTTP/1.1 200")
+                await trio.testing.wait_all_tasks_blocked(0.05)
+            await stream.send_eof()
+            async for _ in stream:
+                pass
