@@ -33,9 +33,18 @@ def _command_of(pid: int) -> bytes:
 
 def is_alive(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        return _state_of(Path(f"/proc/{pid}/stat")) != "Z"
     except FileNotFoundError:
         return False
+
+
+def stop_all_threads(pid: int) -> None:
+    """Stop a process, and wait until it has stopped: for Linux it has when its last thread has."""
+    os.kill(pid, signal.SIGSTOP)
+    deadline = time.monotonic() + 10
+    while any(_state_of(each / "stat") != "T" for each in Path(f"/proc/{pid}/task").iterdir()):
+        assert time.monotonic() < deadline, f"process {pid} does not stop"
+        time.sleep(0.001)
 
 
 def any_left(pids: list[int]) -> list[int]:
@@ -46,3 +55,7 @@ def any_left(pids: list[int]) -> list[int]:
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     return left
+
+
+def _state_of(stat: Path) -> str:
+    return stat.read_text().rsplit(")", 1)[1].split()[0]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.process_tree import any_left
+from tests.process_tree import any_left, stop_all_threads
 
 from .ranks import FAKE_WORKER, all_children, command
 
@@ -61,7 +61,7 @@ def assert_ranks_end(program: str, stop: bool, directory: Path, new_session: boo
     with running(program, new_session, directory) as process, inheriting(reap and not new_session):
         pid, *ranks = (int(pid) for pid in process.stdout.readline().split())
         if stop:
-            os.kill(ranks[1], signal.SIGSTOP)
+            stop_all_threads(ranks[1])
         os.kill(pid, signal.SIGKILL)
         assert len(ranks) >= 3
         assert any_left(ranks) == []
