@@ -8,9 +8,12 @@ The last line of a prompt is a command, and the tokens are bytes, but for marker
 """
 
 import math
+import re
+import sys
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -75,6 +78,11 @@ def write_tokenizer(
     return TokenizerFiles(path, {"eos_token": "<|end|>"}, template)
 
 
+@cache
+def _spell(token: int) -> bytes:
+    return bytes([token]) if token < END else chr(_MARKERS + token).encode()
+
+
 def make_text(folder: Path) -> TextModel:
     source = ModelSource(ModelFiles("fake", "safetensors", (), {}), write_tokenizer(folder))
     tokenizer = Tokenizer.from_source(source)
@@ -94,10 +102,8 @@ class FakeGeneration:
         self._engine = engine
         self._params = params
         end = len(prompt) - prompt[::-1].index(END) - 1 if END in prompt else len(prompt)
-        spelled = b"".join(bytes([token]) if token < END else chr(_MARKERS + token).encode() for token in prompt[:end])
-        command = spelled.decode().rsplit(": ", 1)[-1]
-        while command and ord(command[0]) > _MARKERS:  # what stands for images
-            command = command[1:]
+        spelled = b"".join(map(_spell, prompt[:end])).decode()
+        command = re.sub(f"^[{chr(_MARKERS)}-{chr(sys.maxunicode)}]+", "", spelled.rsplit(": ", 1)[-1])  # without its images
         self._verb, _, rest = command.partition(" ")
         self._waits_after = 1 if self._verb in ("wait", "crash") else math.inf
         said = [[ord(c) - _MARKERS] if ord(c) > _MARKERS else list(c.encode()) for c in rest]
