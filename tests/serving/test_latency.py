@@ -58,21 +58,29 @@ async def test_health_answers_while_images_are_prepared(run_server: RunServer, t
     (tmp_path / "body").write_text(json.dumps({"model": "demo", "messages": messages}))
 
     busy = os.getloadavg()[0] > (os.cpu_count() or 1)  # others want the machine, and waiting for a core is no answer's fault
-    slowest = []
+    waits = []  # of each attempt: the answer at 99%, and what the server needed for a picture, in seconds
     async with run_server(engine_type=SeeingEngine, model=model) as server:
         server.engine.resize(2**20)
         place = server.url.removeprefix("http://").split(":")
         asking = [sys.executable, "-c", ASK, *place, str(tmp_path / "body"), str(IMAGES // EACH)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        while len(slowest) < ATTEMPTS and min(slowest, default=1.0) >= 0.05:
+        while len(waits) < ATTEMPTS and not any(map(_is_prompt, waits)):
             with subprocess.Popen([sys.executable, "-c", PROBE, *place], **pipes) as probe:  # noqa: ASYNC220
+                began = trio.current_time()
                 asked = await trio.run_process(asking, capture_stdout=True)
+                elapsed = trio.current_time() - began
                 output, _ = await trio.to_thread.run_sync(probe.communicate, "stop\n")
             assert json.loads(asked.stdout) == [200] * (IMAGES // EACH)
             took = sorted(json.loads(output))
             assert len(took) > 100
-            slowest.append(took[len(took) * 99 // 100])
+            waits.append((took[len(took) * 99 // 100], elapsed / IMAGES))
 
-    if busy and min(slowest) >= 0.05:
+    if busy and not any(map(_is_prompt, waits)):
         pytest.skip("the machine has other work")
-    assert min(slowest) < 0.05, f"99% were answered within {slowest} seconds"
+    assert any(map(_is_prompt, waits)), f"99% were answered within, and a picture took: {waits} seconds"
+
+
+def _is_prompt(wait: tuple[float, float]) -> bool:
+    """Within 50 ms, or on a slow machine sooner than a picture: nobody waited for one."""
+    answer, picture = wait
+    return answer < max(0.05, picture)
