@@ -23,6 +23,7 @@ def load_triton() -> None:
     triton.knobs.runtime.interpret = True  # sets the variable too
     del os.environ["TRITON_INTERPRET"]
     _round_to_float8()
+    _multiply_each_row_alike()
     if triton.__version__.startswith("3.6."):  # its loop bounds are arrays of one element, which NumPy 2.4 makes no integers of
         from triton.runtime import interpreter
 
@@ -54,6 +55,27 @@ def _round_to_float8() -> None:
         return wide.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 
     interpreter._convert_float = convert_float
+
+
+def _multiply_each_row_alike() -> None:
+    """A row of a product has the same bits wherever in its tile it lies, as on a GPU.
+
+    The interpreter leaves products to NumPy, whose BLAS sums some rows of a matrix in another order than others: OpenBLAS does so
+    on processors without AVX-512. Products of one row each have no such others.
+    """
+    import numpy as np
+    from triton.runtime import interpreter
+
+    create_dot = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot_by_rows(self: Any, a: Any, b: Any, d: Any, *precision: Any) -> Any:
+        if a.dtype.primitive_bitwidth == 8:
+            return create_dot(self, a, b, d, *precision)
+        rows = np.expand_dims(a.data, -2)
+        product = np.matmul(rows, np.expand_dims(b.data, -3), dtype=d.data.dtype).squeeze(-2)
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot_by_rows
 
 
 def switch_on() -> None:
