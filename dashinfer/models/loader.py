@@ -148,7 +148,7 @@ def _weight_format(
 ) -> tuple[WeightFormat | None, int]:
     """How the checkpoint's linear layers are to be read, None for as they are, and the bytes that all weights need then.
 
-    A .gguf file's own codes are kept, in 16-bit models. On CPU they are quicker for few rows and slower for many, so layers
+    A .gguf file's own codes are kept, in 16-bit models and for `a16w4`. On CPU they are quicker for few rows and slower for many, so layers
     keep a 16-bit copy too if that leaves half of the memory free, and nothing but that where a row must have the same bits in
     any company.
 
@@ -169,12 +169,12 @@ def _weight_format(
         settings = rounding(config.quant_type, config.quant_group_size)
         rounded = RoundedOnLoad(settings, quantizes_head=config.quantize_head)
         needed = needs(settings.bits_per_weight)
-    if not isinstance(source, GGUFSource) or config.data_type == "float32":
+    if not isinstance(source, GGUFSource):
         return rounded, needed
     if config.quant_type == "a16w4":
         bits = source.bits_per_weight(on_cpu=on_cpu, kept=4, others=settings.bits_per_weight)
         return GGUFFormat(source, bits=4, others=rounded), needs(bits)
-    if rounded is not None or (on_cpu and config.deterministic):
+    if rounded is not None or config.data_type == "float32" or (on_cpu and config.deterministic):
         return rounded, needed
     own = needs(source.bits_per_weight(on_cpu=on_cpu))
     if on_cpu and needed + own < free // 2:
