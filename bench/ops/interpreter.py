@@ -60,8 +60,8 @@ def _round_to_float8() -> None:
 def _multiply_each_row_alike() -> None:
     """A row of a product has the same bits wherever in its tile it lies, as on a GPU.
 
-    The interpreter leaves products to NumPy, whose BLAS sums some rows of a matrix in another order than others: OpenBLAS does so
-    on processors without AVX-512. Products of one row each have no such others.
+    The interpreter leaves products to NumPy, whose BLAS may sum some rows of a matrix in another order than others: OpenBLAS
+    does so on processors without AVX-512. Products of one row each have no such others.
     """
     import numpy as np
     from triton.runtime import interpreter

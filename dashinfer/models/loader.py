@@ -148,9 +148,9 @@ def _weight_format(
 ) -> tuple[WeightFormat | None, int]:
     """How the checkpoint's linear layers are to be read, None for as they are, and the bytes that all weights need then.
 
-    A .gguf file's own codes are kept, in 16-bit models and for `a16w4`. On CPU they are quicker for few rows and slower for many, so layers
-    keep a 16-bit copy too if that leaves half of the memory free, and nothing but that where a row must have the same bits in
-    any company.
+    A .gguf file's own codes are kept, in 16-bit models and for `a16w4`. On CPU they are quicker for few rows and slower for
+    many, so layers keep a 16-bit copy too if that leaves half of the memory free, and nothing but that where a row must have
+    the same bits in any company.
 
     Raises:
         UnsupportedModel: `--quant-type` asks for what the checkpoint is not, or random weights for one that is quantised.

@@ -183,7 +183,7 @@ def test_processors_without_the_instructions(monkeypatch: pytest.MonkeyPatch) ->
 
 @needs_kernels
 @pytest.mark.skipif(not loops.enabled, reason="needs Numba")
-@pytest.mark.skipif(packed_dtype(torch.bfloat16) != torch.bfloat16, reason="loops unpack bfloat16, which is not multiplied here")
+@pytest.mark.skipif(packed_dtype(torch.bfloat16) != torch.bfloat16, reason="bfloat16 is not multiplied here")
 @pytest.mark.parametrize("shape", [(100, 128), (700, 576)])
 def test_codes_unpacked_in_a_loop_give_the_same(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random_weight(*shape, bits=4, group_size=32, symmetric=False)
