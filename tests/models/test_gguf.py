@@ -145,8 +145,8 @@ def test_threads_that_start_later_still_get_all_of_torchs_threads(tmp_path):
         assert pool.submit(torch.get_num_threads).result() == threads == torch.get_num_threads()
 
 
-def gguf_of(reference, path, architecture: str) -> str:
-    """A transformers model's weights as llama.cpp's converter stores them, in float32."""
+def gguf_of(reference, path, architecture: str, matrices: Kind = Kind.F32) -> str:
+    """A transformers model's weights as llama.cpp's converter stores them: the layers' matrices in a type, others in float32."""
     names = {
         "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "input_layernorm": "attn_norm",
         "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
@@ -167,7 +167,8 @@ def gguf_of(reference, path, architecture: str) -> str:
             stem = f"blk.{layer}.{names[rest]}"
         else:
             stem = names[stem]
-        tensors[f"{stem}.{kind}"] = (Kind.F32, np.ascontiguousarray(data))
+        target = matrices if stem.startswith("blk.") and data.ndim == 2 else Kind.F32
+        tensors[f"{stem}.{kind}"] = (target, gguf_quantize(np.ascontiguousarray(data), target))
     return write(path, tensors, architecture)
 
 
@@ -192,6 +193,18 @@ def test_a_model_from_gguf_equals_transformers(architecture, settings, gguf_name
     model = toy.load(toy.worker_config((path,), config, format="gguf"))
 
     torch.testing.assert_close(toy.Session(model, 96).run(prompt), expected, atol=1e-4, rtol=0)
+
+
+def test_a16w4_keeps_codes_of_4_bits_in_float32_too(tmp_path):
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8, "head_dim": 16}
+    path = gguf_of(toy.hf_model("LlamaForCausalLM", **sizes), tmp_path / "model.gguf", "llama", Kind.Q4_1)
+    config = toy.SIZES | sizes | {"architectures": ["LlamaForCausalLM"]}
+    plain, a16w4 = (
+        toy.Session(toy.load(toy.worker_config((path,), config, format="gguf", quant_type=quant_type)), 96).run(list(range(3, 40)))
+        for quant_type in (None, "a16w4")
+    )
+
+    assert (a16w4 - plain).norm() < 1e-5 * plain.norm()  # 0.57 of it where rounded to 4 bits anew
 
 
 def test_rope_factors_in_the_file_scale_as_llama3_does(tmp_path):
