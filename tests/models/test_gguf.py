@@ -146,7 +146,7 @@ def test_threads_that_start_later_still_get_all_of_torchs_threads(tmp_path):
 
 
 def gguf_of(reference, path, architecture: str, matrices: Kind = Kind.F32) -> str:
-    """A transformers model's weights as llama.cpp's converter stores them: the layers' matrices in a type, others in float32."""
+    """A transformers model's weights as llama.cpp's converter stores them: layers' matrices in a type, others in float32."""
     names = {
         "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "input_layernorm": "attn_norm",
         "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
@@ -199,10 +199,8 @@ def test_a16w4_keeps_codes_of_4_bits_in_float32_too(tmp_path):
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8, "head_dim": 16}
     path = gguf_of(toy.hf_model("LlamaForCausalLM", **sizes), tmp_path / "model.gguf", "llama", Kind.Q4_1)
     config = toy.SIZES | sizes | {"architectures": ["LlamaForCausalLM"]}
-    plain, a16w4 = (
-        toy.Session(toy.load(toy.worker_config((path,), config, format="gguf", quant_type=quant_type)), 96).run(list(range(3, 40)))
-        for quant_type in (None, "a16w4")
-    )
+    configs = (toy.worker_config((path,), config, format="gguf", quant_type=quant_type) for quant_type in (None, "a16w4"))
+    plain, a16w4 = (toy.Session(toy.load(config), 96).run(list(range(3, 40))) for config in configs)
 
     assert (a16w4 - plain).norm() < 1e-5 * plain.norm()  # 0.57 of it where rounded to 4 bits anew
 
